@@ -1,0 +1,163 @@
+"""Text as the model reads it: cleaning, cutting into chunks, and how long its speech can be."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+
+import regex
+
+_PLAIN_QUOTES = str.maketrans("‘’", "''")
+# A picture, with what modifies or joins it: skin tones, variation selectors, tags, keycap frames.
+_EMOJI = regex.compile(
+    r"(?:(?:\p{Emoji_Presentation}|\p{Emoji_Modifier}|\p{Extended_Pictographic}\uFE0F"
+    r"|(?<=\u200D)\p{Extended_Pictographic})[\uFE0F\U000E0020-\U000E007F]*\u200D?)+"
+    r"|\uFE0F?\u20E3|\uFE0F"
+)
+_CONTROL = regex.compile(r"(?![\n\t])[\p{Cc}\p{Cs}]")
+_INVISIBLE = regex.compile(r"(?![\u200C\u200D])[\p{Cf}\p{Co}]")  # these two joiners shape letters
+_REPEATED_MARK = regex.compile(r"([.,])\1+")
+_SPEAKABLE = regex.compile(r"[\p{L}\p{N}]")
+
+_CLOSERS = r"[\"'”’»›)\]}」』】》）]*+"
+_WIDE = r"[\p{Han}\p{Hiragana}\p{Katakana}]"  # scripts that write no spaces between words
+# Where a chunk may end, the best places first, with what a cut there costs against a short chunk.
+_CUTS = (
+    (-0.25, regex.compile(r"\s*\n\s*\n\s*")),
+    (0.0, regex.compile(rf"[.!?…]++{_CLOSERS}\s++(?!\p{{Ll}})|[。！？｡।؟።]++{_CLOSERS}\s*")),
+    (
+        0.5,
+        regex.compile(
+            rf"[,;:!?…]++{_CLOSERS}\s+|\s+(?=[–—(](?!\s*\d))|—+|[，、；：､،؛]++{_CLOSERS}\s*"
+        ),
+    ),
+    (2.0, regex.compile(rf"(?<!\d)\s++|\s++(?!\d)|(?<={_WIDE})(?={_WIDE})")),
+)
+_CHARACTER_COST = 8.0
+_UNBREAKABLE = regex.compile(r"\S*(?:://|www\.)\S+|[\p{N}.,:'’/+-]+")  # an address, a number
+
+# A full stop after these ends no sentence; after the second group, where a number follows.
+_ABBREVIATION = regex.compile(
+    r"\p{L}|.*\..*"  # an initial; what has a stop inside, as "e.g" or "p.m"
+    r"|mr|mrs|ms|mx|dr|prof|rev|fr|st|sr|jr|hon|pres|gov|sen|rep|gen|col|maj|capt|lt|sgt|cmdr"
+    r"|vs|etc|al|cf|ca|approx|dept|est|inc|ltd|co|corp|bros|univ|ave|blvd|rd|mt|ft"
+    r"|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|hr|frau|bzw|usw|mme|mlle|sra|srta|sig|dott",
+    regex.IGNORECASE,
+)
+_NUMBER_LABEL = regex.compile(r"nos?|nr|núm|vol|figs?|pp?|pg|ch|sec|art|eq", regex.IGNORECASE)
+_LAST_WORD = regex.compile(r"[\p{L}\p{M}.]+(?=\.\s*+\Z)")
+
+
+def clean_text(text: str) -> str:
+    """The text as the model was trained to read it.
+
+    Curly single quotes become straight, repeated full stops and commas one, emoji and invisible
+    characters go, control characters become spaces, the ends are stripped. Words stay as they are.
+
+    >>> clean_text("  It’s ‘ok’ 😀 now,,, yes  ")
+    "It's 'ok'  now, yes"
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_PLAIN_QUOTES)
+    text = _INVISIBLE.sub("", _CONTROL.sub(" ", _EMOJI.sub("", text)))
+    return _REPEATED_MARK.sub(r"\1", text).strip()
+
+
+def is_speakable(text: str) -> bool:
+    """Whether there is anything to say: a letter or a number of any script."""
+    return _SPEAKABLE.search(text) is not None
+
+
+def split_text(text: str, *, min_bytes: int = 100, max_bytes: int = 150) -> list[str]:
+    """Clean a text and cut it into chunks of about `min_bytes` to `max_bytes` of UTF-8.
+
+    Cut at paragraphs and sentences, where those are too long at clauses, then words, and only a
+    monstrous word between characters; never in a number, an abbreviation, an address or a
+    grapheme. Short sentences share a chunk. No word is lost; a chunk without any is left out.
+    """
+    text = clean_text(text)
+    sizes = [0, *accumulate(len(character.encode()) for character in text)]
+    cuts = {0: 0.0, len(text): 0.0}
+    _find_cuts(text, (0, len(text)), 0, max_bytes, sizes, cuts)
+    ends = _cheapest_ends(sorted(cuts.items()), sizes, min_bytes, max_bytes)
+    chunks = (" ".join(text[start:end].split()) for start, end in pairwise([0, *ends]))
+    return [chunk for chunk in chunks if is_speakable(chunk)]
+
+
+def longest_speech(text: str) -> float:
+    """Seconds that no reading of `text` exceeds, about twice an unhurried one."""
+    letters = sum(map(str.isalpha, text))
+    wide = len(regex.findall(_WIDE, text))
+    digits = sum(map(str.isnumeric, text))  # each may be a word of its own: "1984" is four
+    others = len(text) - letters - digits
+    return 1.5 + 0.15 * (letters - wide) + 0.5 * wide + 0.6 * digits + 0.1 * others
+
+
+def shortest_speech(text: str) -> float:
+    """Seconds below which words of `text` must be missing: faster than anybody reads."""
+    return sum(map(str.isalpha, text)) / 40
+
+
+def _find_cuts(
+    text: str, span: tuple[int, int], level: int, limit: int, sizes: list[int], cuts: dict
+) -> None:
+    """Add to `cuts` {place: cost} one level's; what stays over the limit is cut at the next."""
+    start, end = span
+    if level == len(_CUTS):
+        cost = _CHARACTER_COST
+        found = [start + place for place in _character_cuts(text[start:end], limit)]
+    else:
+        cost, pattern = _CUTS[level]
+        matches = pattern.finditer(text, start, end)
+        found = [m.end() for m in matches if start < m.end() < end and not _abbreviated(text, m)]
+    cuts.update(dict.fromkeys(found, cost))
+    for piece in pairwise([start, *found, end]) if level < len(_CUTS) else ():
+        # Paragraphs are always looked into: a short one is joined with a sentence of the next.
+        if level == 0 or sizes[piece[1]] - sizes[piece[0]] > limit:
+            _find_cuts(text, piece, level + 1, limit, sizes, cuts)
+
+
+def _abbreviated(text: str, cut: regex.Match) -> bool:
+    """Whether the text up to a cut ends with an abbreviation's full stop ("Dr.", "e.g.", "J.")."""
+    word = _LAST_WORD.search(text, max(0, cut.start() - 24), cut.end())
+    if word is None or cut.group().count("\n") > 1:  # no abbreviation outlives its paragraph
+        return False
+    if _NUMBER_LABEL.fullmatch(word.group()):
+        return text[cut.end() : cut.end() + 1].isdigit()
+    return _ABBREVIATION.fullmatch(word.group()) is not None
+
+
+def _character_cuts(text: str, limit: int) -> Iterator[int]:
+    """Cuts between graphemes, as few as the limit allows; none in an address or a number."""
+    if len(text) <= 4 * limit and _UNBREAKABLE.fullmatch(text.strip()):
+        return
+    size = 0
+    for match in regex.finditer(r"\X", text):
+        width = len(match.group().encode())
+        if size and size + width > limit:
+            yield match.start()
+            size = 0
+        size += width
+
+
+def _cheapest_ends(
+    cuts: list[tuple[int, float]], sizes: list[int], min_bytes: int, max_bytes: int
+) -> list[int]:
+    """Choose the chunks' ends: the least sum of what the cuts cost and of shortfalls squared."""
+    offsets = [sizes[place] for place, _ in cuts]
+    best, came_from = [0.0], [0]
+    for index in range(1, len(cuts)):
+        first = min(bisect_left(offsets, offsets[index] - max_bytes), index - 1)
+
+        def total(start: int, index: int = index) -> float:
+            shortfall = max(0, min_bytes - (offsets[index] - offsets[start])) / min_bytes
+            return best[start] + shortfall**2
+
+        start = min(range(first, index), key=total)
+        best.append(total(start) + cuts[index][1])
+        came_from.append(start)
+    ends, index = [], len(cuts) - 1
+    while index:
+        ends.append(cuts[index][0])
+        index = came_from[index]
+    return ends[::-1]
