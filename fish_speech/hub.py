@@ -1,0 +1,289 @@
+"""Published weights: which there are, where they lie, and how they get there, whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from json import JSONDecodeError
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fish_speech.files import exclusive, file_digest
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoSibling
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL_FILES = ("config.json", "model.pth", "tokenizer.tiktoken", "special_tokens.json")
+CODEC_PATTERN = "firefly-gan-vq-*.pth"
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One entry of the registry, `configs/model/NAME.yaml`.
+
+    `directory` is relative to the repository. `repo_id` and `revision` say where on the hub it is
+    published; without them it comes with the repository. `files` maps the name of each file to the
+    least number of bytes that a whole copy has.
+    """
+
+    name: str
+    description: str
+    directory: str
+    repo_id: str | None
+    revision: str | None
+    licence: str
+    files: dict[str, int]
+
+
+def model_versions(root: Path = REPOSITORY) -> dict[str, ModelVersion]:
+    """The registry of the repository at `root`, by name."""
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(ModelVersion)  # refuses unknown keys and wrong types
+    entries = [
+        OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(path)))
+        for path in sorted((root / "configs" / "model").glob("*.yaml"))
+    ]
+    return {entry.name: entry for entry in entries}
+
+
+def find_model(version: str | Path, root: Path = REPOSITORY) -> Path:
+    """A complete local model directory: of a registered version, or `version` itself if a path.
+
+    What is missing of a published version is downloaded, with a progress bar; a download that broke
+    off goes on where it stopped. The hub's own settings hold (HF_ENDPOINT, HF_HUB_OFFLINE,
+    HF_TOKEN). Raises `FileNotFoundError` or `ValueError` that says what is missing and what to do.
+    """
+    entry = model_versions(root).get(str(version))
+    if entry is None:
+        directory = Path(version)
+        if not directory.exists():
+            known = ", ".join(model_versions(root))
+            raise FileNotFoundError(
+                f"{version}: neither a model version ({known}) nor a model directory"
+            )
+    else:
+        directory = root / entry.directory
+        if missing := _missing_files(entry, directory):
+            if entry.repo_id is None:
+                raise FileNotFoundError(
+                    f"{_shown(directory)} lacks {', '.join(missing)}; it is part of the repository:"
+                    f" 'git checkout -- {entry.directory}' brings it back"
+                )
+            with exclusive(directory, f"{_shown(directory)}, being downloaded,"):
+                _download(entry, directory)
+    check_model_dir(directory)
+    return directory
+
+
+def local_model(version: str, root: Path = REPOSITORY) -> Path | None:
+    """The directory of a registered version where all of it is there already, else None."""
+    entry = model_versions(root)[version]
+    directory = root / entry.directory
+    return None if _missing_files(entry, directory) else directory
+
+
+def check_model_dir(path: str | Path) -> None:
+    """Check that `path` is a complete model directory: the four model files and one codec.
+
+    Raises `FileNotFoundError` that names what is missing, or `ValueError` where `path` is something
+    else (a file, a run whose adapter is not merged yet), each with what to do about it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such model directory")
+    if path.is_file():
+        _refuse_file(path)
+    missing = [name for name in MODEL_FILES if not _has_bytes(path / name, 1)]
+    codecs = [codec for codec in sorted(path.glob(CODEC_PATTERN)) if _has_bytes(codec, 1)]
+    if not codecs:
+        missing.append(f"the codec {CODEC_PATTERN}")
+    if missing:
+        _refuse_unmerged(path)
+        raise FileNotFoundError(
+            f"{path}: not a complete model directory, it lacks {', '.join(missing)}; copy that from"
+            " the model that this one was made of, or let --model-version 1.5 download a whole one"
+        )
+    if len(codecs) > 1:
+        names = ", ".join(codec.name for codec in codecs)
+        raise ValueError(
+            f"{path}: more than one codec ({names}); keep the one that the model was trained with"
+        )
+
+
+def _refuse_file(path: Path) -> None:
+    if path.suffix == ".ckpt":
+        _refuse_unmerged(path.parent)
+    what = "the codec alone" if path.match(CODEC_PATTERN) else "a file"
+    raise ValueError(f"{path}: {what}, not a model directory; give the folder, {path.parent}")
+
+
+def _refuse_unmerged(folder: Path) -> None:
+    """Raise where `folder` is a run, or the checkpoints of one: adapters without their base."""
+    inner = folder / "checkpoints"
+    checkpoints = inner if any(inner.glob("*.ckpt")) else folder
+    if any(checkpoints.glob("*.ckpt")):
+        checkpoints = checkpoints.resolve()
+        project = checkpoints.parent.name if checkpoints.name == "checkpoints" else "PROJECT"
+        raise ValueError(
+            f"{folder}: LoRA checkpoints that are not merged into a model yet; merge them with"
+            f" 'finetune_tts.py --project {project} --merge-weights' and give the folder that it"
+            f" writes, checkpoints/{project}-merged"
+        )
+
+
+def _missing_files(entry: ModelVersion, directory: Path) -> list[str]:
+    return [name for name, least in entry.files.items() if not _has_bytes(directory / name, least)]
+
+
+def _has_bytes(path: Path, least: int) -> bool:
+    return path.is_file() and path.stat().st_size >= least
+
+
+def _shown(path: Path) -> str:
+    """A path as a user would type it: relative where it lies below the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _download(entry: ModelVersion, directory: Path) -> None:
+    """Bring every file of `entry` that is not whole yet into `directory`, sizes verified."""
+    from huggingface_hub import HfApi, constants
+
+    with _errors_explained(entry, directory):
+        info = HfApi().model_info(
+            entry.repo_id,
+            revision=entry.revision,
+            files_metadata=True,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        )
+    published = {file.rfilename: file for file in info.siblings or [] if file.size is not None}
+    if unknown := [name for name in entry.files if name not in published]:
+        raise ValueError(
+            f"{constants.ENDPOINT}/{entry.repo_id} does not list {', '.join(unknown)} with a size"
+        )
+    wanted = [
+        published[name]
+        for name in entry.files
+        if not (directory / name).is_file()
+        or (directory / name).stat().st_size != published[name].size
+    ]
+    _check_space(wanted, directory)
+    for file in wanted:
+        # All files come from one commit, even when the hub moves on in the middle.
+        with _errors_explained(entry, directory):
+            _fetch(entry.repo_id, info.sha, file, directory)
+
+
+def _partial_path(file: RepoSibling, directory: Path) -> Path:
+    """Where the first bytes of a file wait for the rest; bound to its content, not to its name."""
+    content = file.lfs.sha256 if file.lfs else file.blob_id
+    return directory / f"{file.rfilename}.{content[:16]}.incomplete"
+
+
+def _check_space(wanted: list[RepoSibling], directory: Path) -> None:
+    partials = [_partial_path(file, directory) for file in wanted]
+    there = sum(path.stat().st_size for path in partials if path.exists())
+    needed = sum(file.size for file in wanted) - there
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise ValueError(
+            f"{_shown(directory)}: the download needs {needed / 1e9:.1f} GB, the disk has"
+            f" {free / 1e9:.1f} GB free; make room and start again"
+        )
+
+
+def _fetch(repo_id: str, commit: str, file: RepoSibling, directory: Path) -> None:
+    """Download one file beside its place, going on from what is there; verify it, then rename it.
+
+    `hf_hub_download` starts from the first byte in every process, which hurts at 1.3 GB, so this
+    drives the layer below it, which does the requests, the retries and the progress bar.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    partial = _partial_path(file, directory)
+    if partial.exists() and partial.stat().st_size > file.size:
+        partial.unlink()
+    # Positions in a compressed answer would not be positions in the file.
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    with partial.open("ab") as output:
+        if output.tell() < file.size:
+            http_get(
+                hf_hub_url(repo_id, file.rfilename, revision=commit),
+                output,
+                resume_size=output.tell(),
+                headers=headers,
+                displayed_filename=file.rfilename,
+            )
+        output.flush()
+        os.fsync(output.fileno())
+    size = partial.stat().st_size
+    digest = file.lfs and file_digest(partial)
+    if size != file.size or (file.lfs and digest != file.lfs.sha256):
+        partial.unlink()
+        reason = "content" if size == file.size else f"size, {size} bytes instead of {file.size}"
+        raise ValueError(
+            f"{file.rfilename}: the download has the wrong {reason}; it was removed, start again"
+        )
+    os.replace(partial, directory / file.rfilename)
+    for outdated in directory.glob(f"{file.rfilename}.*.incomplete"):
+        outdated.unlink()
+
+
+@contextmanager
+def _errors_explained(entry: ModelVersion, directory: Path) -> Iterator[None]:
+    """Turn what the hub and the network raise into errors that say what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise ValueError(_refusal(entry, error)) from error
+    except OfflineModeIsEnabled as error:
+        raise FileNotFoundError(_offline(entry, directory, "HF_HUB_OFFLINE is set")) from error
+    except HTTPError as error:  # the client's own: no connection, timeout, broken off for good
+        raise FileNotFoundError(_offline(entry, directory, str(error))) from error
+    except JSONDecodeError as error:
+        raise ValueError(
+            f"{constants.ENDPOINT} does not answer like a hub; is HF_ENDPOINT right, and does the"
+            " network ask for a login first?"
+        ) from error
+
+
+def _refusal(entry: ModelVersion, error: HfHubHTTPError) -> str:
+    """One line for an answer of the hub that is not the file."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError
+
+    page = f"{constants.ENDPOINT}/{entry.repo_id}"
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError):
+        return f"{page} asks for consent: give it there, then 'hf auth login' or set HF_TOKEN"
+    if status in (401, 403):
+        return (
+            f"{page} refuses access ({status}): it is private, gone, or your token is not valid;"
+            " 'hf auth login' or set HF_TOKEN"
+        )
+    if status == 404:
+        return f"{page} was not found (404) at revision {entry.revision}; is HF_ENDPOINT right?"
+    return f"{page} answered with status {status}; start again later, what is there is kept"
+
+
+def _offline(entry: ModelVersion, directory: Path, reason: str) -> str:
+    from huggingface_hub import constants
+
+    missing = _missing_files(entry, directory)
+    return (
+        f"model {entry.name} is not complete in {_shown(directory)} and the hub cannot be reached"
+        f" ({reason}).\nWhere there is a network, download {', '.join(missing)} from"
+        f" {constants.ENDPOINT}/{entry.repo_id} and put them into {_shown(directory)}:\n"
+        f"  hf download {entry.repo_id} {' '.join(missing)} --local-dir {_shown(directory)}\n"
+        "--model-version tiny needs no download."
+    )
