@@ -1,0 +1,239 @@
+"""Decode, mix down, resample and save audio: the only place that does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fish_speech.files import atomic_path
+
+if TYPE_CHECKING:
+    import torch
+
+SAVE_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
+_BLOCK_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a file holds: `sample_rate` in Hz, `channels`, and `duration` in seconds where known."""
+
+    sample_rate: int
+    channels: int
+    duration: float | None
+
+
+def audio_info(path: str | Path) -> AudioInfo:
+    """Read a file's header. Raises `FileNotFoundError`, or `ValueError` where it is no audio."""
+    import soundfile
+
+    path = _existing(path)
+    try:
+        info = soundfile.info(str(path))
+        return AudioInfo(info.samplerate, info.channels, info.frames / info.samplerate)
+    except soundfile.LibsndfileError:
+        pass
+    with _open_av(path) as container:
+        stream = container.streams.audio[0]
+        if container.duration is not None:
+            duration = container.duration / 1e6  # in AV_TIME_BASE, microseconds
+        elif stream.duration is not None:
+            duration = float(stream.duration * stream.time_base)
+        else:
+            duration = None
+        return AudioInfo(stream.rate, stream.channels, duration)
+
+
+def decode_blocks(
+    path: str | Path,
+    sample_rate: int | None = None,
+    *,
+    max_seconds: float | None = None,
+    block_seconds: float = _BLOCK_SECONDS,
+) -> Iterator[np.ndarray]:
+    """Decode a file block by block, mixed down to mono and resampled: flat memory at any length.
+
+    Yields float32 arrays [n] at `sample_rate` (Hz; the file's own where None), at most
+    `max_seconds` of them. What libsndfile can't read goes through PyAV, whose wheel carries its
+    decoders. Raises `FileNotFoundError`, or `ValueError` that names the file where it is no audio
+    or breaks off in the middle.
+    """
+    path = _existing(path)
+    native = audio_info(path).sample_rate
+    blocks = _mono_blocks(path, block_seconds)
+    if max_seconds is not None:
+        blocks = _limit(blocks, round(max_seconds * native))
+    if sample_rate is None or sample_rate == native:
+        yield from blocks
+        return
+    import soxr
+
+    resampler = soxr.ResampleStream(native, sample_rate, 1, dtype="float32", quality="VHQ")
+    for block in blocks:
+        yield resampler.resample_chunk(block)
+    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def load_audio(
+    path: str | Path, sample_rate: int | None = None, *, max_seconds: float | None = None
+) -> tuple[torch.Tensor, int]:
+    """Load a whole file as mono.
+
+    Returns the waveform [1, N] (float32) and its sample rate in Hz: `sample_rate`, or the file's
+    own where that is None. Raises as `decode_blocks`.
+    """
+    import torch
+
+    blocks = list(decode_blocks(path, sample_rate, max_seconds=max_seconds))
+    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    return torch.from_numpy(samples)[None], sample_rate or audio_info(path).sample_rate
+
+
+def save_audio(
+    path: str | Path, waveform: torch.Tensor | np.ndarray, sample_rate: int, *, bits: int = 16
+) -> None:
+    """Save a waveform [1, N] or [N] atomically, in the format of the suffix, scaled below 0 dBFS.
+
+    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS`.
+    """
+    import soundfile
+
+    path = Path(path)
+    file_format = SAVE_FORMATS.get(path.suffix.lower())
+    if file_format is None:
+        known = " ".join(SAVE_FORMATS)
+        raise ValueError(f"{path}: unknown audio format '{path.suffix}'; use one of {known}")
+    samples = np.asarray(waveform, dtype=np.float32).reshape(-1)
+    peak = float(np.abs(samples).max(initial=0.0))
+    if peak > 1.0:
+        samples = samples / peak
+    subtype = f"PCM_{bits}" if file_format in ("WAV", "FLAC") else None
+    with atomic_path(path) as temporary:
+        soundfile.write(temporary, samples, sample_rate, format=file_format, subtype=subtype)
+
+
+def resample(samples: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """Resample float32 audio [N] from one rate to another (Hz), band-limited (soxr, VHQ)."""
+    if source_rate == target_rate:
+        return samples
+    import soxr
+
+    return soxr.resample(samples, source_rate, target_rate, quality="VHQ").astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Leveling:
+    """What `level` changed: `offset` (DC, removed) and `gain` in dB; `limited` by the peak."""
+
+    offset: float
+    gain: float
+    limited: bool
+
+
+def loudness(samples: np.ndarray, sample_rate: int) -> float:
+    """Integrated loudness (ITU-R BS.1770) of mono audio [N] in LUFS; -inf for silence."""
+    import pyloudnorm
+
+    meter = pyloudnorm.Meter(sample_rate)
+    shortest = int(np.ceil(meter.block_size * sample_rate)) + 1  # one gating block
+    if 0 < len(samples) < shortest:
+        samples = np.resize(samples, shortest)  # repeats it, so that a very short clip has a level
+    if not np.any(samples):
+        return float("-inf")
+    return float(meter.integrated_loudness(samples.astype(np.float64)))
+
+
+def true_peak(samples: np.ndarray, sample_rate: int) -> float:
+    """The peak between the samples too (4 times oversampled, BS.1770 annex 2), in dBTP."""
+    import soxr
+
+    if not np.any(samples):
+        return float("-inf")
+    oversampled = soxr.resample(samples, sample_rate, 4 * sample_rate, quality="MQ")
+    peak = max(float(np.abs(oversampled).max(initial=0.0)), float(np.abs(samples).max()))
+    return 20 * float(np.log10(peak))
+
+
+def level(
+    samples: np.ndarray, sample_rate: int, *, target: float = -23.0, ceiling: float = -1.0
+) -> tuple[np.ndarray, Leveling]:
+    """Remove DC and bring mono audio [N] to `target` LUFS with its true peak below `ceiling` dBTP.
+
+    Only a gain is applied: where peaks are in the way it is held back, never the wave bent.
+    Silence is returned as it is.
+    """
+    offset = float(samples.mean(dtype=np.float64)) if len(samples) else 0.0
+    samples = samples - np.float32(offset)
+    measured = loudness(samples, sample_rate)
+    if not np.isfinite(measured):
+        return samples, Leveling(offset, 0.0, False)
+    wanted, room = target - measured, ceiling - true_peak(samples, sample_rate)
+    gain = min(wanted, room)
+    return samples * np.float32(10 ** (gain / 20)), Leveling(offset, gain, room < wanted)
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such audio file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    return path
+
+
+def _limit(blocks: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    for block in blocks:
+        yield block[:count]
+        count -= len(block)
+        if count <= 0:
+            return
+
+
+def _mono_blocks(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
+    import soundfile
+
+    try:
+        file = soundfile.SoundFile(str(path))
+    except soundfile.LibsndfileError:
+        yield from _mono_blocks_av(path)
+        return
+    with file:
+        frames = max(1, round(block_seconds * file.samplerate))
+        try:
+            while len(block := file.read(frames, dtype="float32", always_2d=True)):
+                yield block.mean(axis=1)
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"{path}: damaged audio ({error})") from error
+
+
+def _open_av(path: Path):
+    import av
+
+    try:
+        container = av.open(str(path))
+    except (av.error.FFmpegError, ValueError) as error:
+        raise ValueError(f"{path}: not an audio file that can be decoded ({error})") from error
+    if not container.streams.audio:
+        container.close()
+        raise ValueError(f"{path}: the file has no audio track")
+    return container
+
+
+def _mono_blocks_av(path: Path) -> Iterator[np.ndarray]:
+    import av
+
+    with _open_av(path) as container:
+        stream = container.streams.audio[0]
+        # Packed floats keep the channels beside each other, so that the mean below sees them all.
+        to_float = av.AudioResampler(format="flt", layout=stream.layout, rate=stream.rate)
+        try:
+            for frame in container.decode(stream):
+                for part in to_float.resample(frame):
+                    channels = part.layout.nb_channels
+                    yield part.to_ndarray().reshape(-1, channels).mean(axis=1, dtype=np.float32)
+        except av.error.FFmpegError as error:
+            raise ValueError(f"{path}: damaged audio ({error})") from error

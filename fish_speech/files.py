@@ -1,0 +1,139 @@
+"""Files that outlive a crash: atomic writes, listing, safe names, digests and locks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+AUDIO_SUFFIXES = frozenset(
+    ".wav .flac .mp3 .ogg .oga .opus .m4a .aac .mp4 .m4v .mkv .mov .webm .wma .aif .aiff .au .amr"
+    " .caf .w64 .rf64 .3gp .avi .mpga".split()
+)
+_TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, flushed and renamed to it when the block succeeds.
+
+    The suffix is kept, so that writers that choose a format by suffix work. When the block raises,
+    the temporary file is removed and whatever stood at `path` is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(path.name.encode()).hexdigest()[
+        :16
+    ]  # a long name leaves no room for more
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{name}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Remove what a killed run left of `atomic_path` anywhere under `folder` (hold its lock)."""
+    for path in Path(folder).rglob(f"{_TEMPORARY}*"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8 with Unix line ends, atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` to `path` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file. Raises `ValueError` that names the file where it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
+def list_audio(folder: str | Path) -> list[Path]:
+    """All audio and video files under `folder`, sorted; hidden ones and symlink loops left out."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(root, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
+        ]
+    return sorted(found)
+
+
+def safe_name(text: str, *, max_length: int = 80) -> str:
+    """A file name made of `text`: letters, digits, `_ . -` only, never hidden, empty or a path.
+
+    >>> safe_name("../../My  voice: take 1")
+    'My_voice_take_1'
+    """
+    text = unicodedata.normalize("NFC", text)
+    name = re.sub(r"[^\w.-]+", "_", text).strip("._-")[:max_length].rstrip("._-")
+    while len(name.encode()) > 200:  # file systems count bytes
+        name = name[:-1]
+    return name or "unnamed"
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def exclusive(folder: str | Path, what: str) -> Iterator[None]:
+    """Hold the only right to write under `folder`. Raises `ValueError` that says who holds it.
+
+    The operating system frees the lock when its holder dies, however it dies.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(folder / ".lock"), folder / ".lock-holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise ValueError(f"{what} is in use by {who}; wait for it to end, or stop it") from None
+    try:
+        program = Path(sys.argv[0]).name
+        holder.write_text(f"process {os.getpid()} ({program})", encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()

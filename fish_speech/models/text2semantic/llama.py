@@ -1,0 +1,316 @@
+"""The DualAR transformer: a slow one over text and frames, a fast one over the codes of a frame.
+
+Shapes: B batch, T columns, K codebooks, D `dim`, V `vocab_size`, C `codebook_size`, N frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fish_speech.models.text2semantic.config import ModelConfig
+
+
+@dataclass
+class DualAROutput:
+    """`token_logits [B, T, V]`, `codebook_logits [B, T, K, C]` (zeros where no frame follows)."""
+
+    token_logits: Tensor
+    codebook_logits: Tensor
+
+
+class KeyValueCache:
+    """Keys and values of the columns seen so far, for every layer of one transformer.
+
+    Room for `size` columns is taken once; attention reads a view of the `length` filled ones.
+    """
+
+    def __init__(
+        self, n_layer: int, shape: tuple[int, int, int, int], *, device, dtype: torch.dtype
+    ) -> None:
+        """`shape` is (batch, key/value heads, size, head_dim)."""
+        self.size = shape[2]
+        self.length = 0
+        self._keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+        self._values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, heads, T, head_dim] behind `length`; returns all of the layer's so far."""
+        end = self.length + keys.shape[2]
+        assert end <= self.size, f"{end} columns, but the cache holds {self.size}"
+        self._keys[layer][:, :, self.length : end] = keys
+        self._values[layer][:, :, self.length : end] = values
+        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in fp32 and cast back before the weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., D]
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.type_as(x) * self.weight
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, dim: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, intermediate_size, bias=False)
+        self.w3 = nn.Linear(dim, intermediate_size, bias=False)
+        self.w2 = nn.Linear(intermediate_size, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., D]
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(
+        self, dim: int, n_head: int, n_local_heads: int, head_dim: int, bias: bool, layer: int
+    ) -> None:
+        super().__init__()
+        self.n_head, self.n_local_heads, self.head_dim = n_head, n_local_heads, head_dim
+        self.layer = layer
+        self.dropout = 0.0
+        self.wqkv = nn.Linear(dim, (n_head + 2 * n_local_heads) * head_dim, bias=bias)
+        self.wo = nn.Linear(n_head * head_dim, dim, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """x [B, T, D]; rotary [T, head_dim/2, 2]; mask is True where a key may be seen."""
+        batch, length, _ = x.shape
+        heads = self.wqkv(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        q, k, v = heads.split([self.n_head, self.n_local_heads, self.n_local_heads], dim=1)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and length > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.n_head != self.n_local_heads,
+        )
+        return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, attention: Attention, feed_forward: FeedForward, dim: int, eps: float):
+        super().__init__()
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.attention_norm = RMSNorm(dim, eps)
+        self.ffn_norm = RMSNorm(dim, eps)
+
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class DualARTransformer(nn.Module):
+    """Fish Speech's language model. Parameter names are those of the published checkpoint."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.gradient_checkpointing = False
+        self.embeddings = nn.Embedding(c.vocab_size, c.dim)
+        self.codebook_embeddings = nn.Embedding(c.codebook_size * c.num_codebooks, c.dim)
+        self.layers = nn.ModuleList(
+            TransformerBlock(
+                Attention(
+                    c.dim, c.n_head, c.n_local_heads, c.head_dim, c.attention_qkv_bias, layer
+                ),
+                FeedForward(c.dim, c.intermediate_size),
+                c.dim,
+                c.norm_eps,
+            )
+            for layer in range(c.n_layer)
+        )
+        self.norm = RMSNorm(c.dim, c.norm_eps)
+        if not c.tie_word_embeddings:
+            self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
+        same = c.fast_dim == c.dim
+        self.fast_project_in = nn.Identity() if same else nn.Linear(c.dim, c.fast_dim)
+        self.fast_embeddings = nn.Embedding(c.codebook_size, c.fast_dim)
+        self.fast_layers = nn.ModuleList(
+            TransformerBlock(
+                Attention(
+                    c.fast_dim,
+                    c.fast_n_head,
+                    c.fast_n_local_heads,
+                    c.fast_head_dim,
+                    c.fast_attention_qkv_bias,
+                    layer,
+                ),
+                FeedForward(c.fast_dim, c.fast_intermediate_size),
+                c.fast_dim,
+                c.norm_eps,
+            )
+            for layer in range(c.n_fast_layer)
+        )
+        self.fast_norm = RMSNorm(c.fast_dim, c.norm_eps)
+        self.fast_output = nn.Linear(c.fast_dim, c.codebook_size, bias=False)
+        # Set when the tokenizer is known (`load_model`): which ids of row 0 are frames.
+        self.semantic_begin_id = c.vocab_size - c.codebook_size
+        self._rotary: dict[tuple, Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embeddings.weight.dtype
+
+    def set_dropout(self, p: float) -> None:
+        """Dropout of the attention weights while training."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.dropout = p
+
+    def is_frame(self, ids: Tensor) -> Tensor:
+        """Where row-0 ids are semantic tokens."""
+        begin = self.semantic_begin_id
+        return (ids >= begin) & (ids < begin + self.config.codebook_size)
+
+    def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> DualAROutput:
+        """Logits at every position, in the reference's shape (training computes far fewer).
+
+        `tokens [B, K+1, T]`; `key_padding_mask [B, T]` is True at padding. The codebook logits at
+        t are those of the frame at t + 1, whose codes are read from `tokens`.
+        """
+        x = self.hidden_states(tokens, key_padding_mask)  # [B, T, D]
+        follows = F.pad(self.is_frame(tokens[:, 0, 1:]), (0, 1))  # [B, T]
+        codes = F.pad(tokens[:, 1:, 1:], (0, 1)).transpose(1, 2)  # [B, T, K]
+        logits = self.codebook_logits(x[follows], codes[follows])  # [N, K, C]
+        codebook_logits = logits.new_zeros(*follows.shape, *logits.shape[1:])
+        codebook_logits[follows] = logits
+        return DualAROutput(self.token_logits(x), codebook_logits)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        key_padding_mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """The slow transformer without its last norm: tokens [B, K+1, T] -> [B, T, D].
+
+        Padding on the right needs no mask: causal attention never looks there. With a cache the
+        tokens continue what it holds.
+        """
+        x = self.embed(tokens)
+        start = cache.length if cache is not None else 0
+        rotary = self._rotary_table(start + x.shape[1], self.config.head_dim)[start:]
+        mask = _attention_mask(start, x.shape[1], key_padding_mask, x.device)
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask, cache)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [B, K+1, T] -> [B, T, D]: the codes are added only where row 0 is a frame."""
+        ids, codes = tokens[:, 0], tokens[:, 1:]
+        offsets = torch.arange(self.config.num_codebooks, device=tokens.device)[:, None]
+        codes = self.codebook_embeddings(codes + offsets * self.config.codebook_size)
+        return self.embeddings(ids) + codes.sum(1) * self.is_frame(ids)[..., None]
+
+    def token_logits(self, x: Tensor) -> Tensor:
+        """Row-0 logits of hidden states: [..., D] -> [..., V]."""
+        x = self.norm(x)
+        if self.config.tie_word_embeddings:
+            return F.linear(x, self.embeddings.weight)
+        return self.output(x)
+
+    def codebook_logits(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Teacher-forced logits of frames: x [N, D] before each, its codes [N, K] -> [N, K, C]."""
+        x = torch.cat(
+            [self.fast_project_in(x)[:, None], self.fast_embeddings(codes[:, :-1])], dim=1
+        )  # [N, K, fast D]
+        return self.fast_logits(x)
+
+    def fast_logits(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """The fast transformer: x [N, k, fast D], continuing the cache -> [N, k, C]."""
+        start = cache.length if cache is not None else 0
+        rotary = self._rotary_table(self.config.num_codebooks, self.config.fast_head_dim)
+        rotary = rotary[start : start + x.shape[1]]
+        for layer in self.fast_layers:
+            x = layer(x, rotary, None, cache)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.fast_output(self.fast_norm(x))
+
+    def new_cache(self, size: int, batch: int = 1) -> KeyValueCache:
+        """A cache for `size` columns of the slow transformer."""
+        c = self.config
+        shape = (batch, c.n_local_heads, size, c.head_dim)
+        return KeyValueCache(c.n_layer, shape, device=self.device, dtype=self.dtype)
+
+    def new_fast_cache(self, batch: int = 1) -> KeyValueCache:
+        """A cache for one frame; set its `length` to 0 to use it for the next."""
+        c = self.config
+        shape = (batch, c.fast_n_local_heads, c.num_codebooks, c.fast_head_dim)
+        return KeyValueCache(c.n_fast_layer, shape, device=self.device, dtype=self.dtype)
+
+    def _rotary_table(self, length: int, head_dim: int) -> Tensor:
+        key = (head_dim, self.device)
+        if key not in self._rotary or len(self._rotary[key]) < length:
+            size = 1 << (length - 1).bit_length()
+            self._rotary[key] = rotary_table(size, head_dim, self.config.rope_base, self.device)
+        return self._rotary[key][:length]
+
+
+def rotary_table(length: int, head_dim: int, base: float, device) -> Tensor:
+    """cos and sin of every position and pair: [length, head_dim/2, 2] in fp32.
+
+    The published weights were trained with a table rounded to bf16, so it is rounded here.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, 1.0 / base**exponents)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).bfloat16().float()
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate adjacent pairs of x [B, heads, T, head_dim] by rotary [T, head_dim/2, 2]."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    cos, sin = rotary.unbind(-1)
+    even, odd = pairs.unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return rotated.flatten(-2).type_as(x)
+
+
+def _attention_mask(
+    start: int, length: int, key_padding_mask: Tensor | None, device
+) -> Tensor | None:
+    """None where plain causal attention from position 0, or of a single query, is meant."""
+    if key_padding_mask is None and (start == 0 or length == 1):
+        return None
+    mask = torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)
+    if key_padding_mask is None:
+        return mask
+    assert start == 0, "a padding mask and a cache exclude each other"
+    return mask & ~key_padding_mask[:, None, None, :]

@@ -1,0 +1,76 @@
+"""Reading weight files and putting them into a module, strictly and without a second copy."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SHOWN = 5
+
+
+def read_checkpoint(file: str | Path) -> dict[str, Any]:
+    """Map a file written by `torch.save` into memory, tensors and plain values only.
+
+    Raises `FileNotFoundError`, or `ValueError` that names the file where it is damaged, cut short,
+    or holds anything else.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(
+            f"{file}: damaged, cut short or no PyTorch weight file ({first_line}); "
+            "download or write it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def read_state_dict(file: str | Path, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The state dict in a file, out of its `{"state_dict": ...}` wrapper and without a prefix.
+
+    Where any key begins with one of `prefixes`, only those keys count.
+    """
+    state = read_checkpoint(file)
+    if isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    for prefix in prefixes:
+        if any(key.startswith(prefix) for key in state):
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    strangers = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if strangers or not state:
+        raise ValueError(f"{file}: not a state dict ({strangers[:_SHOWN] or 'it is empty'})")
+    return state
+
+
+def assign_strictly(module: nn.Module, state: dict[str, Tensor], file: str | Path) -> None:
+    """Make the tensors of `state` the parameters of `module` (built on the meta device).
+
+    Nothing is copied. Raises `ValueError` that names the file, the key and both shapes where one
+    is missing, unknown or misshapen.
+    """
+    check_state(module, state, file)
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def check_state(module: nn.Module, state: dict[str, Tensor], file: str | Path) -> None:
+    """Raise `ValueError` unless `state` has exactly the keys and shapes of `module`."""
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    problems = [f"'{k}' {shape} is missing" for k, shape in wanted.items() if k not in state]
+    for key, value in state.items():
+        shape = tuple(value.shape)
+        if key not in wanted:
+            problems.append(f"'{key}' {shape} is not known to the model")
+        elif wanted[key] != shape:
+            problems.append(f"'{key}' has shape {shape}, but the config says {wanted[key]}")
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(f"{file}: does not fit its config: {'; '.join(problems[:_SHOWN])}{more}")
