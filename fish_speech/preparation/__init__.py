@@ -1,0 +1,1 @@
+"""Recordings in, a data set of short transcribed clips out."""
