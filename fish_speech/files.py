@@ -16,8 +16,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 AUDIO_SUFFIXES = frozenset(
-    ".wav .flac .mp3 .ogg .oga .opus .m4a .aac .mp4 .m4v .mkv .mov .webm .wma .aif .aiff .au .amr"
-    " .caf .w64 .rf64 .3gp .avi .mpga".split()
+    f".{name}"
+    for name in (
+        *("wav", "flac", "mp3", "ogg", "oga", "opus", "m4a", "aac", "mp4", "m4v", "mkv", "mov"),
+        *("webm", "wma", "aif", "aiff", "au", "amr", "caf", "w64", "rf64", "3gp", "avi", "mpga"),
+    )
 )
 _TEMPORARY = ".tmp-"
 

@@ -1,0 +1,200 @@
+"""The codec of a model directory: audio to codes and back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import remove_parametrizations
+
+from fish_speech.files import read_json
+from fish_speech.models.vqgan.firefly import ConvNeXtEncoder, HiFiGANHead
+from fish_speech.models.vqgan.fsq import DownsampleFiniteScalarQuantizer
+from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
+from fish_speech.models.weights import assign_strictly, read_state_dict
+
+CODEC_PATTERN = "firefly-gan-vq-*.pth"
+CODEC_CONFIG_FILE = "codec_config.json"
+
+
+@dataclass
+class SpectrogramConfig:
+    sample_rate: int = 44100
+    n_mels: int = 160
+    n_fft: int = 2048
+    hop_length: int = 512
+    win_length: int = 2048
+
+
+@dataclass
+class EncoderConfig:
+    input_channels: int = 160
+    depths: tuple[int, ...] = (3, 3, 9, 3)
+    dims: tuple[int, ...] = (128, 256, 384, 512)
+    kernel_size: int = 7
+
+
+@dataclass
+class HeadConfig:
+    num_mels: int = 512
+    upsample_initial_channel: int = 512
+    upsample_rates: tuple[int, ...] = (8, 8, 2, 2, 2)
+    upsample_kernel_sizes: tuple[int, ...] = (16, 16, 4, 4, 4)
+    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    pre_conv_kernel_size: int = 13
+    post_conv_kernel_size: int = 13
+
+
+@dataclass
+class QuantizerConfig:
+    input_dim: int = 512
+    n_groups: int = 8
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    downsample_factor: tuple[int, ...] = (2, 2)
+
+
+@dataclass
+class CodecConfig:
+    """Sizes of a codec, section by section; the defaults are those of the published one."""
+
+    spec_transform: SpectrogramConfig = field(default_factory=SpectrogramConfig)
+    backbone: EncoderConfig = field(default_factory=EncoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> CodecConfig:
+        """`codec_config.json` of a model directory; the published sizes where there is none."""
+        file = Path(directory) / CODEC_CONFIG_FILE
+        if not file.is_file():
+            return cls()
+        sections = read_json(file)
+        kinds = {f.name: f.default_factory for f in fields(cls)}
+        if not isinstance(sections, dict) or set(sections) != set(kinds):
+            raise ValueError(f"{file}: must have the sections {', '.join(kinds)} and no others")
+        return cls(**{name: _section(kinds[name], sections[name]) for name in kinds})
+
+
+def _section(kind: Any, values: dict[str, Any]) -> Any:
+    """Fields that only the reference's training reads (drop_path_rate ...) are left out."""
+    names = {f.name for f in fields(kind)}
+    return kind(**{key: value for key, value in values.items() if key in names})
+
+
+class Codec(nn.Module):
+    """Firefly-GAN with grouped finite scalar quantization, causal throughout."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.spec_transform = LogMelSpectrogram(**asdict(config.spec_transform))
+        self.backbone = ConvNeXtEncoder(**asdict(config.backbone))
+        self.quantizer = DownsampleFiniteScalarQuantizer(**asdict(config.quantizer))
+        self.head = HiFiGANHead(**asdict(config.head))
+        self.sample_rate = config.spec_transform.sample_rate
+        self.num_codebooks = config.quantizer.n_groups
+        self.codebook_size = math.prod(config.quantizer.levels)
+        self._mels_per_frame = math.prod(config.quantizer.downsample_factor)
+        self.frame_length = config.spec_transform.hop_length * self._mels_per_frame
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.sample_rate / self.frame_length
+
+    @property
+    def device(self) -> torch.device:
+        return self.quantizer.residual_fsq.rvqs[0].project_in.weight.device
+
+    @property
+    def left_context(self) -> int:
+        """Frames before a chunk that make its audio the same as in the whole (receptive field)."""
+        head = self.config.head
+        reach = head.post_conv_kernel_size - 1
+        block = max(
+            sum(2 * (kernel - 1) * dilation for dilation in dilations)
+            for kernel, dilations in zip(
+                head.resblock_kernel_sizes, head.resblock_dilation_sizes, strict=True
+            )
+        )
+        stages = zip(head.upsample_rates, head.upsample_kernel_sizes, strict=True)
+        for rate, kernel in reversed(list(stages)):
+            reach = math.ceil((reach + block + kernel - 1) / rate)
+        reach += head.pre_conv_kernel_size - 1
+        for up, block_after in reversed(list(self.quantizer.upsample)):
+            reach = math.ceil((reach + block_after.dwconv.span - 1) / up.conv.stride[0])
+        return reach
+
+    @torch.no_grad()
+    def encode(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """waveforms [B, 1, N] (at `sample_rate`, `lengths [B]` samples of each) to codes.
+
+        Returns codes [B, K, T] (int64) and their lengths [B]: whole frames only.
+        """
+        if lengths is None:
+            lengths = torch.full((len(waveforms),), waveforms.shape[-1])
+        lengths = lengths.to(waveforms.device)
+        mel_lengths = lengths // self.config.spec_transform.hop_length
+        mels = self.spec_transform(waveforms, lengths)
+        mask = length_mask(mel_lengths, mels.shape[-1])
+        features = self.backbone(mels.to(self._dtype) * mask) * mask
+        return self.quantizer.encode(features), mel_lengths // self._mels_per_frame
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, code_lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """codes [B, K, T] (`code_lengths [B]` frames of each) to waveforms.
+
+        Returns waveforms [B, 1, T * frame_length] (float32) and their lengths [B] in samples.
+        """
+        if code_lengths is None:
+            code_lengths = torch.full((len(codes),), codes.shape[-1])
+        code_lengths = code_lengths.to(codes.device)
+        features = self.quantizer.decode(codes.long())
+        mask = length_mask(code_lengths * self._mels_per_frame, features.shape[-1])
+        waveforms = self.head(features * mask).float()
+        lengths = code_lengths * self.frame_length
+        return waveforms * length_mask(lengths, waveforms.shape[-1]), lengths
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.quantizer.residual_fsq.rvqs[0].project_in.weight.dtype
+
+
+def length_mask(lengths: Tensor, size: int) -> Tensor:
+    """lengths [B] -> bool [B, 1, size], True before each length."""
+    return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None]
+
+
+def find_codec(model_dir: str | Path) -> Path:
+    """The one codec file of a model directory. Raises `FileNotFoundError` or `ValueError`."""
+    files = sorted(Path(model_dir).glob(CODEC_PATTERN))
+    if not files:
+        raise FileNotFoundError(f"{model_dir}: no codec ({CODEC_PATTERN}) in the model directory")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{model_dir}: more than one codec ({names}); leave the one that belongs")
+    return files[0]
+
+
+def load_codec(
+    model_dir: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Codec:
+    """Load the codec of a model directory strictly, in eval mode, its weight norm folded.
+
+    Raises `FileNotFoundError` or `ValueError` that names file, key and both shapes.
+    """
+    file = find_codec(model_dir)
+    with torch.device("meta"):
+        codec = Codec(CodecConfig.from_pretrained(model_dir))
+    assign_strictly(codec, read_state_dict(file, prefixes=("generator.",)), file)
+    for module in codec.head.modules():
+        if hasattr(module, "parametrizations"):
+            remove_parametrizations(module, "weight")
+    return codec.to(device=device, dtype=dtype).eval().requires_grad_(False)

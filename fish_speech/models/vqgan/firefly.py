@@ -1,0 +1,182 @@
+"""Firefly: a causal ConvNeXt encoder and a causal HiFi-GAN head.
+
+Shapes: B batch, C channels, T frames, N samples. Parameter names are those of the published codec.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+class CausalConv1d(nn.Module):
+    """Padded on the left only, and on the right just so that the last frame is whole."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(
+            in_channels, out_channels, kernel_size, stride, dilation=dilation, groups=groups
+        )
+        self.stride = stride
+        self.span = (kernel_size - 1) * dilation + 1
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, T] -> [B, C', ceil(T / stride)]
+        frames = math.ceil(x.shape[-1] / self.stride)
+        right = frames * self.stride - x.shape[-1]
+        return self.conv(F.pad(x, (self.span - self.stride, right)))
+
+
+class CausalConvTranspose1d(nn.Module):
+    """Upsampling by `stride`; what would look ahead is trimmed on the right."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose1d(in_channels, out_channels, kernel_size, stride)
+        self.trim = kernel_size - stride
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, T] -> [B, C', T * stride]
+        x = self.conv(x)
+        return x[..., : x.shape[-1] - self.trim]
+
+
+class ChannelsFirstLayerNorm(nn.LayerNorm):
+    """Layer norm over the channels of [B, C, T]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise convolution, then a pointwise MLP, scaled and added to its input."""
+
+    def __init__(self, channels: int, kernel_size: int = 7, layer_scale: float = 1e-6) -> None:
+        super().__init__()
+        self.dwconv = CausalConv1d(channels, channels, kernel_size, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.pwconv1 = nn.Linear(channels, 4 * channels)
+        self.pwconv2 = nn.Linear(4 * channels, channels)
+        self.gamma = nn.Parameter(torch.full((channels,), layer_scale))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, T]
+        h = self.norm(self.dwconv(x).transpose(1, 2))
+        h = self.gamma * self.pwconv2(F.gelu(self.pwconv1(h)))
+        return x + h.transpose(1, 2)
+
+
+class ConvNeXtEncoder(nn.Module):
+    """log-mel [B, input_channels, T] -> features [B, dims[-1], T]."""
+
+    def __init__(
+        self, input_channels: int, depths: Sequence[int], dims: Sequence[int], kernel_size: int
+    ) -> None:
+        super().__init__()
+        stem = nn.Sequential(
+            CausalConv1d(input_channels, dims[0], kernel_size), ChannelsFirstLayerNorm(dims[0])
+        )
+        between = [
+            nn.Sequential(ChannelsFirstLayerNorm(a), nn.Conv1d(a, b, 1))
+            for a, b in itertools.pairwise(dims)
+        ]
+        self.downsample_layers = nn.ModuleList([stem, *between])
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(ConvNeXtBlock(dim, kernel_size) for _ in range(depth)))
+            for dim, depth in zip(dims, depths, strict=True)
+        )
+        self.norm = ChannelsFirstLayerNorm(dims[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for project, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(project(x))
+        return self.norm(x)
+
+
+class ResidualBlock(nn.Module):
+    """Pairs of dilated convolutions, each pair added to its input."""
+
+    def __init__(self, channels: int, kernel_size: int, dilations: Sequence[int]) -> None:
+        super().__init__()
+        self.convs1, self.convs2 = (
+            nn.ModuleList(
+                CausalConv1d(channels, channels, kernel_size, dilation=d) for d in dilations
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, N]
+        for first, second in zip(self.convs1, self.convs2, strict=True):
+            x = x + second(F.silu(first(F.silu(x))))
+        return x
+
+
+class ParallelBlock(nn.Module):
+    """The mean of residual blocks of several kernel sizes."""
+
+    def __init__(
+        self, channels: int, kernel_sizes: Sequence[int], dilations: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResidualBlock(channels, k, d) for k, d in zip(kernel_sizes, dilations, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, N]
+        total = self.blocks[0](x)
+        for block in self.blocks[1:]:
+            total = total + block(x)
+        return total / len(self.blocks)
+
+
+class HiFiGANHead(nn.Module):
+    """features [B, num_mels, T] -> waveform [B, 1, T * hop_length]."""
+
+    def __init__(
+        self,
+        num_mels: int,
+        upsample_initial_channel: int,
+        upsample_rates: Sequence[int],
+        upsample_kernel_sizes: Sequence[int],
+        resblock_kernel_sizes: Sequence[int],
+        resblock_dilation_sizes: Sequence[Sequence[int]],
+        pre_conv_kernel_size: int,
+        post_conv_kernel_size: int,
+    ) -> None:
+        super().__init__()
+        channels = [upsample_initial_channel // 2**i for i in range(len(upsample_rates) + 1)]
+        self.conv_pre = CausalConv1d(num_mels, channels[0], pre_conv_kernel_size)
+        self.ups = nn.ModuleList(
+            CausalConvTranspose1d(channels[i], channels[i + 1], kernel, rate)
+            for i, (rate, kernel) in enumerate(
+                zip(upsample_rates, upsample_kernel_sizes, strict=True)
+            )
+        )
+        self.resblocks = nn.ModuleList(
+            ParallelBlock(c, resblock_kernel_sizes, resblock_dilation_sizes) for c in channels[1:]
+        )
+        self.conv_post = CausalConv1d(channels[-1], 1, post_conv_kernel_size)
+        for module in self.modules():
+            if isinstance(module, CausalConv1d | CausalConvTranspose1d):
+                weight_norm(module.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_pre(x)
+        for up, resblock in zip(self.ups, self.resblocks, strict=True):
+            x = resblock(up(F.silu(x)))
+        return torch.tanh(self.conv_post(F.silu(x)))
