@@ -1,0 +1,55 @@
+"""One row of the benchmark, and fresh processes to take its figures in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CACHE = REPOSITORY / ".cache" / "bench"  # what is made once, for all runs
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure beside the limit that the same run measured on the same machine.
+
+    `figure` and `limit` are in `unit`: seconds (less is better) or a rate such as frames/s (more is
+    better). `peak_memory_gb` is the resident memory of the process that did the work, in 1e9 bytes.
+    """
+
+    name: str
+    figure: float
+    unit: str
+    limit: float
+    peak_memory_gb: float
+    workload: str
+
+    @property
+    def fraction(self) -> float:
+        """How much of the limit is reached; above 1 where the work avoids what the limit counts."""
+        seconds = self.unit.split("/")[0] == "s"
+        return self.limit / self.figure if seconds else self.figure / self.limit
+
+
+def fresh(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """Call a module-level function in a fresh interpreter: its result, and peak memory in GB.
+
+    On Linux the peak of a process begins at that of the process that started it, so whoever calls
+    this must stay small: heavy imports belong into `function`.
+    """
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_with_peak, function, args).result()
+
+
+def _with_peak(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, float]:
+    import resource
+
+    result = function(*args)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return result, max(resource.getrusage(who).ru_maxrss for who in processes) * unit / 1e9
