@@ -1,0 +1,105 @@
+"""A prompt's continuation, frame by frame. Knows tensors only: no text, no audio."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fish_speech.inference.sampling import Sampling, sample
+from fish_speech.models.text2semantic import DualARTransformer
+from fish_speech.models.text2semantic.lora import weight_rows
+
+
+@torch.inference_mode()
+def generate(
+    model: DualARTransformer,
+    prompt: Tensor,
+    *,
+    im_end_id: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+) -> Generator[Tensor, None, bool]:
+    """Continue prompt [K+1, T] (int64). Yields the codes [K] of one frame at a time.
+
+    The return value is True where the model ended its speech with `<|im_end|>`, False where
+    `max_new_tokens` or the context cut it. Raises `ValueError` where the prompt leaves no room.
+    `generator` must live on the model's device.
+    """
+    context = model.config.max_seq_len
+    room = context - prompt.shape[1]
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {prompt.shape[1]} tokens, but the model's context is {context}; "
+            "use a shorter text or reference"
+        )
+    frames = min(max_new_tokens, room)
+    decoder = _FrameDecoder(model, im_end_id, sampling, generator)
+    cache = model.new_cache(prompt.shape[1] + frames)
+    column = prompt.to(model.device)[None]  # [1, K+1, T]
+    for _ in range(frames):
+        hidden = model.hidden_states(column, cache=cache)[0, -1]
+        codes = decoder.decode(hidden)
+        if codes is None:
+            return True
+        yield codes
+        column = torch.cat([codes[:1] + model.semantic_begin_id, codes])[None, :, None]
+    return False
+
+
+class _FrameDecoder:
+    """Samples the frame that follows a hidden state of the slow transformer.
+
+    Row 0 may only be `<|im_end|>` or a semantic token, so only those rows of the output layer are
+    ever computed.
+    """
+
+    def __init__(
+        self,
+        model: DualARTransformer,
+        im_end_id: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ) -> None:
+        config = model.config
+        self.model, self.sampling, self.generator = model, sampling, generator
+        begin = model.semantic_begin_id
+        rows = torch.arange(begin - 1, begin + config.codebook_size, device=model.device)
+        rows[0] = im_end_id
+        output = model.embeddings if config.tie_word_embeddings else model.output
+        self.output_rows = weight_rows(output, rows)  # [1 + C, D]
+        self.cache = model.new_fast_cache()
+        # Of the last frames: row 0's sampled row, then the codes. None before the first frame,
+        # which the reference never remembers; its penalty, and so its speech, depends on that.
+        self.history: list[Tensor] | None = None
+
+    def decode(self, hidden: Tensor) -> Tensor | None:
+        """hidden [D] -> codes [K] (int64), or None at the end of speech."""
+        model = self.model
+        window = torch.stack(self.history, dim=1) if self.history else None  # [K+1, n]
+        logits = F.linear(model.norm(hidden), self.output_rows)
+        row = self._sample(logits, window, 0)
+        if row == 0:
+            return None
+        codes = [row - 1]
+        # The hidden state and the first code are known together: one pass takes both.
+        x = torch.stack([model.fast_project_in(hidden), model.fast_embeddings(codes[0])])[None]
+        self.cache.length = 0
+        for k in range(1, model.config.num_codebooks):
+            logits = model.fast_logits(x, self.cache)[0, -1]
+            codes.append(self._sample(logits, window, k + 1))
+            x = model.fast_embeddings(codes[-1])[None, None]
+        frame = torch.stack(codes)
+        if self.history is None:
+            self.history = []
+        else:
+            column = torch.cat([row[None], frame])
+            self.history = [*self.history, column][-self.sampling.window :]
+        return frame
+
+    def _sample(self, logits: Tensor, window: Tensor | None, row: int) -> Tensor:
+        previous = window[row] if window is not None else None
+        return sample(logits, previous, self.sampling, self.generator)

@@ -1,0 +1,59 @@
+"""From logits to a code: repetition penalty, then top-p, then temperature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How codes are drawn. The defaults are those published with the model.
+
+    `temperature` 0 takes the most likely code. `window` is the number of frames that the
+    repetition penalty looks back, in each row by itself.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.7
+    repetition_penalty: float = 1.2
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative (is {self.temperature})")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p must be above 0 and at most 1 (is {self.top_p})")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition penalty must be above 0 (is {self.repetition_penalty})")
+
+
+def probabilities(logits: Tensor, previous: Tensor | None, sampling: Sampling) -> Tensor:
+    """logits [V] and previous ids [n] (int64, repeats allowed) -> probabilities [V] in fp32."""
+    logits = logits.float()
+    if previous is not None and len(previous) and sampling.repetition_penalty != 1:
+        scores = logits[previous]
+        penalty = sampling.repetition_penalty
+        scores = torch.where(scores < 0, scores * penalty, scores / penalty)
+        logits = logits.scatter(0, previous, scores)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        outside = ordered.softmax(0).cumsum(0) > sampling.top_p
+        outside[0] = False  # the most likely always stays
+        logits = logits.masked_fill(outside.scatter(0, order, outside), -torch.inf)
+    return (logits / max(sampling.temperature, 1e-5)).softmax(0)
+
+
+def sample(
+    logits: Tensor, previous: Tensor | None, sampling: Sampling, generator: torch.Generator | None
+) -> Tensor:
+    """Draw one id from logits [V]; returns a scalar (int64)."""
+    probs = probabilities(logits, previous, sampling)
+    if sampling.temperature == 0:
+        return probs.argmax()
+    # Dividing by exponential noise and taking the largest draws from `probs` (the Gumbel trick),
+    # and unlike `multinomial` never waits for the device.
+    noise = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / noise).argmax()
