@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,20 +101,48 @@ def save_audio(
 
     Raises `ValueError` for a suffix that is not among `SAVE_FORMATS`.
     """
+    samples = np.asarray(waveform, dtype=np.float32).reshape(-1)
+    peak = float(np.abs(samples).max(initial=0.0))
+    with audio_writer(path, sample_rate, bits=bits) as write:
+        write(samples / max(peak, 1.0))
+
+
+@contextmanager
+def audio_writer(
+    path: str | Path, sample_rate: int, *, bits: int = 16
+) -> Iterator[Callable[[torch.Tensor | np.ndarray], None]]:
+    """Yield a function that appends a waveform [1, n] or [n] to the file, clipped at 0 dBFS.
+
+    For audio that is saved while it is made. The file is there, whole, when the block succeeds.
+    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS`.
+    """
     import soundfile
 
+    path = Path(path)
+    file_format = save_format(path)
+    subtype = f"PCM_{bits}" if file_format in ("WAV", "FLAC") else None
+    with (
+        atomic_path(path) as temporary,
+        soundfile.SoundFile(temporary, "w", sample_rate, 1, subtype, format=file_format) as file,
+    ):
+
+        def write(waveform: torch.Tensor | np.ndarray) -> None:
+            samples = np.asarray(waveform, dtype=np.float32).reshape(-1)
+            # In slices: libsndfile's Ogg encoder keeps its whole input of one call on the stack.
+            for start in range(0, len(samples), 1 << 16):
+                file.write(samples[start : start + (1 << 16)].clip(-1, 1))
+
+        yield write
+
+
+def save_format(path: str | Path) -> str:
+    """The format that a file name's suffix asks for. Raises `ValueError` where it is unknown."""
     path = Path(path)
     file_format = SAVE_FORMATS.get(path.suffix.lower())
     if file_format is None:
         known = " ".join(SAVE_FORMATS)
         raise ValueError(f"{path}: unknown audio format '{path.suffix}'; use one of {known}")
-    samples = np.asarray(waveform, dtype=np.float32).reshape(-1)
-    peak = float(np.abs(samples).max(initial=0.0))
-    if peak > 1.0:
-        samples = samples / peak
-    subtype = f"PCM_{bits}" if file_format in ("WAV", "FLAC") else None
-    with atomic_path(path) as temporary:
-        soundfile.write(temporary, samples, sample_rate, format=file_format, subtype=subtype)
+    return file_format
 
 
 def resample(samples: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:

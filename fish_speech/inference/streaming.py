@@ -1,0 +1,67 @@
+"""Waveforms piece by piece: decode frames while they come, cut silence at both ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fish_speech.models.vqgan import Codec
+
+# Frames of the first block and of the longest: the first is heard soon, the later ones waste
+# little on decoding their left context again.
+FIRST_BLOCK, LONGEST_BLOCK = 6, 48
+_GROWTH = 1.5  # no faster: while a block plays, the next has to be made
+
+_SILENCE = 10 ** (-50 / 20)  # amplitude, -50 dBFS
+_MARGIN = 0.05  # seconds that stay before the first and after the last sound
+
+
+def decode_stream(codec: Codec, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """Decode frames [K] in blocks: yields waveforms [1, n] on the CPU with their number of frames.
+
+    The codec is causal: with its left context decoded again, every block equals the same stretch of
+    the whole. Blocks do not depend on time, so that the same frames always give the same blocks.
+    """
+    context: list[Tensor] = []
+    block: list[Tensor] = []
+    size = float(FIRST_BLOCK)
+    for frame in frames:
+        block.append(frame)
+        if len(block) >= int(size):
+            yield decode_frames(codec, block, context), len(block)
+            context = (context + block)[-codec.left_context :] if codec.left_context else []
+            block, size = [], min(size * _GROWTH, LONGEST_BLOCK)
+    if block:
+        yield decode_frames(codec, block, context), len(block)
+
+
+def decode_frames(codec: Codec, frames: list[Tensor], context: list[Tensor] = ()) -> Tensor:
+    """Decode frames [K] that follow those of `context`: waveform [1, n], float32 on the CPU."""
+    codes = torch.stack([*context, *frames], dim=1)[None]  # [1, K, T]
+    lengths = torch.tensor([codes.shape[2]], device=codes.device)
+    waveforms, _ = codec.decode(codes, lengths)
+    return waveforms[0, :, len(context) * codec.frame_length :].float().cpu()
+
+
+class SilenceTrimmer:
+    """Takes the silence off both ends of a stream, given one waveform [1, n] after the other.
+
+    Silence is held back until sound follows it; what is held at the end of the stream is dropped.
+    """
+
+    def __init__(self, sample_rate: int) -> None:
+        self._margin = round(_MARGIN * sample_rate)
+        self._held, self._started = torch.zeros(1, 0), False
+
+    def __call__(self, waveform: Tensor) -> Tensor:
+        held = torch.cat([self._held, waveform], dim=1)
+        loud = (held[0].abs() > _SILENCE).nonzero()
+        if not len(loud):
+            self._held = held if self._started else held[:, -self._margin :]
+            return held[:, :0]
+        start = 0 if self._started else max(0, loud[0].item() - self._margin)
+        end = loud[-1].item() + 1 + self._margin
+        self._held, self._started = held[:, end:], True
+        return held[:, start:end]

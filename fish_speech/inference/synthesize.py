@@ -1,0 +1,379 @@
+"""Text to speech: text -> chunks -> prompts -> codes -> waveform, whole or while it is made."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fish_speech.audio import load_audio
+from fish_speech.conversation import Utterance, build_prompt
+from fish_speech.files import file_digest
+from fish_speech.hub import check_model_dir
+from fish_speech.inference.generate import generate
+from fish_speech.inference.sampling import Sampling
+from fish_speech.inference.streaming import decode_stream
+from fish_speech.models.text2semantic import DualARTransformer, load_model
+from fish_speech.models.vqgan import Codec, load_codec
+from fish_speech.text import clean_text, is_speakable, longest_speech, shortest_speech, split_text
+from fish_speech.tokenizer import FishTokenizer
+
+logger = logging.getLogger(__name__)
+
+# Seconds of silence between two chunks, by the mark that the first ends with.
+_PAUSE_AFTER = dict.fromkeys(".!?…。！？｡।؟።", 0.2) | dict.fromkeys(",;:—–，、；：،؛", 0.1)
+_CLOSING_MARKS = "\"'”’»›)]}」』】》）"
+_CACHED_REFERENCES = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to speak; the defaults are the published ones.
+
+    `seed` decides every sample: the same seed, text and model give the same speech. A chunk whose
+    speech does not end in the time that its text can take is tried again, `retries` times, with
+    another seed derived from `seed`. `max_new_tokens` (frames a chunk) replaces that bound.
+    `context_tokens` is the room in the prompt for chunks already spoken, besides the first.
+    """
+
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    max_new_tokens: int | None = None
+    retries: int = 2
+    context_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1 (is {self.max_new_tokens})")
+        if self.retries < 0:
+            raise ValueError(f"retries must not be negative (is {self.retries})")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of speech as it comes: `waveform [1, n]`, of chunk `index` of `count`.
+
+    `frames` counts the codec frames in it, `ends_chunk` marks a chunk's last piece, and `problem`
+    then says what went wrong with the chunk, where something did.
+    """
+
+    waveform: Tensor
+    index: int
+    count: int
+    frames: int
+    ends_chunk: bool = False
+    problem: str | None = None
+
+
+class TextToSpeech:
+    """A voice, built once and used as often as wanted, from several threads if need be.
+
+    >>> tts = TextToSpeech.from_pretrained("checkpoints/tiny")          # doctest: +SKIP
+    >>> waveform = tts.synthesize("Hello.", seed=1)                     # doctest: +SKIP
+    >>> save_audio("hello.wav", waveform, tts.sample_rate)              # doctest: +SKIP
+    """
+
+    def __init__(self, model: DualARTransformer, codec: Codec, tokenizer: FishTokenizer) -> None:
+        if codec.num_codebooks != model.config.num_codebooks:
+            raise ValueError(
+                f"the codec has {codec.num_codebooks} codebooks, the model"
+                f" {model.config.num_codebooks}; use the codec that the model was trained with"
+            )
+        self._model, self._codec, self._tokenizer = model, codec, tokenizer
+        self._references: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()  # of the references; the networks keep no state
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> TextToSpeech:
+        """Load a model directory. `device` "auto" is CUDA where there is one, else the CPU.
+
+        `dtype` None is bfloat16 on CUDA that has it, else float32; the codec is float32 always.
+        Raises `FileNotFoundError` or `ValueError` that says what is wrong with the directory.
+        """
+        check_model_dir(directory)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
+        if dtype is None:
+            fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = torch.bfloat16 if fast else torch.float32
+        return cls(
+            load_model(directory, device, dtype),
+            load_codec(directory, device),
+            FishTokenizer.from_pretrained(directory),
+        )
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz of every waveform."""
+        return self._codec.sample_rate
+
+    def encode_reference(self, audio: str | Path, text: str) -> Utterance:
+        """A recording and its words, as a voice for `reference`; encoded once for the same content.
+
+        Raises `FileNotFoundError`, or `ValueError` where the file is no audio, is too long for the
+        model, or the text has no words.
+        """
+        if not is_speakable(text):
+            raise ValueError(f"{audio}: the reference needs its text, the words that are spoken")
+        if not Path(audio).is_file():
+            raise FileNotFoundError(f"{audio}: no such audio file")
+        digest = file_digest(audio)
+        with self._lock:
+            if digest not in self._references:
+                self._references[digest] = self._encode(audio)
+            self._references.move_to_end(digest)
+            while len(self._references) > _CACHED_REFERENCES:
+                self._references.popitem(last=False)
+            return Utterance(clean_text(text), self._references[digest])
+
+    @torch.inference_mode()
+    def _encode(self, audio: str | Path) -> Tensor:
+        """Codes [K, T] of a recording, on the CPU."""
+        longest = self._model.config.max_seq_len / self._codec.frame_rate  # seconds
+        waveform, rate = load_audio(audio, self._codec.sample_rate, max_seconds=longest + 1)
+        if waveform.shape[1] > longest * rate:
+            raise ValueError(
+                f"{audio}: longer than the {longest:.0f} s that the model can remember at all;"
+                " cut a reference of 5 to 30 s"
+            )
+        device = self._model.device
+        lengths = torch.tensor([waveform.shape[1]], device=device)
+        codes, code_lengths = self._codec.encode(waveform[None].to(device), lengths)
+        if not code_lengths.item():
+            raise ValueError(f"{audio}: too short for a reference; give some seconds of speech")
+        return codes[0, :, : code_lengths.item()].cpu()
+
+    def synthesize(
+        self,
+        text: str,
+        *,
+        reference: Utterance | Sequence[Utterance] = (),
+        speaker: str | None = None,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        repetition_penalty: float = Sampling.repetition_penalty,
+        seed: int = Settings.seed,
+        max_new_tokens: int | None = None,
+        retries: int = Settings.retries,
+    ) -> Tensor:
+        """Speak a text of any length: waveform [1, N], float32 on the CPU, at `sample_rate`.
+
+        `reference` is what `encode_reference` returns (one or several), `speaker` the name of a
+        voice of a model that has several. Problems that leave a speech all the same (see
+        `Settings`) are logged as warnings. Raises `ValueError` for a text without words, a
+        reference that leaves no room, or a model that says nothing at all.
+        """
+        sampling = Sampling(temperature, top_p, repetition_penalty)
+        settings = Settings(sampling, seed, max_new_tokens, retries)
+        waveforms = _warned(self.pieces(text, reference, speaker, settings))
+        return torch.cat(list(waveforms), dim=1)
+
+    def stream(
+        self,
+        text: str,
+        *,
+        reference: Utterance | Sequence[Utterance] = (),
+        speaker: str | None = None,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        repetition_penalty: float = Sampling.repetition_penalty,
+        seed: int = Settings.seed,
+        max_new_tokens: int | None = None,
+        retries: int = 0,
+    ) -> Iterator[Tensor]:
+        """Like `synthesize`, but yields waveforms [1, n] while they are made.
+
+        What has been heard can't be taken back: with `retries` above 0 a chunk is held until it is
+        known to be good. Where nothing needs a second try, the pieces are those of `synthesize`.
+        """
+        sampling = Sampling(temperature, top_p, repetition_penalty)
+        settings = Settings(sampling, seed, max_new_tokens, retries)
+        return _warned(self.pieces(text, reference, speaker, settings))
+
+    def pieces(
+        self,
+        text: str,
+        reference: Utterance | Sequence[Utterance] = (),
+        speaker: str | None = None,
+        settings: Settings | None = None,
+    ) -> Iterator[Piece]:
+        """What `synthesize` and `stream` are made of: the speech with its progress and problems."""
+        settings = settings or Settings()
+        references = [reference] if isinstance(reference, Utterance) else list(reference)
+        chunks = split_text(text)
+        if not chunks:
+            raise ValueError(f"there is nothing to speak in {text[:40]!r}: no letter and no number")
+        spoken: list[Utterance] = []  # what stays in the context
+        said = 0
+        for index, chunk in enumerate(chunks):
+            limit = settings.max_new_tokens or ceil(longest_speech(chunk) * self._codec.frame_rate)
+            prompt = self._prompt(chunk, references, spoken, speaker, limit, settings)
+            job = _Chunk(chunk, index, len(chunks), prompt, limit)
+            codes, problem = yield from self._speak(job, settings)
+            said += codes.shape[1]
+            if problem is None:  # a chunk that went wrong would spoil the next
+                spoken.append(Utterance(chunk, codes))
+        if not said:
+            raise ValueError("the model said nothing; try another seed, or train it further")
+
+    def _speak(
+        self, chunk: _Chunk, settings: Settings
+    ) -> Generator[Piece, None, tuple[Tensor, str | None]]:
+        """Yield the pieces of one chunk; return its codes [K, T] and its problem, if any.
+
+        Only the last try is heard while it is made: the others may have to be thrown away.
+        """
+        for tries in range(1, settings.retries + 2):
+            take = _Take(
+                generate(
+                    self._model,
+                    chunk.prompt,
+                    im_end_id=self._tokenizer.im_end_id,
+                    max_new_tokens=chunk.limit,
+                    sampling=settings.sampling,
+                    generator=_generator(self._model.device, settings.seed, chunk.index, tries),
+                )
+            )
+            last_try = tries > settings.retries
+            if not last_try:
+                take.finish()
+            if last_try or self._problem(chunk, take, tries) is None:
+                break
+        for waveform, frames in decode_stream(self._codec, take):
+            yield Piece(waveform, chunk.index, chunk.count, frames)
+        problem = self._problem(chunk, take, tries)
+        seconds = 0.0 if chunk.index + 1 == chunk.count else _pause_after(chunk.text)
+        pause = torch.zeros(1, round(seconds * self.sample_rate))
+        yield Piece(pause, chunk.index, chunk.count, 0, ends_chunk=True, problem=problem)
+        return take.codes(self._codec.num_codebooks), problem
+
+    def _problem(self, chunk: _Chunk, take: _Take, tries: int) -> str | None:
+        """What is wrong with a finished take, as a message to the user."""
+        seconds = len(take.frames) / self._codec.frame_rate
+        if not take.frames:
+            what = "the model said nothing"
+        elif not take.ended:
+            what = f"the speech did not end in {seconds:.1f} s and was cut there"
+        elif seconds < shortest_speech(chunk.text):
+            what = f"the speech broke off after {seconds:.1f} s"
+        else:
+            return None
+        after = f", after {tries} tries" if tries > 1 else ""
+        shown = chunk.text if len(chunk.text) <= 40 else f"{chunk.text[:37]}..."
+        return f"chunk {chunk.index + 1} of {chunk.count} ({shown!r}): {what}{after}"
+
+    def _prompt(
+        self,
+        chunk: str,
+        references: list[Utterance],
+        spoken: list[Utterance],
+        speaker: str | None,
+        limit: int,
+        settings: Settings,
+    ) -> Tensor:
+        """The chunk's prompt [K+1, T]; `spoken` loses what does not fit, the first chunk last."""
+
+        def build(earlier: list[Utterance]) -> Tensor:
+            return build_prompt(
+                self._tokenizer,
+                chunk,
+                num_codebooks=self._codec.num_codebooks,
+                references=[*references, *earlier],
+                speaker=speaker,
+            )
+
+        room = self._model.config.max_seq_len - limit
+        bare = build([]).shape[1]
+        if bare > room:
+            raise ValueError(self._no_room(chunk, references, bare + limit))
+        while True:
+            prompt = build(spoken)
+            wanted = min(room, bare + settings.context_tokens) if len(spoken) > 1 else room
+            if prompt.shape[1] <= wanted:
+                return prompt
+            del spoken[1 if len(spoken) > 1 else 0]
+
+    def _no_room(self, chunk: str, references: list[Utterance], needed: int) -> str:
+        limit = self._model.config.max_seq_len
+        frames = sum(reference.codes.shape[1] for reference in references)
+        if not references:
+            return f"{chunk[:40]!r}... needs {needed} tokens, the model has {limit}"
+        most = max(0, frames - (needed - limit)) / self._codec.frame_rate
+        return (
+            f"the reference is too long: {frames / self._codec.frame_rate:.1f} s, while the model's"
+            f" context of {limit} tokens leaves room for {most:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One chunk to speak: its place, its `prompt [K+1, T]` and the most frames it may take."""
+
+    text: str
+    index: int
+    count: int
+    prompt: Tensor
+    limit: int
+
+
+class _Take:
+    """One try at a chunk: frames [K] as they are made, all of them again when iterated again."""
+
+    def __init__(self, source: Generator[Tensor, None, bool]) -> None:
+        self._source = source
+        self._finished = False
+        self.frames: list[Tensor] = []
+        self.ended = False  # by the model, not by the limit
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.frames
+        while not self._finished:
+            try:
+                self.frames.append(next(self._source))
+            except StopIteration as stop:
+                self._finished, self.ended = True, stop.value
+            else:
+                yield self.frames[-1]
+
+    def finish(self) -> None:
+        """Make all frames."""
+        for _ in self:
+            pass
+
+    def codes(self, num_codebooks: int) -> Tensor:
+        """All frames as [K, T] on the CPU."""
+        if not self.frames:
+            return torch.zeros(num_codebooks, 0, dtype=torch.long)
+        return torch.stack(self.frames, dim=1).cpu()
+
+
+def _warned(pieces: Iterable[Piece]) -> Iterator[Tensor]:
+    for piece in pieces:
+        if piece.problem:
+            logger.warning(piece.problem)
+        yield piece.waveform
+
+
+def _generator(device: torch.device, seed: int, chunk: int, tries: int) -> torch.Generator:
+    """The randomness of one try: independent of the others and of how the output is cut."""
+    digest = hashlib.sha256(f"{seed} {chunk} {tries}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _pause_after(text: str) -> float:
+    return _PAUSE_AFTER.get(text.rstrip(_CLOSING_MARKS)[-1:], 0.0)
