@@ -282,8 +282,9 @@ def _offline(entry: ModelVersion, directory: Path, reason: str) -> str:
     missing = _missing_files(entry, directory)
     return (
         f"model {entry.name} is not complete in {_shown(directory)} and the hub cannot be reached"
-        f" ({reason}).\nWhere there is a network, download {', '.join(missing)} from"
-        f" {constants.ENDPOINT}/{entry.repo_id} and put them into {_shown(directory)}:\n"
+        f" ({reason}).\nWith a network, the same command downloads the rest and keeps what is there."
+        f" Or download {', '.join(missing)} elsewhere, from {constants.ENDPOINT}/{entry.repo_id},"
+        f" and put that into {_shown(directory)}:\n"
         f"  hf download {entry.repo_id} {' '.join(missing)} --local-dir {_shown(directory)}\n"
         "--model-version tiny needs no download."
     )
