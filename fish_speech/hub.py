@@ -282,8 +282,8 @@ def _offline(entry: ModelVersion, directory: Path, reason: str) -> str:
     missing = _missing_files(entry, directory)
     return (
         f"model {entry.name} is not complete in {_shown(directory)} and the hub cannot be reached"
-        f" ({reason}).\nWith a network, the same command downloads the rest and keeps what is there."
-        f" Or download {', '.join(missing)} elsewhere, from {constants.ENDPOINT}/{entry.repo_id},"
+        f" ({reason}).\nWith a network, the same command goes on with the download and keeps what is"
+        f" there. Or download {', '.join(missing)} elsewhere, from {constants.ENDPOINT}/{entry.repo_id},"
         f" and put that into {_shown(directory)}:\n"
         f"  hf download {entry.repo_id} {' '.join(missing)} --local-dir {_shown(directory)}\n"
         "--model-version tiny needs no download."
