@@ -279,12 +279,12 @@ def _refusal(entry: ModelVersion, error: HfHubHTTPError) -> str:
 def _offline(entry: ModelVersion, directory: Path, reason: str) -> str:
     from huggingface_hub import constants
 
-    missing = _missing_files(entry, directory)
+    missing, where = _missing_files(entry, directory), _shown(directory)
+    page = f"{constants.ENDPOINT}/{entry.repo_id}"
     return (
-        f"model {entry.name} is not complete in {_shown(directory)} and the hub cannot be reached"
-        f" ({reason}).\nWith a network, the same command goes on with the download and keeps what is"
-        f" there. Or download {', '.join(missing)} elsewhere, from {constants.ENDPOINT}/{entry.repo_id},"
-        f" and put that into {_shown(directory)}:\n"
-        f"  hf download {entry.repo_id} {' '.join(missing)} --local-dir {_shown(directory)}\n"
+        f"model {entry.name} is not complete in {where} and the hub cannot be reached ({reason}).\n"
+        "With a network, the same command goes on with the download and keeps what is there. Or"
+        f" download {', '.join(missing)} elsewhere, from {page}, and put that into {where}:\n"
+        f"  hf download {entry.repo_id} {' '.join(missing)} --local-dir {where}\n"
         "--model-version tiny needs no download."
     )
