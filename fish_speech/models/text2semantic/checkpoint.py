@@ -10,7 +10,7 @@ from torch import Tensor
 from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic.config import ModelConfig
 from fish_speech.models.text2semantic.llama import DualARTransformer
-from fish_speech.models.weights import assign_strictly, read_state_dict
+from fish_speech.models.weights import assign_strictly, empty_modules, read_state_dict
 from fish_speech.tokenizer import FishTokenizer
 
 MODEL_FILE = "model.pth"
@@ -43,7 +43,7 @@ def load_model(
             "run finetune_tts.py --project NAME --merge-weights"
         )
     _join_qkv(state)
-    with torch.device("meta"):
+    with empty_modules():
         model = DualARTransformer(config)
     assign_strictly(model, state, file)
     model.semantic_begin_id = tokenizer.semantic_begin_id

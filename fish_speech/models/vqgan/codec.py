@@ -15,7 +15,7 @@ from fish_speech.files import read_json
 from fish_speech.models.vqgan.firefly import ConvNeXtEncoder, HiFiGANHead
 from fish_speech.models.vqgan.fsq import DownsampleFiniteScalarQuantizer
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
-from fish_speech.models.weights import assign_strictly, read_state_dict
+from fish_speech.models.weights import assign_strictly, empty_modules, read_state_dict
 
 CODEC_PATTERN = "firefly-gan-vq-*.pth"
 CODEC_CONFIG_FILE = "codec_config.json"
@@ -191,7 +191,7 @@ def load_codec(
     Raises `FileNotFoundError` or `ValueError` that names file, key and both shapes.
     """
     file = find_codec(model_dir)
-    with torch.device("meta"):
+    with empty_modules():
         codec = Codec(CodecConfig.from_pretrained(model_dir))
     assign_strictly(codec, read_state_dict(file, prefixes=("generator.",)), file)
     for module in codec.head.modules():

@@ -1,0 +1,1 @@
+"""From a folder of clips with transcripts and codes to the batches of training."""

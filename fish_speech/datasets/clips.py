@@ -1,0 +1,72 @@
+"""A data set folder: clips `<SPEAKER>/<name>.wav` with `.lab` transcripts and `.npy` codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fish_speech.files import list_audio
+
+REJECTED_FOLDER = "rejected"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One utterance on disk. `name` is its path in the data set, without suffix."""
+
+    name: str
+    speaker: str
+    audio: Path
+
+    @property
+    def transcript(self) -> Path:
+        return self.audio.with_suffix(".lab")
+
+    @property
+    def codes(self) -> Path:
+        return self.audio.with_suffix(".npy")
+
+    def read_text(self) -> str:
+        """The transcript. Raises `ValueError` that names the file where it is missing or empty."""
+        if not self.transcript.is_file():
+            raise ValueError(f"{self.transcript}: the transcript is missing")
+        try:
+            text = self.transcript.read_text(encoding="utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.transcript}: not UTF-8 text ({error.reason})") from error
+        if not text:
+            raise ValueError(f"{self.transcript}: the transcript is empty")
+        return text
+
+
+def find_clips(data_dir: str | Path) -> list[Clip]:
+    """All clips of a data set, prepared or made by hand, sorted by name.
+
+    The speaker is the first folder under the data set; a clip beside the summary belongs to a
+    speaker named like the data set. Raises `FileNotFoundError` or `ValueError` where the folder,
+    clips or transcripts are missing, or two files claim one name.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"{data_dir}: no such data set; make one with prepare_dataset.py")
+    clips: dict[str, Clip] = {}
+    for audio in list_audio(data_dir):
+        relative = audio.relative_to(data_dir)
+        if relative.parts[0] == REJECTED_FOLDER:
+            continue
+        speaker = relative.parts[0] if len(relative.parts) > 1 else data_dir.resolve().name
+        clip = Clip(relative.with_suffix("").as_posix(), speaker, audio)
+        if clip.name in clips:
+            raise ValueError(
+                f"{audio} and {clips[clip.name].audio} share one name, and so one transcript; "
+                "rename or remove one"
+            )
+        clips[clip.name] = clip
+    if not clips:
+        raise ValueError(f"{data_dir}: no audio files; make a data set with prepare_dataset.py")
+    if not any(clip.transcript.is_file() for clip in clips.values()):
+        raise ValueError(
+            f"{data_dir}: no clip has a .lab transcript; prepare the recordings first "
+            "(prepare_dataset.py, or finetune_tts.py --prepare-data)"
+        )
+    return list(clips.values())

@@ -1,0 +1,248 @@
+"""Training data in memory: items, their order, and batches.
+
+The order of items is a pure function of a seed and a position, so that a resumed run needs no
+loader state: it starts at the position of its step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fish_speech.conversation import IGNORED, Utterance, build_item
+from fish_speech.datasets.shards import Sample
+from fish_speech.tokenizer import FishTokenizer
+
+_POOL = 16  # batches whose items are sorted by length together
+
+
+class Draw(NamedTuple):
+    """One item of the endless stream, and what the whole optimizer step that it belongs to holds.
+
+    `step_items` and `step_frames` let every batch weigh its labels so that a step is the mean over
+    all of them, however they are split over micro-batches and processes.
+    """
+
+    epoch: int
+    index: int
+    step_items: int
+    step_frames: int
+
+
+class SemanticDataset(Dataset):
+    """Items of `conversation.build_item`, some with another utterance of the speaker in front.
+
+    What is drawn for an item depends on (seed, epoch, index) alone. Samples whose item would exceed
+    `max_length` columns are left out (`too_long` counts them).
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        tokenizer: FishTokenizer,
+        *,
+        max_length: int,
+        name_speakers: bool = False,
+        name_share: float = 1.0,
+        reference_share: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
+        self.name_speakers, self.name_share = name_speakers, name_share
+        self.reference_share = reference_share
+        self.samples = [s for s in samples if self._columns(s) <= max_length]
+        self.too_long = len(samples) - len(self.samples)
+        self.by_speaker: dict[str, list[int]] = {}
+        for index, sample in enumerate(self.samples):
+            self.by_speaker.setdefault(sample.speaker, []).append(index)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def frames(self, index: int) -> int:
+        """Frames of a sample: the length that batches are sorted by."""
+        return self.samples[index].codes.shape[1]
+
+    def __getitem__(self, draw: Draw) -> dict[str, Tensor | Draw]:
+        """`tokens` and `labels` [K+1, T] (int64) of a draw."""
+        rng = random.Random(f"{self.seed} {draw.epoch} {draw.index}")
+        sample = self.samples[draw.index]
+        named = self.name_speakers and rng.random() < self.name_share
+        tokens, labels = build_item(
+            self.tokenizer,
+            _utterance(sample),
+            references=self._references(sample, draw.index, rng),
+            speaker=sample.speaker if named else None,
+        )
+        return {"tokens": tokens, "labels": labels, "draw": draw}
+
+    def _references(self, sample: Sample, index: int, rng: random.Random) -> list[Utterance]:
+        others = self.by_speaker[sample.speaker]
+        if rng.random() >= self.reference_share or len(others) < 2:
+            return []
+        other = rng.choice(others)
+        if other == index:
+            other = others[(others.index(other) + 1) % len(others)]
+        reference = self.samples[other]
+        if self._columns(sample) + self._columns(reference) > self.max_length:
+            return []
+        return [_utterance(reference)]
+
+    def _columns(self, sample: Sample) -> int:
+        text = len(self.tokenizer.encode(sample.text)) + len(sample.speaker.encode()) + 3
+        return sample.codes.shape[1] + text + self._overhead()
+
+    @lru_cache(maxsize=1)  # noqa: B019 (one data set lives as long as its run)
+    def _overhead(self) -> int:
+        nothing = Utterance("", torch.zeros(1, 0, dtype=torch.long))
+        return build_item(self.tokenizer, nothing)[0].shape[1] + 1
+
+
+def _utterance(sample: Sample) -> Utterance:
+    return Utterance(sample.text, torch.from_numpy(sample.codes.astype("int64")))
+
+
+class StepBatches:
+    """Endless micro-batches for one process: lists of `Draw`, from a position on.
+
+    Every epoch is a permutation, sorted by length within pools so that the items of a batch are
+    alike. The stream of epochs is cut into optimizer steps of
+    `batch_size * accumulate * world_size` items; a process takes its share of each.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int,
+        accumulate: int = 1,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.accumulate, self.start_step = accumulate, start_step
+        self.rank, self.world_size = rank, world_size
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        step_size = self.batch_size * self.accumulate * self.world_size
+        step = self.start_step
+        while True:
+            drawn = [self._draw(step * step_size + i) for i in range(step_size)]
+            frames = sum(self.lengths[index] for _, index in drawn)
+            draws = [Draw(epoch, index, step_size, frames) for epoch, index in drawn]
+            for micro in range(self.accumulate):
+                begin = (micro * self.world_size + self.rank) * self.batch_size
+                yield draws[begin : begin + self.batch_size]
+            step += 1
+
+    def _draw(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, len(self.lengths))
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._order(epoch))
+        return epoch, self._epoch[1][offset]
+
+    def _order(self, epoch: int) -> list[int]:
+        rng = random.Random(f"{self.seed} {epoch}")
+        order = list(range(len(self.lengths)))
+        rng.shuffle(order)
+        step_size = self.batch_size * self.accumulate * self.world_size
+        chunks = []
+        for begin in range(0, len(order), _POOL * step_size):
+            pool = sorted(order[begin : begin + _POOL * step_size], key=self.lengths.__getitem__)
+            chunks += [pool[i : i + step_size] for i in range(0, len(pool), step_size)]
+        rng.shuffle(chunks)
+        return [index for chunk in chunks for index in chunk]
+
+
+def collate(items: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
+    """Pad items on the right.
+
+    Returns `tokens` and `labels` [B, K+1, T], `key_padding_mask [B, T]` (True at padding), and the
+    labels that the whole step has: `step_tokens` (row 0) and `step_frames`.
+    """
+    length = max(item["tokens"].shape[1] for item in items)
+    rows = items[0]["tokens"].shape[0]
+    tokens = torch.zeros(len(items), rows, length, dtype=torch.long)
+    tokens[:, 0] = pad_id
+    labels = torch.full((len(items), rows, length), IGNORED)
+    padding = torch.ones(len(items), length, dtype=torch.bool)
+    for i, item in enumerate(items):
+        columns = item["tokens"].shape[1]
+        tokens[i, :, :columns] = item["tokens"]
+        labels[i, :, :columns] = item["labels"]
+        padding[i, :columns] = False
+    draw: Draw = items[0]["draw"]
+    # An item's row 0 learns <|voice|>, its frames and <|im_end|>.
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "key_padding_mask": padding,
+        "step_tokens": torch.tensor(draw.step_frames + 2 * draw.step_items),
+        "step_frames": torch.tensor(draw.step_frames),
+        "indices": torch.tensor([item["draw"].index for item in items]),
+    }
+
+
+class SemanticDataModule(L.LightningDataModule):
+    """Loaders of a run: the endless training stream from `start_step`, and the held-out samples."""
+
+    def __init__(
+        self,
+        train: SemanticDataset,
+        validation: SemanticDataset | None,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train, self.validation = train, validation
+        # More items in a batch than there are would only repeat them.
+        self.batch_size = min(batch_size, len(train))
+        self.accumulate, self.seed, self.num_workers = accumulate, seed, num_workers
+        self.start_step = 0
+
+    def train_dataloader(self) -> DataLoader:
+        rank = self.trainer.global_rank if self.trainer else 0
+        world_size = self.trainer.world_size if self.trainer else 1
+        batches = StepBatches(
+            [self.train.frames(i) for i in range(len(self.train))],
+            self.batch_size,
+            seed=self.seed,
+            accumulate=self.accumulate,
+            start_step=self.start_step,
+            rank=rank,
+            world_size=world_size,
+        )
+        return self._loader(self.train, batches)
+
+    def val_dataloader(self) -> DataLoader | list:
+        if self.validation is None or not len(self.validation):
+            return []
+        order = sorted(range(len(self.validation)), key=self.validation.frames)
+        batches = [
+            [Draw(0, index, 0, 0) for index in order[i : i + self.batch_size]]
+            for i in range(0, len(order), self.batch_size)
+        ]
+        return self._loader(self.validation, batches)
+
+    def _loader(self, dataset: SemanticDataset, batches) -> DataLoader:
+        pad_id = dataset.tokenizer.end_of_text_id  # as the reference pads
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=lambda items: collate(items, pad_id),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )

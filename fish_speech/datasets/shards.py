@@ -1,0 +1,191 @@
+"""Packing clips into protobuf shards, with a validation split and a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from fish_speech.datasets.clips import Clip, find_clips
+from fish_speech.datasets.protos.stream import read_shard, write_shard
+from fish_speech.datasets.protos.text_data_pb2 import Semantics, Sentence, TextData
+from fish_speech.files import file_digest, read_json, safe_name, write_json
+
+SHARD_FOLDER = "protos"
+_MANIFEST = "manifest.json"
+_SENTENCES_A_MESSAGE = 100  # keeps packing and reading at a few hundred kilobytes of memory
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An utterance of a shard: its text, speaker and `codes [K, T]` (uint16)."""
+
+    text: str
+    speaker: str
+    codes: np.ndarray
+
+
+@dataclass
+class Manifest:
+    """What was packed: shards with their digests, the clips of each split, and what was left out.
+
+    `skipped` maps a clip to the reason. `source` is the digest of everything that went in.
+    """
+
+    source: str
+    speakers: list[str]
+    train: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    shards: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    frames: int = 0
+
+    def paths(self, data_dir: str | Path, split: str) -> list[Path]:
+        """The shards of `train` or `validation`."""
+        folder = Path(data_dir) / SHARD_FOLDER
+        return [folder / name for name in self.shards if name.startswith(f"{split}-")]
+
+
+def build_shards(
+    data_dir: str | Path,
+    *,
+    num_codebooks: int,
+    codebook_size: int,
+    validation_share: float = 0.05,
+    seed: int = 0,
+    progress: Callable[[Iterable[Clip]], Iterable[Clip]] = iter,
+) -> tuple[Manifest, bool]:
+    """Pack a data set whose codes are extracted; returns the manifest and whether it was rebuilt.
+
+    Clips without codes or transcript are left out and named in the manifest. Raises `ValueError`
+    where none is left.
+    """
+    clips = find_clips(data_dir)
+    settings = (num_codebooks, codebook_size, validation_share, seed)
+    source = _source_digest(clips, settings)
+    folder = Path(data_dir) / SHARD_FOLDER
+    current = _current_manifest(folder, source)
+    if current is not None:
+        return current, False
+
+    manifest = Manifest(source, sorted({clip.speaker for clip in clips}))
+    usable = []
+    for clip in progress(clips):
+        try:
+            clip.read_text()
+            manifest.frames += read_codes(clip.codes, num_codebooks, codebook_size).shape[1]
+            usable.append(clip)
+        except (ValueError, FileNotFoundError) as error:
+            manifest.skipped[clip.name] = str(error)
+    if not usable:
+        reason = next(iter(manifest.skipped.values()))
+        raise ValueError(f"{data_dir}: no clip can be used; the first: {reason}")
+    held_out = _choose_validation(usable, validation_share, seed)
+    for split in ("train", "validation"):
+        chosen = [clip for clip in usable if (clip.name in held_out) == (split == "validation")]
+        setattr(manifest, split, [clip.name for clip in chosen])
+        for number, speaker in enumerate(sorted({clip.speaker for clip in chosen})):
+            name = f"{split}-{number:03d}-{safe_name(speaker, max_length=40)}.protos"
+            spoken = [clip for clip in chosen if clip.speaker == speaker]
+            write_shard(folder / name, _messages(spoken, data_dir, speaker))
+            manifest.shards[name] = file_digest(folder / name)
+    write_json(folder / _MANIFEST, asdict(manifest))
+    for stale in set(folder.glob("*.protos")) - {folder / name for name in manifest.shards}:
+        stale.unlink()
+    return manifest, True
+
+
+def read_codes(file: Path, num_codebooks: int, codebook_size: int) -> np.ndarray:
+    """Codes [K, T] (uint16) of an `.npy`. Raises `ValueError` that names it if they don't fit."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no codes; run finetune_tts.py --extract-tokens")
+    try:
+        codes = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{file}: damaged codes ({error}); delete the file") from error
+    if codes.ndim != 2 or codes.shape[0] != num_codebooks or codes.dtype.kind not in "iu":
+        raise ValueError(
+            f"{file}: codes are {codes.dtype} {codes.shape}, expected integers of "
+            f"[{num_codebooks}, T]; they belong to another codec"
+        )
+    if codes.shape[1] == 0:
+        raise ValueError(f"{file}: the clip is shorter than one frame")
+    if codes.min() < 0 or codes.max() >= codebook_size:
+        raise ValueError(
+            f"{file}: a code is outside 0..{codebook_size - 1}; it belongs to another codec"
+        )
+    return codes.astype(np.uint16)
+
+
+def read_samples(paths: Iterable[str | Path]) -> Iterator[Sample]:
+    """The utterances of shards, ours or the reference's, in order."""
+    for path in paths:
+        for message in read_shard(path):
+            for sentence in message.sentences:
+                rows = [np.array(part.values, dtype=np.uint16) for part in sentence.semantics]
+                if not rows or len({len(row) for row in rows}) != 1 or not sentence.texts:
+                    raise ValueError(f"{path}: an utterance has no text or uneven codebooks")
+                yield Sample(" ".join(sentence.texts), message.name, np.stack(rows))
+
+
+def text_data(samples: Iterable[Sample], source: str) -> Iterator[TextData]:
+    """Messages of one speaker's samples, a hundred utterances in each."""
+    samples = iter(samples)
+    while part := list(islice(samples, _SENTENCES_A_MESSAGE)):
+        sentences = [
+            Sentence(
+                texts=[sample.text],
+                semantics=[Semantics(values=row.tolist()) for row in sample.codes],
+            )
+            for sample in part
+        ]
+        yield TextData(source=source, name=part[0].speaker, sentences=sentences)
+
+
+def _messages(clips: list[Clip], data_dir: str | Path, speaker: str) -> Iterator[TextData]:
+    # The codes were checked when the clips were chosen.
+    samples = (
+        Sample(clip.read_text(), speaker, np.load(clip.codes, allow_pickle=False)) for clip in clips
+    )
+    return text_data(samples, Path(data_dir).name)
+
+
+def _choose_validation(clips: list[Clip], share: float, seed: int) -> set[str]:
+    """Names of the held-out clips: a share, at least one where there are two, drawn at random."""
+    if len(clips) < 2 or share <= 0:
+        return set()
+    count = min(max(1, round(share * len(clips))), len(clips) - 1)
+    names = [clip.name for clip in clips]
+    return set(random.Random(seed).sample(names, count))
+
+
+def _source_digest(clips: list[Clip], settings: tuple) -> str:
+    digest = hashlib.sha256(repr(settings).encode())
+    for clip in clips:
+        for file in (clip.transcript, clip.codes):
+            state = file.stat() if file.is_file() else None
+            stamp = (state.st_size, state.st_mtime_ns) if state else None
+            digest.update(repr((clip.name, file.suffix, stamp)).encode())
+    return digest.hexdigest()
+
+
+def _current_manifest(folder: Path, source: str) -> Manifest | None:
+    """The manifest on disk, if it describes these clips and its shards are whole."""
+    file = folder / _MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        manifest = Manifest(**read_json(file))
+    except (ValueError, TypeError):
+        return None
+    if manifest.source != source:
+        return None
+    for name, digest in manifest.shards.items():
+        if not (folder / name).is_file() or file_digest(folder / name) != digest:
+            return None
+    return manifest
