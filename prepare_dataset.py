@@ -14,17 +14,85 @@ def build_parser() -> argparse.ArgumentParser:
         "2 bad usage or bad input, 130 interrupted",
     )
     add = parser.add_argument
-    add("--input", required=True, help="a recording or a folder of them")
-    add("--output", required=True, type=Path, help="the data set, usually training_data/NAME")
+    add("--input", help="a recording, a folder of them, or a web address with --youtube")
+    add("--output", type=Path, help="the data set, usually training_data/NAME")
+    add("--check", type=Path, metavar="DIR", help="look at a data set, write nothing")
+    add("--report", action="store_true", help="also write report.html beside the summary")
     add("--speaker", help="who speaks (default: the subfolder, else the name of the output)")
+    add("--strict", action="store_true", help="stop at the first recording that fails")
+    add("--num-workers", type=int, default=0, help="processes (default: as many as pay)")
+    add("--debug", action="store_true", help="show where an error came from")
+
+    add = parser.add_argument_group("YouTube").add_argument
+    add("--youtube", action="store_true", help="--input is a video or a playlist on the web")
+    add("--max-duration", type=float, metavar="MINUTES", help="use no more of each recording")
+    add("--cookies", metavar="FILE", help="a cookie file, for videos that ask for a login")
+    add("--cookies-from-browser", metavar="NAME", help="take the cookies of this browser")
+
+    add = parser.add_argument_group("sound").add_argument
     add("--normalize", action="store_true", help="bring every clip to -23 LUFS, peaks under -1 dB")
     add("--split-long", action="store_true", help="cut long recordings at pauses, trim short ones")
-    add("--segment-duration", type=float, default=10.0, help="seconds a clip is to last (10)")
+    add("--segment-duration", type=float, metavar="SECONDS", default=10.0,
+        help="how long a clip should be (10)")  # fmt: skip
+    add("--min-duration", type=float, metavar="SECONDS", default=1.0,
+        help="the shortest clip of use (1)")  # fmt: skip
+
+    add = parser.add_argument_group("transcripts").add_argument
     add("--auto-transcribe", action="store_true", help="recognise what has no transcript")
-    add("--num-workers", type=int, default=0, help="processes (default: as many as pay)")
-    add("--strict", action="store_true", help="stop at the first recording that fails")
-    add("--debug", action="store_true", help="show where an error came from")
+    add("--whisper-model", default="base", help="its name, or the path of a checkpoint (base)")
+    add("--whisper-backend", choices=("auto", "openai", "faster"), default="auto")
+    add("--language", help="what is spoken, such as en (default: whisper finds out)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps, for whisper")
+
+    group = parser.add_argument_group("quality", "what a clip must keep to, not to be flagged")
+    add = group.add_argument
+    add("--drop-flagged", action="store_true", help="move flagged clips to rejected/")
+    add("--longest", type=float, default=30.0, help="seconds (30)")
+    add("--min-snr", type=float, default=15.0, help="dB (15)")
+    add("--min-speech", type=float, default=0.3, help="share of the clip (0.3)")
+    add("--max-clipping", type=float, default=0.001, help="share of the samples (0.001)")
+    add("--max-edge", type=float, default=-20.0, help="dB at a cut, against the speech (-20)")
+    add("--min-rate", type=float, default=3.0, help="letters a second of speech (3)")
+    add("--max-rate", type=float, default=30.0, help="letters a second of speech (30)")
+    add("--max-disagreement", type=float, default=0.3, help="with the recogniser, share (0.3)")
     return parser
+
+
+def make_options(arguments: argparse.Namespace):
+    """The options that a command line means. Raises `ValueError` for impossible combinations."""
+    from fish_speech.preparation.pipeline import Options, Thresholds
+
+    given = dict(vars(arguments))
+    if (given["check"] is None) == (given["input"] is None):
+        raise ValueError("give either --input with --output, or --check")
+    if given["check"] is None and given["output"] is None:
+        raise ValueError("--input needs --output, the folder of the data set")
+    given["input"] = str(given["input"] or given["check"])
+    given["output"] = given["output"] or Path(given["input"])
+    names = set(Options.__dataclass_fields__)
+    limits = {name: given[name] for name in Thresholds.__dataclass_fields__ if name in given}
+    return Options(
+        **{name: value for name, value in given.items() if name in names},
+        thresholds=Thresholds(**limits),
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from fish_speech.preparation.check import check, describe, spoils
+    from fish_speech.preparation.pipeline import prepare
+
+    options = make_options(arguments)
+    if arguments.check is not None:
+        summary = check(options, say=say)
+        print(describe(summary))
+        return 1 if spoils(summary) or not summary.clips else 0
+    summary = prepare(options, say=say)
+    print(describe(summary))
+    last = f"{options.output}: {len(summary.clips)} clips, {summary.minutes} minutes"
+    if summary.failed:
+        last += f"; {summary.failed} inputs failed, named above with the reason"
+    print(last)
+    return 1 if summary.failed or not summary.clips else 0
 
 
 def say(message: str) -> None:
@@ -32,28 +100,22 @@ def say(message: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = vars(build_parser().parse_args(argv))
-    debug = arguments.pop("debug")
-    from fish_speech.preparation.pipeline import Options, prepare
-
+    arguments = build_parser().parse_args(argv)
     try:
-        summary = prepare(Options(**arguments), say=say)
+        return run(arguments)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from here")
         return 130
-    except (ValueError, OSError) as error:
-        if debug:
+    except (FileNotFoundError, ValueError) as error:
+        if arguments.debug:
             raise
         say(f"error: {error}")
         return 2
-    for entry in summary.skipped:
-        say(f"skipped {entry['source']}: {entry['reason']}")
-    flagged = sum(bool(clip["flags"]) for clip in summary.clips)
-    print(
-        f"{arguments['output']}: {len(summary.clips)} clips, {summary.minutes} minutes, "
-        f"{len(summary.speakers)} speakers, {flagged} flagged, {summary.failed} inputs failed"
-    )
-    return 1 if summary.failed or not summary.clips else 0
+    except OSError as error:
+        if arguments.debug:
+            raise
+        say(f"error: {error}; what is finished stays, the same command goes on from there")
+        return 1
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,12 @@ from fish_speech.preparation.segment import FRAME_SECONDS, Segment, Speech
 
 EDGE_SECONDS = 0.03
 FULL_SCALE = 0.999
+SLICES, BANDS = 16, 8  # of a clip's shape
+# Flags of what a voice learns as wrong; the others only waste a little of the data.
+SPOILING = frozenset(
+    ["too_long", "little_speech", "clipping", "clipped_start", "clipped_end", "cut_in_speech", "slow_text", "fast_text", "disagreement"]
+)
+SAME_SHAPE = 0.97  # correlation of shapes; different sentences of one voice stay far below
 
 
 @dataclass(frozen=True)
@@ -34,22 +42,55 @@ def measure(samples: np.ndarray, sample_rate: int, segment: Segment, speech: Spe
 
     `snr` (dB) and `speech_share` come from the frames of `speech`; `edge_start` and `edge_end` are
     the levels of the first and last 30 ms against the speech in it (dB): near 0, a cut-off word.
+    `shape` is for `near_duplicates`.
     """
     low = int(segment.start / FRAME_SECONDS)
     high = max(low + 1, int(np.ceil(segment.end / FRAME_SECONDS)))
     power, spoken = speech.power[low:high], speech.probability[low:high] >= 0.5
     loud = float(power[spoken].mean()) if spoken.any() else float(power.mean())
-    quiet = power[~spoken] if (~spoken).sum() >= 3 else np.sort(power)[: max(1, len(power) // 20)]
+    quiet = float(np.quantile(power, 0.05))  # pauses and closures fill as much of any speech
     edge = round(EDGE_SECONDS * sample_rate)
     return {
         "duration": round(len(samples) / sample_rate, 3),
         "speech_share": round(float(spoken.mean()), 3),
         "peak": _decibel(float(np.square(np.abs(samples).max(initial=0.0)))),
         "clipping": round(clipping(samples), 5),
-        "snr": round(min(100.0, max(0.0, _decibel(loud) - _decibel(float(np.median(quiet))))), 1),
+        "snr": round(min(100.0, max(0.0, _decibel(loud) - _decibel(quiet))), 1),
         "edge_start": round(_decibel(_mean_square(samples[:edge])) - _decibel(loud), 1),
         "edge_end": round(_decibel(_mean_square(samples[-edge:])) - _decibel(loud), 1),
+        "shape": shape(samples, sample_rate),
     }
+
+
+def shape(samples: np.ndarray, sample_rate: int) -> str:
+    """How energy is spread over time and pitch, at any level: 16 x 8 bytes, as hexadecimal."""
+    edges = np.geomspace(100, min(8000, sample_rate / 2), BANDS + 1)
+    rows = []
+    for part in np.array_split(samples, SLICES):
+        spectrum = np.square(np.abs(np.fft.rfft(part))) if len(part) else np.zeros(1)
+        at = np.searchsorted(np.fft.rfftfreq(max(1, len(part)), 1 / sample_rate), edges)
+        rows.append([spectrum[a:b].sum() for a, b in pairwise(at)])
+    levels = np.log10(np.array(rows) + 1e-9)
+    levels = np.clip((levels - levels.mean()) / (levels.std() + 1e-9), -4, 4)
+    return np.round(levels * 31).astype(np.int8).tobytes().hex()
+
+
+def near_duplicates(clips: Sequence[dict[str, Any]]) -> dict[int, int]:
+    """Clips that sound like an earlier one of the same speaker: {index: index of the earlier}."""
+    if not clips:
+        return {}
+    shapes = [np.frombuffer(bytes.fromhex(clip["shape"]), np.int8) for clip in clips]
+    vectors = np.array(shapes, np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-9
+    durations = np.array([clip["duration"] for clip in clips])
+    found: dict[int, int] = {}
+    for index, clip in enumerate(clips):
+        close = np.abs(durations[:index] - durations[index]) < 0.03 * durations[index]
+        for earlier in np.flatnonzero(close & (vectors[:index] @ vectors[index] > SAME_SHAPE)):
+            if clips[earlier]["speaker"] == clip["speaker"] and int(earlier) not in found:
+                found[index] = int(earlier)
+                break
+    return found
 
 
 def clipping(samples: np.ndarray) -> float:
@@ -60,6 +101,26 @@ def clipping(samples: np.ndarray) -> float:
     at = (np.abs(samples) >= FULL_SCALE * ceiling).astype(np.int8)
     triples = at[:-2] & at[1:-1] & at[2:]
     return float(triples.sum() / len(samples)) if len(samples) > 2 else 0.0
+
+
+def judged(clip: dict[str, Any], thresholds: Thresholds) -> dict[str, Any]:
+    """The entry of a clip with what depends on its text, and its `flags`."""
+    rate = characters_per_second(clip["text"], clip["duration"] * clip["speech_share"])
+    clip = {**clip, "characters_per_second": rate}
+    return {**clip, "flags": flags(clip, thresholds)}
+
+
+def mark_twins(clips: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of all clips, near-duplicates flagged, without their `shape`."""
+    twins = near_duplicates(clips)
+    marked = []
+    for index, clip in enumerate(clips):
+        clip = {key: value for key, value in clip.items() if key != "shape"}
+        if index in twins:
+            clip["duplicate_of"] = clips[twins[index]]["file"]
+            clip["flags"] = [*clip["flags"], "near_duplicate"]
+        marked.append(clip)
+    return marked
 
 
 def flags(clip: dict[str, Any], thresholds: Thresholds) -> list[str]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ VAD_RATE = 16_000  # Hz; what silero-vad was trained on
 FRAME = 512  # samples at VAD_RATE that it judges at a time
 FRAME_SECONDS = FRAME / VAD_RATE
 MARGIN_SECONDS = 0.2  # silence kept on either side of speech
+REACH_SECONDS = 0.3  # how far sound that belongs to an island may lie outside what the VAD found
 FADE_SECONDS = 0.005
 STRETCH = 1.5  # a segment may exceed the wanted duration by this factor to reach a pause
 
@@ -39,35 +42,45 @@ class Speech:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A stretch to keep, in seconds of its recording; `cut_in_speech` where no pause was near."""
+class Piece:
+    """A stretch of speech that is not cut, in seconds, and what is said in it.
+
+    `text` is a slice of the script with its white space, `heard` what a recogniser made of it;
+    `forced` says that it begins or ends inside speech, for want of a pause.
+    """
 
     start: float
     end: float
     text: str = ""
-    cut_in_speech: bool = False
-    estimated: bool = False
+    heard: str = ""
+    forced: bool = False
 
-    @property
-    def duration(self) -> float:
-        return self.end - self.start
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch to keep as one clip, in seconds of its recording, silence at its ends included."""
+
+    start: float
+    end: float
+    text: str = ""
+    heard: str = ""
+    cut_in_speech: bool = False
 
 
 def find_speech(path: str | Path, *, max_seconds: float | None = None) -> Speech:
     """Listen to a recording with silero-vad. Raises as `fish_speech.audio.decode_blocks`."""
     probabilities, powers, count = [], [], 0
-    with _single_thread():
-        judge = _FrameJudge()
+    with _silero_on_one_thread() as model:
+        model.reset_states()
         for frames, fresh in _frames(decode_blocks(path, VAD_RATE, max_seconds=max_seconds)):
-            probabilities.append(judge(frames))
+            probabilities.append(_judge(model, frames))
             powers.append(np.square(frames).mean(axis=1))
             count += fresh
     if not count:
         raise ValueError("holds no audio")
-    probability = np.concatenate(probabilities)
-    return Speech(
-        count / VAD_RATE, probability, np.concatenate(powers), find_islands(probability, count)
-    )
+    probability, power = np.concatenate(probabilities), np.concatenate(powers)
+    islands = _reach_out(find_islands(probability, count), power, count / VAD_RATE)
+    return Speech(count / VAD_RATE, probability, power, islands)
 
 
 def find_islands(probability: np.ndarray, count: int) -> list[tuple[float, float]]:
@@ -85,40 +98,52 @@ def find_islands(probability: np.ndarray, count: int) -> list[tuple[float, float
     return [(part["start"] / VAD_RATE, part["end"] / VAD_RATE) for part in stretches]
 
 
-def plan_segments(speech: Speech, *, target: float, shortest: float) -> list[Segment]:
-    """Cut a recording into segments of about `target` seconds, at its longest fitting pauses.
+def speech_pieces(speech: Speech, *, longest: float) -> list[Piece]:
+    """The islands as pieces, those over `longest` seconds split where they are quietest."""
+    pieces = []
+    smooth = np.convolve(speech.power, np.ones(3) / 3, mode="same")
+    for start, end in speech.islands:
+        forced = False
+        while end - start > longest:
+            low = round((start + longest / 3) / FRAME_SECONDS)
+            high = round((start + longest) / FRAME_SECONDS)
+            middle = (low + int(np.argmin(smooth[low:high])) + 0.5) * FRAME_SECONDS
+            pieces.append(Piece(start, middle, forced=True))
+            start, forced = middle, True
+        pieces.append(Piece(start, end, forced=forced))
+    return pieces
 
-    No segment exceeds `target` by more than half. Dynamic programming over the islands of speech
-    weighs the lengths against the pauses; segments under `shortest` seconds are a last resort.
+
+def plan_segments(
+    pieces: Sequence[Piece], duration: float, *, target: float, shortest: float
+) -> list[Segment]:
+    """Group neighbouring pieces into segments of about `target` seconds.
+
+    Only a piece that is longer itself makes a segment exceed `target` by more than half. Dynamic
+    programming weighs the lengths against the pauses, so that cuts fall into the longest fitting
+    ones; segments under `shortest` seconds are a last resort. `duration` is the recording's.
     """
-    islands, forced = _break_long_islands(speech, STRETCH * target, shortest)
-    if not islands:
-        return []
-    best, previous = [0.0], []
-    for last in range(len(islands)):
-        options = []
+    best, first_of = [0.0], []
+    for last in range(len(pieces)):
+        options, inner = [], 0.0
         for first in range(last, -1, -1):
-            length = islands[last][1] - islands[first][0]
-            if first < last and length > STRETCH * target:
-                break
-            pause = islands[first][0] - islands[first - 1][1] if first else np.inf
-            inner = sum(
-                max(0.0, islands[k + 1][0] - islands[k][1] - 1.0) for k in range(first, last)
-            )
-            options.append(
-                (best[first] + _length_cost(length, target, shortest) + _cut_cost(pause) + inner,
-                 first)
-            )  # fmt: skip
+            length = pieces[last].end - pieces[first].start
+            if first < last:
+                if length > STRETCH * target:
+                    break
+                inner += max(0.0, pieces[first + 1].start - pieces[first].end - 1.0)
+            pause = pieces[first].start - pieces[first - 1].end if first else np.inf
+            cost = best[first] + inner + _length_cost(length, target, shortest) + _cut_cost(pause)
+            options.append((cost, first))
         cost, first = min(options)
         best.append(cost)
-        previous.append(first)
-    groups, last = [], len(islands) - 1
+        first_of.append(first)
+    groups, last = [], len(pieces) - 1
     while last >= 0:
-        groups.append((previous[last], last))
-        last = previous[last] - 1
-    return [
-        _segment(speech, islands, first, last, forced) for first, last in reversed(groups)
-    ]
+        groups.append((first_of[last], last))
+        last = first_of[last] - 1
+    bounds = [0.0, *(_middle(a, b) for a, b in pairwise(pieces)), duration]
+    return [_segment(pieces, first, last, bounds) for first, last in reversed(groups)]
 
 
 def cut(
@@ -128,9 +153,9 @@ def cut(
     *,
     max_seconds: float | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield the samples of each segment (in order of time), decoded once from start to end.
+    """Yield the samples [N] of each segment (in order of time), decoded once from start to end.
 
-    Segments may not overlap. What a damaged end lacks is missing from the last segments.
+    Segments may not overlap. The last one is shorter where the recording ends before it.
     """
     wanted = [(round(s.start * sample_rate), round(s.end * sample_rate)) for s in segments]
     kept: list[np.ndarray] = []
@@ -171,38 +196,49 @@ def _cut_cost(pause: float) -> float:
     return 0.5 * max(0.0, 1 - pause / 0.5)
 
 
-def _break_long_islands(
-    speech: Speech, longest: float, shortest: float
-) -> tuple[list[tuple[float, float]], set[float]]:
-    """Split islands over `longest` seconds where they are quietest; also the times of these cuts."""
-    pieces, forced = [], set()
-    smooth = np.convolve(speech.power, np.ones(3) / 3, mode="same")
-    for start, end in speech.islands:
-        while end - start > longest:
-            low = round((start + max(shortest, longest / 3)) / FRAME_SECONDS)
-            high = max(low + 1, round((start + longest) / FRAME_SECONDS))
-            middle = (low + int(np.argmin(smooth[low:high])) + 0.5) * FRAME_SECONDS
-            pieces.append((start, middle))
-            forced.add(middle)
-            start = middle
-        pieces.append((start, end))
-    return pieces, forced
+def _middle(before: Piece, after: Piece) -> float:
+    return (before.end + after.start) / 2
 
 
-def _segment(
-    speech: Speech, islands: list[tuple[float, float]], first: int, last: int, forced: set[float]
-) -> Segment:
-    """The islands `first`..`last` with a margin on each side, at most to the middle of the pause."""
-    start, end = islands[first][0], islands[last][1]
-    before = islands[first - 1][1] if first else 0.0
-    after = islands[last + 1][0] if last + 1 < len(islands) else speech.duration
-    margin_before = min(MARGIN_SECONDS, (start - before) / (2 if first else 1))
-    margin_after = min(MARGIN_SECONDS, (after - end) / (2 if last + 1 < len(islands) else 1))
+def _segment(pieces: Sequence[Piece], first: int, last: int, bounds: list[float]) -> Segment:
+    """The pieces `first`..`last` with a margin on each side, at most to the middle of the pause."""
+    group = pieces[first : last + 1]
     return Segment(
-        start - margin_before,
-        end + margin_after,
-        cut_in_speech=start in forced or end in forced,
+        max(bounds[first], group[0].start - MARGIN_SECONDS),
+        min(bounds[last + 1], group[-1].end + MARGIN_SECONDS),
+        "".join(piece.text for piece in group).strip(),
+        " ".join(piece.heard for piece in group if piece.heard),
+        (group[0].forced and first > 0 and pieces[first - 1].end == group[0].start)
+        or (last + 1 < len(pieces) and pieces[last + 1].start == group[-1].end),
     )
+
+
+def _reach_out(
+    islands: list[tuple[float, float]], power: np.ndarray, duration: float
+) -> list[tuple[float, float]]:
+    """Extend islands over the sound around them: the VAD is late for soft and sudden onsets.
+
+    A frame belongs to an island where it is within 30 dB of its level and well above the noise.
+    """
+    noise = float(np.quantile(power, 0.05))
+    extended = []
+    reach = round(REACH_SECONDS / FRAME_SECONDS)
+    for index, (start, end) in enumerate(islands):
+        first, stop = int(start / FRAME_SECONDS), int(np.ceil(end / FRAME_SECONDS))
+        floor = max(1e-3 * float(power[first:stop].mean()), 4 * noise)
+        before = extended[-1][1] if extended else 0.0
+        after = islands[index + 1][0] if index + 1 < len(islands) else duration
+        for _ in range(reach):
+            if first == 0 or power[first - 1] < floor or (first - 1) * FRAME_SECONDS < before:
+                break
+            first -= 1
+        for _ in range(reach):
+            if stop >= len(power) or power[stop] < floor or (stop + 1) * FRAME_SECONDS > after:
+                break
+            stop += 1
+        start, end = min(start, first * FRAME_SECONDS), max(end, stop * FRAME_SECONDS)
+        extended.append((max(start, before), min(end, after)))
+    return extended
 
 
 def _frames(blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
@@ -221,44 +257,36 @@ def _frames(blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
         yield np.pad(rest, (0, FRAME - len(rest)))[None], len(rest)
 
 
-class _FrameJudge:
-    """silero-vad with its memory: probabilities [F] of the next frames [F, 512] of one recording."""
+def _judge(model, frames: np.ndarray) -> np.ndarray:
+    """The probabilities of speech [F] in the next frames [F, 512]; the model remembers the last."""
+    import torch
 
-    def __init__(self) -> None:
-        self.model = _silero()
-        self.model.reset_states()
+    with torch.inference_mode():
+        judged = [model(frame[None], VAD_RATE) for frame in torch.from_numpy(frames)]
+        return torch.cat(judged)[:, 0].numpy()
 
-    def __call__(self, frames: np.ndarray) -> np.ndarray:
-        import torch
 
-        with torch.inference_mode():
-            judged = [self.model(frame[None], VAD_RATE) for frame in torch.from_numpy(frames)]
-            return torch.cat(judged)[:, 0].numpy().astype(np.float32)
+@contextmanager
+def _silero_on_one_thread() -> Iterator:
+    """silero-vad's model, with torch on one thread: its steps are too small to share.
+
+    Importing silero_vad leaves torch on one thread for good; here the number is put back.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        model = _silero()
+        torch.set_num_threads(1)
+        yield model
+    finally:
+        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=1)
 def _silero():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # its loader is torch.jit's
+        warnings.simplefilter("ignore", DeprecationWarning)  # it is loaded through torch.jit
         from silero_vad import load_silero_vad
 
         return load_silero_vad()
-
-
-class _single_thread:
-    """Run torch on one thread: silero-vad's tiny steps are slower on more, and results vary.
-
-    (Importing silero_vad sets that for the whole process; here it is put back.)
-    """
-
-    def __enter__(self) -> None:
-        import torch
-
-        self.threads = torch.get_num_threads()
-        _silero()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_) -> None:
-        import torch
-
-        torch.set_num_threads(self.threads)

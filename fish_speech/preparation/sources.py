@@ -20,7 +20,8 @@ class Recording:
     """One input file. `name` is what its clips are called; `source` is what people know it as.
 
     `problem` says why it can't be used, where that is known before it is decoded. `transcript` is
-    the text beside it, white space folded, or None. `origin` holds a download's provenance.
+    the text beside it, white space folded, or None. `prepared`: it is a clip of a data set.
+    `origin` holds a download's provenance.
     """
 
     path: Path
@@ -30,22 +31,26 @@ class Recording:
     digest: str
     transcript: str | None = None
     problem: str | None = None
+    prepared: bool = False
     origin: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A file to prepare, before it has a name: its path, its speaker and its provenance."""
+    """A file to prepare, before it has a name; fields as in `Recording`."""
 
     path: Path
     speaker: str
+    prepared: bool = False
     origin: dict[str, Any] = field(default_factory=dict)
 
 
-def find_local(source: str | Path, speaker: str | None, default_speaker: str) -> list[Found]:
+def find_local(
+    source: str | Path, speaker: str | None, default_speaker: str, *, but: Path | None = None
+) -> list[Found]:
     """All audio at `source`, a file or a folder (its first subfolders are speakers).
 
-    Raises `FileNotFoundError` where nothing is there, `ValueError` where nothing in it is audio.
+    What lies under `but` is left out. Raises `FileNotFoundError` where nothing is there, `ValueError` where nothing in it is audio.
     """
     source = Path(source)
     if source.is_file():
@@ -53,14 +58,24 @@ def find_local(source: str | Path, speaker: str | None, default_speaker: str) ->
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder (for a web address, --youtube)")
     found = [
-        Found(path, speaker or _speaker_of(path, source) or default_speaker)
+        Found(path, speaker or _speaker_of(path, source) or default_speaker, _is_clip(path, source))
         for path in list_audio(source)
         if not _is_rejected(path, source)
+        and not (but and path.resolve().is_relative_to(but.resolve()))
     ]
     if not found:
         known = " ".join(sorted(AUDIO_SUFFIXES))
         raise ValueError(f"{source}: no audio in this folder (looked for {known})")
     return found
+
+
+def refuse_overlap(source: str, output: Path) -> None:
+    """Raise `ValueError` where the recordings would be read from the data set to be written."""
+    if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
+        raise ValueError(
+            f"--input {source} is in the data set --output {output}; write to another folder "
+            "(to look at a data set: --check)"
+        )
 
 
 def name_recordings(found: list[Found], owner_of: dict[tuple[str, str], Any]) -> list[Recording]:
@@ -91,7 +106,9 @@ def name_recordings(found: list[Found], owner_of: dict[tuple[str, str], Any]) ->
             problem = f"has the same bytes as {twin}"
         taken.add(key)
         recordings.append(
-            Recording(item.path, source, speaker, name, digest, text, problem, item.origin)
+            Recording(
+                item.path, source, speaker, name, digest, text, problem, item.prepared, item.origin
+            )
         )
     return recordings
 
@@ -193,6 +210,15 @@ def _speaker_of(path: Path, root: Path) -> str | None:
             folders = folders[depth:]
             break
     return safe_name(folders[0]) if folders else None
+
+
+def _is_clip(path: Path, root: Path) -> bool:
+    """Whether `path` belongs to a data set that was prepared before."""
+    return path.with_suffix(".lab").is_file() and any(
+        (folder / SUMMARY_NAME).is_file()
+        for folder in path.parents
+        if folder == root or root in folder.parents
+    )
 
 
 def _is_rejected(path: Path, root: Path) -> bool:

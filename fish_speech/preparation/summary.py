@@ -6,21 +6,33 @@ The summary is a function of the records alone, so it is the same however often 
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fish_speech.files import read_json, write_json
-from fish_speech.preparation.quality import Thresholds, flags
-from fish_speech.preparation.sources import SUMMARY_NAME
+from fish_speech.files import read_json, write_json, write_text
+from fish_speech.preparation import quality
+from fish_speech.preparation.sources import REJECTED, SUMMARY_NAME
+
+if TYPE_CHECKING:
+    from fish_speech.preparation.clips import Job
 
 RECORDS = ".prepared"
+_CLIP_FILE = re.compile(r"(.+)_\d{4,}\.(wav|lab|json)")
+
+Key = tuple[str, str]  # (speaker, name), casefolded: file systems may not tell cases apart
 
 
 @dataclass
 class Record:
-    """What became of one recording. `clips` and `skipped` are entries of the summary, yet without
-    flags; `failure` says why nothing of it could be used; `recipe` tells what it was made with."""
+    """What became of one recording.
+
+    `clips` and `skipped` are entries of the summary, the clips yet without flags; `failure` says
+    why nothing of it could be used; `recipe` tells what it was made with.
+    """
 
     speaker: str
     name: str
@@ -36,10 +48,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `dataset_summary.json` says, and how many inputs of this run `failed`."""
+    """What `dataset_summary.json` says; `failed` inputs of the run that made it."""
 
     clips: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
+    rejected: list[dict[str, Any]]
     recordings: list[dict[str, Any]]
     failed: int = 0
 
@@ -58,6 +71,7 @@ class Summary:
             "speakers": self.speakers,
             "clips": self.clips,
             "skipped": self.skipped,
+            "rejected": self.rejected,
             "recordings": self.recordings,
         }
 
@@ -67,67 +81,138 @@ class Books:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.records: dict[tuple[str, str], Record] = {}
+        self.records: dict[Key, Record] = {}
         for path in sorted((folder / RECORDS).glob("*/*.json")):
             try:
                 record = Record(**read_json(path))
             except (TypeError, ValueError):
                 continue  # of another version: its recording is prepared anew
-            self.records[record.speaker.casefold(), record.name.casefold()] = record
+            self.records[_key(record.speaker, record.name)] = record
 
-    def owners(self) -> dict[tuple[str, str], tuple[str, str]]:
-        """(source, digest) of the recording that holds each (speaker, name)."""
+    def owners(self) -> dict[Key, tuple[str, str]]:
+        """(source, digest) of the recording that holds each name."""
         return {key: (record.source, record.digest) for key, record in self.records.items()}
 
     def find(self, speaker: str, name: str) -> Record | None:
-        return self.records.get((speaker.casefold(), name.casefold()))
+        return self.records.get(_key(speaker, name))
 
-    def is_done(self, speaker: str, name: str, recipe: str) -> bool:
+    def is_done(self, job: Job) -> bool:
         """Whether an earlier run did just that and all its clips are still there."""
-        record = self.find(speaker, name)
+        record = self.find(job.recording.speaker, job.recording.name)
         return (
             record is not None
-            and record.recipe == recipe
+            and record.recipe == job.recipe
             and record.failure is None
-            and all(self.clip_path(clip).is_file() for clip in record.clips)
+            and all(any(path.is_file() for path in self._places(clip)) for clip in record.clips)
         )
-
-    def clip_path(self, clip: dict[str, Any]) -> Path:
-        return self.folder / clip["file"]
-
-    def forget(self, speaker: str, name: str) -> None:
-        """Remove a recording's record, then its clips: before it is prepared in another way."""
-        record = self.records.pop((speaker.casefold(), name.casefold()), None)
-        if record is None:
-            return
-        (self.folder / RECORDS / record.speaker / f"{record.name}.json").unlink(missing_ok=True)
-        for clip in record.clips:
-            for path in (self.clip_path(clip), self.clip_path(clip).with_suffix(".lab")):
-                path.unlink(missing_ok=True)
 
     def enter(self, record: Record) -> None:
-        self.records[record.speaker.casefold(), record.name.casefold()] = record
-        write_json(
-            self.folder / RECORDS / record.speaker / f"{record.name}.json", asdict(record)
-        )
+        self.records[_key(record.speaker, record.name)] = record
+        write_json(self.folder / RECORDS / record.speaker / f"{record.name}.json", asdict(record))
 
-    def compose(self, thresholds: Thresholds) -> Summary:
-        """Make the summary of all records and write it."""
-        clips, skipped, recordings = [], [], []
+    def clear(self, names: Iterable[tuple[str, str]]) -> None:
+        """Remove what stands under these names (speaker, name), finished or left half done."""
+        keys = {_key(*name) for name in names}
+        for key in keys & self.records.keys():
+            record = self.records.pop(key)
+            (self.folder / RECORDS / record.speaker / f"{record.name}.json").unlink(missing_ok=True)
+        for speaker in {key[0] for key in keys}:
+            for parent in (self.folder, self.folder / REJECTED):
+                for path in _clips_of(parent, speaker, keys):
+                    path.unlink()
+
+    def compose(self, thresholds: quality.Thresholds, *, drop_flagged: bool = False) -> Summary:
+        """Make the summary of all records and write it.
+
+        Transcripts are read back from the `.lab` files, so that corrections made there count. With
+        `drop_flagged` the clips with flags are moved to `rejected/`, without it they come back.
+        """
+        self._drop_vanished_failures()
+        clips = [clip for _, record in sorted(self.records.items()) for clip in record.clips]
+        clips = [quality.judged(self._with_text(clip), thresholds) for clip in clips]
+        kept, rejected = [], []
+        for clip in quality.mark_twins(clips):
+            (rejected if self._settle(clip, drop_flagged) else kept).append(clip)
+        summary = Summary(kept, *self._accounts(rejected))
+        write_json(self.folder / SUMMARY_NAME, summary.as_json())
+        return summary
+
+    def _places(self, clip: dict[str, Any]) -> tuple[Path, Path]:
+        return self.folder / clip["file"], self.folder / REJECTED / clip["file"]
+
+    def _with_text(self, clip: dict[str, Any]) -> dict[str, Any]:
+        label = self._places(clip)[0].with_suffix(".lab")
+        text = label.read_text(encoding="utf-8").strip() if label.is_file() else clip["text"]
+        return {**clip, "text": text}
+
+    def _settle(self, clip: dict[str, Any], drop_flagged: bool) -> bool:
+        """Put a clip where it belongs; true where that is `rejected/`. Any crash can be redone."""
+        home, away = self._places(clip)
+        reject = drop_flagged and bool(clip["flags"])
+        if reject:
+            if home.is_file():
+                write_json(away.with_suffix(".json"), {"reason": ", ".join(clip["flags"]), **clip})
+                os.replace(home, away)
+            home.with_suffix(".lab").unlink(missing_ok=True)
+        else:
+            if away.is_file():
+                write_text(home.with_suffix(".lab"), clip["text"])
+                os.replace(away, home)
+            away.with_suffix(".json").unlink(missing_ok=True)
+        return reject
+
+    def _accounts(self, rejected: list[dict[str, Any]]) -> tuple[list, list, list]:
+        """The lists `skipped`, `rejected` and `recordings`: where every second went."""
+        skipped, recordings = [], []
         for _, record in sorted(self.records.items()):
-            clips += [{**clip, "flags": flags(clip, thresholds)} for clip in record.clips]
             if record.failure is not None:
                 skipped.append({"source": record.source, "reason": record.failure})
             skipped += record.skipped
+            in_clips = sum(clip["end"] - clip["start"] for clip in record.clips)
+            left_out = sum(part["end"] - part["start"] for part in record.skipped)
             recordings.append(
                 {
                     "source": record.source,
                     "speaker": record.speaker,
+                    "clips": len(record.clips),
                     "duration": record.duration,
-                    "in_clips": round(sum(clip["end"] - clip["start"] for clip in record.clips), 3),
+                    "in_clips": round(in_clips, 3),
+                    "left_out": round(left_out, 3),
+                    "silence": round(max(0.0, record.duration - in_clips - left_out), 3)
+                    if record.failure is None
+                    else 0.0,
                     **({"origin": record.origin} if record.origin else {}),
                 }
             )
-        summary = Summary(clips, skipped, recordings)
-        write_json(self.folder / SUMMARY_NAME, summary.as_json())
-        return summary
+        named = [
+            {"file": f"{REJECTED}/{clip['file']}", "reason": ", ".join(clip["flags"])}
+            for clip in rejected
+        ]
+        return skipped, named, recordings
+
+    def _drop_vanished_failures(self) -> None:
+        """Forget failures of files that the user has taken away since."""
+        for key, record in list(self.records.items()):
+            if (
+                record.failure is not None
+                and not record.origin
+                and not Path(record.source).exists()
+            ):
+                self.clear([key])
+
+
+def _key(speaker: str, name: str) -> Key:
+    return speaker.casefold(), name.casefold()
+
+
+def _clips_of(parent: Path, speaker: str, keys: set[Key]) -> list[Path]:
+    """The files under `parent` that are clips of recordings among `keys` by this speaker."""
+    if not parent.is_dir():
+        return []
+    return [
+        path
+        for folder in parent.iterdir()
+        if folder.is_dir() and folder.name.casefold() == speaker
+        for path in folder.iterdir()
+        if (found := _CLIP_FILE.fullmatch(path.name)) and _key(speaker, found[1]) in keys
+    ]

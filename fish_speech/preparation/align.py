@@ -1,0 +1,249 @@
+"""Which part of a script is said in which stretch of a long recording.
+
+With a recogniser's words the two word sequences are aligned as a whole, and the recording is cut
+where both a pause and a place between two script words are certain. With none, sentences are laid
+on the islands of speech by their lengths. Either way the text is the script's, every word once:
+pieces hold slices of it that add up to it.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import regex
+
+from fish_speech.preparation.segment import Piece
+
+Island = tuple[float, float]
+
+SENTENCE, CLAUSE, WORD = 2, 1, 0
+SHORTEST_PAUSE = 0.15  # seconds; below it, a recogniser's times don't tell a pause's two sides
+_TOKEN = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}]\p{P}*\s*|[^\s\p{Han}\p{Hiragana}\p{Katakana}]+\s*"
+)
+_CLOSERS = r"[\"'”’»›)\]}」』】》）]*\s*$"
+_SENTENCE_END = regex.compile(rf"[.!?…。！？｡।؟]{_CLOSERS}")
+_CLAUSE_END = regex.compile(rf"[,;:–—-，、；：،؛]{_CLOSERS}")
+_LONG_UNIT = 12  # tokens without punctuation after which any gap between words may be a pause
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word that a recogniser heard, and when (seconds of the recording)."""
+
+    text: str
+    start: float
+    end: float
+
+
+def align_words(script: str, words: Sequence[Word], islands: Sequence[Island]) -> list[Piece]:
+    """Cut at every pause whose place in the script is certain; texts are slices of `script`.
+
+    A piece with an empty text holds speech that the script doesn't have.
+    """
+    tokens = _TOKEN.findall(script)
+    pairs = match([normal(token) for token in tokens], [normal(word.text) for word in words])
+    middles = [(word.start + word.end) / 2 for word in words]
+    pieces, first, token, heard = [], 0, 0, 0
+    for index, (before, after) in enumerate(pairwise(islands)):
+        if after[0] - before[1] < SHORTEST_PAUSE:
+            continue
+        next_heard = int(np.searchsorted(middles, (before[1] + after[0]) / 2))
+        next_token = _place(pairs, next_heard, len(tokens), len(words))
+        if next_token is not None:
+            pieces.append(
+                _piece(
+                    islands[first : index + 1], tokens[token:next_token], words[heard:next_heard]
+                )
+            )
+            first, token, heard = index + 1, next_token, next_heard
+    pieces.append(_piece(islands[first:], tokens[token:], words[heard:]))
+    return pieces
+
+
+def align_lengths(
+    script: str, islands: Sequence[Island], *, band: float | None = None
+) -> list[Piece]:
+    """Lay sentences and clauses on islands of speech by how long each should take to say.
+
+    Dynamic programming over both: groups of clauses and groups of islands are paired so that their
+    lengths fit, sentences end at long pauses and no long pause is inside a clause. Only pairs that
+    lie at most `band` seconds of speech apart at an even rate are looked at.
+    """
+    units = _units(script)
+    weights = np.array([_weight(text) for text, _ in units])
+    lengths = np.array([end - start for start, end in islands])
+    said = np.concatenate([[0.0], np.cumsum(weights * lengths.sum() / weights.sum())])
+    spoken = np.concatenate([[0.0], np.cumsum(lengths)])
+    pauses = np.array([after[0] - before[1] for before, after in pairwise(islands)] + [1.0])
+    # What an end of a unit costs unless a pause follows it, and a pause unless a unit ends there.
+    missed_end = np.cumsum([0.0] + [(0.0, 0.3, 2.0)[strength] for _, strength in units])
+    missed_pause = np.concatenate([[0.0], np.cumsum(np.clip(4 * (pauses - 0.15), 0, 3))])
+    most_units = max(12, 3 * len(units) // len(islands) + 1)
+    most_islands = max(10, 3 * len(islands) // len(units) + 1)
+    reach = max(15.0, 0.05 * spoken[-1]) if band is None else band
+    rows, came_from = _Rows(), {}
+    rows.add(0, np.zeros(1))
+    for unit, (_, strength) in enumerate(units, 1):
+        low, high = np.searchsorted(spoken, (said[unit] - reach, said[unit] + reach))
+        low, high = max(1, int(low)), min(len(islands), int(high))
+        if unit == len(units):
+            low = high = len(islands)
+        u, left = max(0, unit - most_units), max(0, low - most_islands)
+        before = rows.block(u, unit, left, high)
+        before += (missed_end[unit - 1] - missed_end[u:unit])[:, None]
+        expected = (said[unit] - said[u:unit])[:, None]
+        row = _pause_cost(strength, pauses[low - 1 : high])
+        for island in range(low, high + 1):
+            i = max(0, island - most_islands)
+            off = (spoken[island] - spoken[i:island])[None] - expected
+            total = before[:, i - left : island - left] + off**2 / (0.12 * expected + 0.04)
+            total += (missed_pause[island - 1] - missed_pause[i:island])[None]
+            best = np.unravel_index(np.argmin(total), total.shape)
+            row[island - low] += total[best]
+            came_from[unit, island] = u + int(best[0]), i + int(best[1])
+        rows.add(low, row)
+    if not np.isfinite(row[-1]):  # no way through the band
+        return align_lengths(script, islands, band=np.inf)
+    return _pieces_of_path(units, islands, came_from)
+
+
+def _pause_cost(strength: int, pauses: np.ndarray) -> np.ndarray:
+    """What it costs that a unit of this strength ends at each of these pauses (seconds) [P]."""
+    if strength == SENTENCE:
+        return 2 * np.clip(1 - pauses / 0.4, 0, 1)
+    return np.full(len(pauses), 0.5 if strength == CLAUSE else 3.0)
+
+
+def match(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
+    """The pairs (index in `a`, index in `b`) of equal words in a shortest edit of `a` into `b`."""
+    pairs, (i, j) = [], (len(a), len(b))
+    _, moves, lows = _edit(a, b)
+    while i and j:
+        move = moves[i][j - lows[i]]
+        if move == 0 and a[i - 1] == b[j - 1] and a[i - 1]:
+            pairs.append((i - 1, j - 1))
+        i, j = i - (move != 2), j - (move != 1)
+    return pairs[::-1]
+
+
+def disagreement(text: str, heard: str) -> float:
+    """Character error rate of `heard` against `text`, letters and digits only; at most 1."""
+    a, b = normal(text), normal(heard)
+    return round(min(1.0, _edit(a, b)[0] / max(1, len(a))), 3)
+
+
+def normal(text: str) -> str:
+    """The letters and digits of `text`, without case and compatibility forms."""
+    return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
+
+
+def _edit(a: Sequence[str], b: Sequence[str]) -> tuple[int, list[np.ndarray], list[int]]:
+    """Edit distance, and the moves (0 both, 1 only `a`, 2 only `b`) that led to each cell.
+
+    Row i of the moves starts at column `lows[i]`: only a band around the diagonal is looked at, so
+    that hours of words fit in memory.
+    """
+    number = {word: index for index, word in enumerate({*a, *b})}
+    a = np.array([number[word] for word in a], np.int64)
+    b = np.array([number[word] for word in b], np.int64)
+    width = 1000 + abs(len(a) - len(b))
+    row = np.arange(len(b) + 1)
+    row[width + 1 :] = len(a) + len(b)  # what lies outside the band is never the shortest
+    moves, lows = [np.full(len(b) + 1, 2, np.int8)], [0]
+    for i in range(1, len(a) + 1):
+        center = i * len(b) // len(a)
+        low, high = max(0, center - width), min(len(b), center + width)
+        skip = row[low : high + 1] + 1
+        both = np.full_like(skip, np.iinfo(skip.dtype).max)
+        both[1:] = row[low:high] + (a[i - 1] != b[low:high])
+        best = np.minimum(both, skip)
+        steps = np.arange(len(best))
+        cheapest = np.minimum.accumulate(best - steps) + steps
+        moves.append(np.where(cheapest < best, 2, np.where(both <= skip, 0, 1)).astype(np.int8))
+        lows.append(low)
+        row[low : high + 1] = cheapest
+    return int(row[len(b)]), moves, lows
+
+
+def _place(
+    pairs: list[tuple[int, int]], heard: int, token_count: int, word_count: int
+) -> int | None:
+    """The script token that the heard word number `heard` begins, where that is certain."""
+    position = int(np.searchsorted([word for _, word in pairs], heard)) if pairs else 0
+    token, word = pairs[position - 1] if position else (-1, -1)
+    next_token, next_word = pairs[position] if position < len(pairs) else (token_count, word_count)
+    between = next_token - token - 1
+    if between == 0:
+        return token + 1
+    # As many words heard as the script has: misheard ones, each in its place.
+    return token + heard - word if between == next_word - word - 1 else None
+
+
+def _piece(islands: Sequence[Island], tokens: Sequence[str], words: Sequence[Word]) -> Piece:
+    heard = " ".join(word.text.strip() for word in words)
+    return Piece(islands[0][0], islands[-1][1], "".join(tokens), heard)
+
+
+def _units(script: str) -> list[tuple[str, int]]:
+    """Cut a script into clauses: each with what ends it (SENTENCE, CLAUSE, WORD)."""
+    units, current = [], []
+    for token in _TOKEN.findall(script):
+        current.append(token)
+        strength = _strength(token)
+        if strength > WORD or len(current) >= _LONG_UNIT:
+            units.append(("".join(current), strength))
+            current = []
+    if current:
+        units.append(("".join(current), SENTENCE))
+    return units
+
+
+def _strength(token: str) -> int:
+    if _SENTENCE_END.search(token):
+        return SENTENCE
+    return CLAUSE if _CLAUSE_END.search(token) else WORD
+
+
+def _weight(text: str) -> float:
+    """How long a text takes to say, in letters: a digit is a word, so is many a wide character."""
+    wide = len(regex.findall(r"[\p{Han}\p{Hiragana}\p{Katakana}]", text))
+    digits = sum(map(str.isnumeric, text))
+    return 0.5 + sum(map(str.isalnum, text)) + 2 * wide + 3 * digits
+
+
+class _Rows:
+    """Rows of a wide matrix of costs of which only a band is kept; infinity outside of it."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, np.ndarray]] = []
+
+    def add(self, low: int, row: np.ndarray) -> None:
+        self.rows.append((low, row))
+
+    def block(self, first: int, stop: int, low: int, high: int) -> np.ndarray:
+        """Rows `first`..`stop - 1`, columns `low`..`high - 1`."""
+        block = np.full((stop - first, high - low), np.inf)
+        for index, (start, row) in enumerate(self.rows[first:stop]):
+            a, b = max(low, start), min(high, start + len(row))
+            if a < b:
+                block[index, a - low : b - low] = row[a - start : b - start]
+        return block
+
+
+def _pieces_of_path(
+    units: list[tuple[str, int]],
+    islands: Sequence[Island],
+    came_from: dict[tuple[int, int], tuple[int, int]],
+) -> list[Piece]:
+    pieces, (unit, island) = [], (len(units), len(islands))
+    while unit or island:
+        u, i = came_from[unit, island]
+        text = "".join(text for text, _ in units[u:unit])
+        pieces.append(Piece(islands[i][0], islands[island - 1][1], text))
+        unit, island = u, i
+    return pieces[::-1]

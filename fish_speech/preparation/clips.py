@@ -1,0 +1,273 @@
+"""One recording becomes clips: listen, decide what to keep with which text, cut, measure, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fish_speech.audio import audio_info, level, save_audio
+from fish_speech.files import write_text
+from fish_speech.preparation import align, quality, segment, transcribe
+from fish_speech.preparation.segment import Piece, Segment, Speech
+from fish_speech.preparation.sources import Recording
+from fish_speech.preparation.summary import Record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fish_speech.preparation.pipeline import Options
+
+SAMPLE_RATE = 44_100  # of the codec, and so of every clip
+LONGEST_UNCUT = (
+    120.0  # seconds; more than this is no utterance, and wouldn't fit in memory at hours
+)
+VERSION = 1  # raise it where the same options make other clips: old ones are then made anew
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recording, how it is to be prepared, and the identity of the recogniser that helps."""
+
+    recording: Recording
+    options: Options
+    recogniser: str | None = None
+
+    @property
+    def recipe(self) -> str:
+        """A digest of all that the recording's clips depend on."""
+        options, recording = self.options, self.recording
+        ingredients = [
+            VERSION, recording.digest, recording.transcript, recording.problem, self.recogniser,
+            options.normalize, options.max_duration, options.min_duration,
+            options.segment_duration if options.split_long else None,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
+
+    @property
+    def max_seconds(self) -> float | None:
+        minutes = self.options.max_duration
+        return None if minutes is None else minutes * 60
+
+    @property
+    def longest(self) -> float:
+        """Seconds that a clip may last without being cut."""
+        options = self.options
+        return segment.STRETCH * options.segment_duration if options.split_long else LONGEST_UNCUT
+
+    @property
+    def seconds(self) -> float:
+        """About how long the recording is, as far as it is used; 0 where it can't be read."""
+        try:
+            duration = audio_info(self.recording.path).duration or 0.0
+        except (ValueError, OSError):
+            return 0.0
+        return min(duration, self.max_seconds or duration)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to keep of a recording and what not (entries of the summary's `skipped`).
+
+    `estimated`: its texts were laid on it by their lengths alone.
+    """
+
+    segments: list[Segment]
+    skipped: list[dict[str, Any]]
+    estimated: bool = False
+
+
+def carry_out(
+    job: Job,
+    recogniser: transcribe.Recogniser | None = None,
+    progress: Callable[[float], Any] = lambda seconds: None,
+) -> Record:
+    """Prepare one recording: its clips are written, its record is returned.
+
+    A recording that can't be used comes back as a record with a `failure`. Raises `OSError` only
+    where the output can't be written.
+    """
+    recording = job.recording
+    record = Record(
+        recording.speaker, recording.name, recording.source, recording.digest, job.recipe,
+        origin=recording.origin,
+    )  # fmt: skip
+    try:
+        if recording.problem:
+            raise ValueError(recording.problem)
+        if recording.transcript is None and recogniser is None:
+            raise ValueError(
+                f"has no transcript: put one beside it ({recording.path.stem}.txt) "
+                "or use --auto-transcribe"
+            )
+        speech = segment.find_speech(recording.path, max_seconds=job.max_seconds)
+        record.duration = round(speech.duration, 3)
+        plan = make_plan(job, speech, recogniser, progress)
+        record.skipped = plan.skipped
+        record.clips = list(write_clips(job, plan, speech))
+    except ValueError as error:
+        record.failure = str(error).removeprefix(f"{recording.path}: ")
+    return record
+
+
+def make_plan(
+    job: Job,
+    speech: Speech,
+    recogniser: transcribe.Recogniser | None,
+    progress: Callable[[float], Any],
+) -> Plan:
+    """Decide what to keep of a recording. Raises `ValueError` where that is nothing."""
+    options, transcript = job.options, job.recording.transcript
+    if not speech.islands:
+        silent = float(speech.power.max(initial=0.0)) < 1e-8
+        raise ValueError("is silent" if silent else "has no speech in it")
+    segments = _segments(job, speech)
+    heard = []
+    if recogniser is not None:
+        heard = list(_hear(job, segments, recogniser, progress))
+    if transcript is None:
+        return _recognised(job, segments, heard)
+    if len(segments) == 1:
+        return Plan(
+            [replace(segments[0], text=transcript, heard="".join(h.text for h in heard))], []
+        )
+    if heard:
+        words = [
+            replace(word, start=part.start + word.start, end=part.start + word.end)
+            for part, result in zip(segments, heard, strict=True)
+            for word in result.words
+        ]
+        pieces = align.align_words(transcript, words, speech.islands)
+    else:
+        pieces = align.align_lengths(transcript, speech.islands)
+    segments, skipped = [], []
+    for has_text, run in groupby(pieces, key=lambda piece: bool(piece.text.strip())):
+        run = list(run)
+        if has_text:
+            segments += segment.plan_segments(
+                run, speech.duration, target=options.segment_duration, shortest=options.min_duration
+            )
+        else:
+            reason = "speech that its transcript does not have"
+            skipped += [_skip(job, Segment(p.start, p.end, heard=p.heard), reason) for p in run]
+    return Plan(segments, skipped, estimated=not heard)
+
+
+def write_clips(job: Job, plan: Plan, speech: Speech) -> Iterator[dict[str, Any]]:
+    """Cut the segments out of the recording, write each as a clip and yield its summary entry."""
+    recording, options = job.recording, job.options
+    parts = segment.cut(recording.path, plan.segments, SAMPLE_RATE, max_seconds=job.max_seconds)
+    for number, (part, samples) in enumerate(zip(plan.segments, parts, strict=True), 1):
+        file = f"{recording.speaker}/{recording.name}_{number:04d}.wav"
+        clip = describe(file, recording, part, samples, speech)
+        if options.normalize:
+            samples, leveling = level(samples, SAMPLE_RATE)
+            clip["loudness"] = quality.loudness(samples, SAMPLE_RATE)
+            clip["gain"], clip["dc_offset"] = round(leveling.gain, 1), round(leveling.offset, 4)
+        samples = segment.fade(samples, SAMPLE_RATE) if options.split_long else samples
+        path = Path(options.output, file)
+        save_audio(path, samples, SAMPLE_RATE)
+        write_text(path.with_suffix(".lab"), part.text)
+        yield {**clip, **({"estimated": True} if plan.estimated else {})}
+
+
+def inspect(job: Job, recogniser: transcribe.Recogniser | None = None) -> Record:
+    """Look at a clip of a data set as it is, writing nothing: its entry, or why it has none."""
+    recording = job.recording
+    record = Record(recording.speaker, recording.name, recording.source, recording.digest, "")
+    try:
+        if recording.problem:
+            raise ValueError(recording.problem)
+        if recording.transcript is None:
+            raise ValueError(f"has no transcript {recording.path.stem}.lab")
+        speech = segment.find_speech(recording.path, max_seconds=LONGEST_UNCUT)
+        whole = Segment(0.0, speech.duration, recording.transcript)
+        if recogniser is not None:
+            heard = next(_hear(job, [whole], recogniser, lambda seconds: None))
+            whole = replace(whole, heard=heard.text)
+        samples = next(segment.cut(recording.path, [whole], SAMPLE_RATE))
+        record.clips = [describe(recording.source, recording, whole, samples, speech)]
+    except ValueError as error:
+        record.failure = str(error).removeprefix(f"{recording.path}: ")
+    return record
+
+
+def describe(
+    file: str, recording: Recording, part: Segment, samples: np.ndarray, speech: Speech
+) -> dict[str, Any]:
+    """The summary entry of a clip, from its samples [N] as they are in the recording."""
+    clip = {
+        "file": file,
+        "speaker": recording.speaker,
+        "text": part.text,
+        "source": recording.source,
+        "start": round(part.start, 3),
+        "end": round(part.end, 3),
+        **quality.measure(samples, SAMPLE_RATE, part, speech),
+        "loudness": quality.loudness(samples, SAMPLE_RATE),
+    }
+    if recording.transcript is not None and part.heard:
+        clip["disagreement"] = align.disagreement(part.text, part.heard)
+        clip["heard"] = part.heard
+    if part.cut_in_speech:
+        clip["cut_in_speech"] = True
+    return clip
+
+
+def _segments(job: Job, speech: Speech) -> list[Segment]:
+    """What the recording is cut into before anything is known of its text."""
+    options = job.options
+    if not options.split_long:
+        if speech.duration > LONGEST_UNCUT:
+            raise ValueError(f"is {speech.duration:.0f} s long: cut it with --split-long")
+        return [Segment(0.0, speech.duration)]
+    start, end = speech.islands[0][0], speech.islands[-1][1]
+    pieces = [Piece(start, end)]
+    if end - start > job.longest:
+        pieces = segment.speech_pieces(speech, longest=job.longest)
+    return segment.plan_segments(
+        pieces, speech.duration, target=options.segment_duration, shortest=options.min_duration
+    )
+
+
+def _hear(
+    job: Job,
+    segments: list[Segment],
+    recogniser: transcribe.Recogniser,
+    progress: Callable[[float], Any],
+) -> Iterator[transcribe.Heard]:
+    rate = transcribe.SAMPLE_RATE
+    parts = segment.cut(job.recording.path, segments, rate, max_seconds=job.max_seconds)
+    for part, samples in zip(segments, parts, strict=True):
+        yield recogniser.hear(samples)
+        progress(part.end - part.start)
+
+
+def _recognised(job: Job, segments: list[Segment], heard: list[transcribe.Heard]) -> Plan:
+    """Keep the segments that are long enough and whose text was not made up."""
+    kept, skipped = [], []
+    for part, result in zip(segments, heard, strict=True):
+        reason = transcribe.made_up(result, part.end - part.start)
+        if reason is None and part.end - part.start < job.options.min_duration:
+            reason = f"is shorter than {job.options.min_duration} s"
+        if reason is None:
+            kept.append(replace(part, text=result.text))
+        else:
+            skipped.append(_skip(job, replace(part, heard=result.text), reason))
+    if not kept:
+        raise ValueError(f"nothing in it can be used: {skipped[0]['reason']}")
+    return Plan(kept, skipped)
+
+
+def _skip(job: Job, part: Segment, reason: str) -> dict[str, Any]:
+    return {
+        "source": job.recording.source,
+        "start": round(part.start, 3),
+        "end": round(part.end, 3),
+        "reason": reason,
+        **({"heard": part.heard} if part.heard else {}),
+    }

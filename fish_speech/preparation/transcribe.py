@@ -1,0 +1,264 @@
+"""Recognisers: what is said in a clip, and when; with guards against what they make up.
+
+openai-whisper is the default; faster-whisper is used where it is installed. Both are given arrays,
+so no ffmpeg program is needed. What was recognised is kept in a journal: a killed run loses none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fish_speech.preparation.align import Word, normal
+
+SAMPLE_RATE = 16_000  # Hz; what recognisers are given
+BACKENDS = ("auto", "openai", "faster")
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a recogniser made of a clip: the text, its words with times in seconds of the clip, the
+    chance that there is no speech (0..1) and the mean log probability of its tokens."""
+
+    text: str
+    words: tuple[Word, ...] = ()
+    no_speech: float = 0.0
+    logprob: float = 0.0
+
+
+class Recogniser(Protocol):
+    """Anything that turns samples [N] (float32, 16 kHz) into `Heard`; `identity` names it."""
+
+    identity: str
+
+    def hear(self, samples: np.ndarray) -> Heard: ...
+
+
+def load_recogniser(
+    model: str, *, backend: str = "auto", language: str | None = None, device: str = "auto"
+) -> Recogniser:
+    """Load a whisper model once: a published name, or a path to a checkpoint.
+
+    Raises `ValueError` with the remedy where the model or the backend can't be had.
+    """
+    if backend == "auto":
+        backend = (
+            "faster" if find_spec("faster_whisper") and not model.endswith(".pt") else "openai"
+        )
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    make = {"openai": OpenAIWhisper, "faster": FasterWhisper}.get(backend)
+    if make is None:
+        raise ValueError(f"--whisper-backend {backend}: use one of {' '.join(BACKENDS)}")
+    return make(model, language, device)
+
+
+class OpenAIWhisper:
+    """openai-whisper."""
+
+    def __init__(self, model: str, language: str | None, device: str) -> None:
+        import whisper
+
+        names = whisper.available_models()
+        if model not in names and not Path(model).is_file():
+            raise ValueError(f"--whisper-model {model}: no such file, nor one of {' '.join(names)}")
+        if device == "mps":
+            device = "cpu"  # its sparse alignment heads have no MPS kernel
+        try:
+            self.model = whisper.load_model(model, device=device)
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; a bad checksum is not
+            raise ValueError(_unavailable(model, error)) from error
+        except Exception as error:  # whatever unpickling or a foreign checkpoint raises
+            raise ValueError(
+                f"--whisper-model {model}: not a whisper checkpoint ({error})"
+            ) from error
+        if language is not None and language.lower() not in _languages():
+            raise ValueError(f"--language {language}: not a language of whisper; en, de, ... are")
+        self.options = {"language": language, "fp16": device == "cuda"}
+        self.identity = _identity("openai", model, language)
+
+    def hear(self, samples: np.ndarray) -> Heard:
+        result = self.model.transcribe(
+            samples,
+            word_timestamps=True,
+            condition_on_previous_text=False,
+            verbose=None,
+            **self.options,
+        )
+        return _heard(
+            result["text"],
+            [(s["no_speech_prob"], s["avg_logprob"]) for s in result["segments"]],
+            [
+                Word(word["word"].strip(), float(word["start"]), float(word["end"]))
+                for part in result["segments"]
+                for word in part.get("words", ())
+            ],
+        )
+
+
+class FasterWhisper:
+    """faster-whisper, the same models on CTranslate2 (the extra `fast`)."""
+
+    def __init__(self, model: str, language: str | None, device: str) -> None:
+        if find_spec("faster_whisper") is None:
+            raise ValueError(
+                "--whisper-backend faster: install it with 'pip install faster-whisper'"
+            )
+        from faster_whisper import WhisperModel
+
+        device = "cuda" if device.startswith("cuda") else "cpu"
+        kind = "float16" if device == "cuda" else "int8"
+        try:
+            self.model = WhisperModel(model, device=device, compute_type=kind)
+        except Exception as error:  # its download and its loader raise what they like
+            raise ValueError(
+                f"--whisper-model {model}: faster-whisper can't load it ({_first_line(error)}); "
+                "get it where there is a network, give its folder as --whisper-model, or put "
+                "transcripts (.txt) beside the recordings"
+            ) from error
+        self.language = language
+        self.identity = _identity("faster", model, language)
+
+    def hear(self, samples: np.ndarray) -> Heard:
+        parts, _ = self.model.transcribe(
+            samples,
+            language=self.language,
+            word_timestamps=True,
+            condition_on_previous_text=False,
+        )
+        parts = list(parts)
+        return _heard(
+            "".join(part.text for part in parts),
+            [(part.no_speech_prob, part.avg_logprob) for part in parts],
+            [
+                Word(word.word.strip(), float(word.start), float(word.end))
+                for part in parts
+                for word in part.words or ()
+            ],
+        )
+
+
+def made_up(heard: Heard, seconds: float) -> str | None:
+    """Why what was heard in `seconds` of speech can't be what was said; None where it can."""
+    letters = len(normal(heard.text))
+    if not letters:
+        return "no words were recognised"
+    if heard.no_speech > 0.6 and heard.logprob < -1.0:
+        return "the recogniser doubts that there is speech"
+    if repeats(heard.text):
+        return "the recogniser repeated itself"
+    rate = letters / max(seconds, 0.1)
+    if not 1.0 <= rate <= 35.0:
+        return f"the recognised text has {rate:.1f} letters a second"
+    return None
+
+
+def repeats(text: str) -> bool:
+    """Whether a phrase comes four times in a row, or the text is as repetitive as if it did."""
+    words = text.casefold().split()
+    for size in range(1, len(words) // 4 + 1):
+        run = 0
+        for index in range(size, len(words)):
+            run = run + 1 if words[index] == words[index - size] else 0
+            if run >= 3 * size:
+                return True
+    data = text.encode()
+    return len(data) > 60 and len(data) / len(zlib.compress(data)) > 2.4
+
+
+class Journal:
+    """A recogniser that looks up what it heard before, in this run or in one that broke off.
+
+    One line of JSON for each clip is appended to `path`; the key is a digest of the samples and of
+    the recogniser's identity. A last line that was being written when a run died is cut off.
+    """
+
+    def __init__(self, recogniser: Recogniser, path: Path) -> None:
+        self.recogniser, self.path = recogniser, path
+        self.identity = recogniser.identity
+        self.known: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):
+                with path.open("rb+") as file:
+                    file.truncate(len(whole))
+            for line in whole.splitlines():
+                entry = json.loads(line)
+                self.known[entry.pop("key")] = entry
+
+    def hear(self, samples: np.ndarray) -> Heard:
+        digest = hashlib.sha256(self.identity.encode())
+        digest.update(np.ascontiguousarray(samples, np.float32).tobytes())
+        key = digest.hexdigest()[:24]
+        if key not in self.known:
+            self.known[key] = asdict(self.recogniser.hear(samples))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, **self.known[key]}, ensure_ascii=False) + "\n")
+        entry = self.known[key]
+        return Heard(**{**entry, "words": tuple(Word(**word) for word in entry["words"])})
+
+
+@contextmanager
+def working_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads meanwhile."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _heard(text: str, parts: list[tuple[float, float]], words: list[Word]) -> Heard:
+    no_speech = max((float(part[0]) for part in parts), default=1.0)
+    logprob = float(np.mean([part[1] for part in parts])) if parts else 0.0
+    return Heard(" ".join(text.split()), tuple(words), round(no_speech, 4), round(logprob, 4))
+
+
+def _identity(backend: str, model: str, language: str | None) -> str:
+    if Path(model).is_file():
+        from fish_speech.files import file_digest
+
+        model = file_digest(model)[:16]
+    return f"{backend} {model} {language or ''}"
+
+
+def _languages() -> set[str]:
+    from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
+
+    return {*LANGUAGES, *TO_LANGUAGE_CODE}
+
+
+def _unavailable(model: str, error: Exception) -> str:
+    import os
+
+    import whisper
+
+    address = whisper._MODELS.get(model)
+    if address is None:
+        return f"--whisper-model {model}: can't be loaded ({_first_line(error)})"
+    cache = Path(os.getenv("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
+    return (
+        f"whisper model '{model}' can't be downloaded ({_first_line(error)}): download {address} "
+        f"where there is a network and put it into {cache}, or give a checkpoint's path as "
+        "--whisper-model; recordings with transcripts (.txt) beside them need no model"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
