@@ -16,9 +16,9 @@ EDGE_SECONDS = 0.03
 FULL_SCALE = 0.999
 SLICES, BANDS = 16, 8  # of a clip's shape
 # Flags of what a voice learns as wrong; the others only waste a little of the data.
-SPOILING = frozenset(
-    ["too_long", "little_speech", "clipping", "clipped_start", "clipped_end", "cut_in_speech", "slow_text", "fast_text", "disagreement"]
-)
+SPOILING = {"too_long", "little_speech", "clipping", "clipped_start", "clipped_end"} | {
+    "cut_in_speech", "slow_text", "fast_text", "disagreement",
+}  # fmt: skip
 SAME_SHAPE = 0.97  # correlation of shapes; different sentences of one voice stay far below
 
 

@@ -50,7 +50,8 @@ def find_local(
 ) -> list[Found]:
     """All audio at `source`, a file or a folder (its first subfolders are speakers).
 
-    What lies under `but` is left out. Raises `FileNotFoundError` where nothing is there, `ValueError` where nothing in it is audio.
+    What lies under `but` is left out. Raises `FileNotFoundError` where nothing is there,
+    `ValueError` where nothing in it is audio.
     """
     source = Path(source)
     if source.is_file():
