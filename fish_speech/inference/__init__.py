@@ -1,1 +1,6 @@
-"""From text to speech."""
+"""Speech from text with a trained model."""
+
+from fish_speech.inference.sampling import Sampling
+from fish_speech.inference.synthesize import Piece, Settings, TextToSpeech
+
+__all__ = ["Piece", "Sampling", "Settings", "TextToSpeech"]

@@ -105,9 +105,7 @@ class TextToSpeech:
         Raises `FileNotFoundError` or `ValueError` that says what is wrong with the directory.
         """
         check_model_dir(directory)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device)
+        device = _usable_device(device)
         if dtype is None:
             fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if fast else torch.float32
@@ -360,6 +358,16 @@ class _Take:
         if not self.frames:
             return torch.zeros(num_codebooks, 0, dtype=torch.long)
         return torch.stack(self.frames, dim=1).cpu()
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch has both for a device it lacks
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} can't be used here: {reason}") from error
 
 
 def _warned(pieces: Iterable[Piece]) -> Iterator[Tensor]:

@@ -1,0 +1,36 @@
+"""The models on this machine that can speak."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from fish_speech.hub import local_model, model_versions
+
+
+def local_voices(root: Path) -> list[tuple[Path, str]]:
+    """The model directories of the repository at `root` with what they are, the preferred first.
+
+    Trained voices (`checkpoints/*-merged`) from the newest on, then the published model, then the
+    embedded one. Raises `FileNotFoundError` where there is none at all.
+    """
+    merged = sorted(
+        (root / "checkpoints").glob("*-merged/model.pth"),
+        key=lambda file: file.stat().st_mtime,
+        reverse=True,
+    )
+    found = [(file.parent, f"trained voice of {_date(file)}") for file in merged]
+    embedded_last = sorted(model_versions(root).values(), key=lambda entry: entry.repo_id is None)
+    for entry in embedded_last:
+        if (directory := local_model(entry.name, root)) is not None:
+            found.append((directory, entry.description))
+    if not found:
+        raise FileNotFoundError(
+            f"{root / 'checkpoints'}: no model; 'git checkout -- checkpoints/tiny' brings back the"
+            " embedded one, '--model-path 1.5' downloads the published one"
+        )
+    return found
+
+
+def _date(file: Path) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
