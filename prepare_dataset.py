@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--input", help="a recording, a folder of them, or a web address with --youtube")
     add("--output", type=Path, help="the data set, usually training_data/NAME")
-    add("--check", type=Path, metavar="DIR", help="look at a data set, write nothing")
+    add("--check", type=Path, metavar="DIR", help="look at a data set, change nothing in it")
     add("--report", action="store_true", help="also write report.html beside the summary")
     add("--speaker", help="who speaks (default: the subfolder, else the name of the output)")
     add("--strict", action="store_true", help="stop at the first recording that fails")
@@ -78,21 +78,31 @@ def make_options(arguments: argparse.Namespace):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fish_speech.preparation.check import check, describe, spoils
+    from fish_speech.preparation.check import check, spoils
     from fish_speech.preparation.pipeline import prepare
 
     options = make_options(arguments)
     if arguments.check is not None:
         summary = check(options, say=say)
-        print(describe(summary))
+        show(summary, arguments)
         return 1 if spoils(summary) or not summary.clips else 0
     summary = prepare(options, say=say)
-    print(describe(summary))
+    show(summary, arguments)
     last = f"{options.output}: {len(summary.clips)} clips, {summary.minutes} minutes"
     if summary.failed:
         last += f"; {summary.failed} inputs failed, named above with the reason"
     print(last)
     return 1 if summary.failed or not summary.clips else 0
+
+
+def show(summary, arguments: argparse.Namespace) -> None:
+    from fish_speech.preparation.check import describe
+
+    print(describe(summary))
+    if arguments.report:
+        from fish_speech.preparation.report import write_report
+
+        print(f"Report: {write_report(summary, arguments.check or arguments.output)}")
 
 
 def say(message: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import audio_info, level, save_audio
 from fish_speech.files import write_text
-from fish_speech.preparation import align, quality, segment, transcribe
+from fish_speech.preparation import align, quality, segment, sources, transcribe
 from fish_speech.preparation.segment import Piece, Segment, Speech
 from fish_speech.preparation.sources import Recording
 from fish_speech.preparation.summary import Record
@@ -100,9 +100,9 @@ def carry_out(
         if recording.problem:
             raise ValueError(recording.problem)
         if recording.transcript is None and recogniser is None:
+            beside = f"put one beside it ({recording.path.stem}.txt) or "
             raise ValueError(
-                f"has no transcript: put one beside it ({recording.path.stem}.txt) "
-                "or use --auto-transcribe"
+                f"has no transcript: {'' if recording.origin else beside}use --auto-transcribe"
             )
         speech = segment.find_speech(recording.path, max_seconds=job.max_seconds)
         record.duration = round(speech.duration, 3)
@@ -110,7 +110,7 @@ def carry_out(
         record.skipped = plan.skipped
         record.clips = list(write_clips(job, plan, speech))
     except ValueError as error:
-        record.failure = str(error).removeprefix(f"{recording.path}: ")
+        record.failure = _reason(error, recording)
     return record
 
 
@@ -190,9 +190,10 @@ def inspect(job: Job, recogniser: transcribe.Recogniser | None = None) -> Record
             heard = next(_hear(job, [whole], recogniser, lambda seconds: None))
             whole = replace(whole, heard=heard.text)
         samples = next(segment.cut(recording.path, [whole], SAMPLE_RATE))
-        record.clips = [describe(recording.source, recording, whole, samples, speech)]
+        file = sources.printable(recording.path.relative_to(job.options.input).as_posix())
+        record.clips = [describe(file, recording, whole, samples, speech)]
     except ValueError as error:
-        record.failure = str(error).removeprefix(f"{recording.path}: ")
+        record.failure = _reason(error, recording)
     return record
 
 
@@ -261,6 +262,11 @@ def _recognised(job: Job, segments: list[Segment], heard: list[transcribe.Heard]
     if not kept:
         raise ValueError(f"nothing in it can be used: {skipped[0]['reason']}")
     return Plan(kept, skipped)
+
+
+def _reason(error: ValueError, recording: Recording) -> str:
+    """An error as one line that doesn't repeat the file's name."""
+    return str(error).removeprefix(f"{recording.path}: ").strip().splitlines()[0]
 
 
 def _skip(job: Job, part: Segment, reason: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fish_speech.audio import audio_info
 from fish_speech.files import exclusive, remove_temporaries
-from fish_speech.preparation import sources
+from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.clips import Job, carry_out
 from fish_speech.preparation.quality import Thresholds
 from fish_speech.preparation.summary import RECORDS, Books, Record, Summary
@@ -71,7 +71,13 @@ def prepare(
     with exclusive(output, f"data set {output}"):
         remove_temporaries(output)
         books = Books(output)
-        found = sources.find_local(options.input, speaker, default_speaker, but=output)
+        if options.youtube:
+            found = youtube.fetch(
+                options.input, output / youtube.FOLDER, default_speaker,
+                cookies=options.cookies, cookies_from_browser=options.cookies_from_browser, say=say,
+            )  # fmt: skip
+        else:
+            found = sources.find_local(options.input, speaker, default_speaker, but=output)
         recordings = sources.name_recordings(found, books.owners())
         names = [(recording.speaker, recording.name) for recording in recordings]
         plain, heard, recogniser = _sort_work(options, recordings, recogniser, say)

@@ -42,6 +42,7 @@ class Found:
     path: Path
     speaker: str
     prepared: bool = False
+    problem: str | None = None
     origin: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,14 +89,14 @@ def name_recordings(found: list[Found], owner_of: dict[tuple[str, str], Any]) ->
     recordings, taken, first_with = [], set(), {}
     for item in sorted(found, key=lambda item: (item.speaker, str(item.path))):
         source, speaker = item.origin.get("url") or display_path(item.path), item.speaker
-        text = problem = None
+        digest, text, problem = "", None, item.problem
         try:
             digest = file_digest(item.path)
             text = read_transcript(item.path)
         except ValueError as error:
             problem = str(error)
         except OSError as error:
-            digest, problem = "", f"cannot be read ({error.strerror})"
+            problem = problem or f"cannot be read ({error.strerror})"
         name = safe_name(item.origin.get("title") or item.path.stem)
         key = (speaker.casefold(), name.casefold())
         owner = owner_of.get(key)

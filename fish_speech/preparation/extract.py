@@ -1,0 +1,150 @@
+"""Encoding a data set's clips into codes: `<name>.npy` beside each `<name>.wav`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from fish_speech.audio import audio_info, load_audio
+from fish_speech.datasets.clips import Clip, find_clips
+from fish_speech.datasets.shards import read_codes
+from fish_speech.files import atomic_path, file_digest, read_json, write_json
+from fish_speech.models.vqgan import Codec, find_codec
+
+RECORD_FILE = "codes.json"
+_SAVE_RECORD_EVERY = 20  # batches
+
+
+@dataclass
+class Extraction:
+    """Clips whose codes were made, were there already, or could not be made (name: reason)."""
+
+    made: int = 0
+    kept: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def extract_codes(
+    data_dir: Path,
+    codec: Codec,
+    model_dir: Path,
+    *,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Extraction:
+    """Encode the clips of a data set that have no codes of this codec and this audio yet.
+
+    What codes were made of is recorded in `codes.json`, so that they are made again when the audio
+    or the codec changes. Codes without a record (made elsewhere) are kept where they fit the audio.
+    """
+    clips = find_clips(data_dir)[rank::world_size]
+    record_file = data_dir / (RECORD_FILE if world_size == 1 else f"{rank}-{RECORD_FILE}")
+    identity = file_digest(find_codec(model_dir))
+    record = read_json(record_file) if record_file.is_file() else {"codec": None, "clips": {}}
+    foreign = not record["clips"]
+    if record["codec"] != identity:
+        record = {"codec": identity, "clips": {}}
+
+    result = Extraction()
+    work = []
+    for clip in clips:
+        stamp = _stamp(clip.audio)
+        known = record["clips"].get(clip.name) == stamp and clip.codes.is_file()
+        if known or (foreign and _fits(clip, codec)):
+            record["clips"][clip.name] = stamp
+            result.kept += 1
+        else:
+            work.append(clip)
+    try:
+        with tqdm(total=len(work), desc="extracting", unit="clip", disable=None) as progress:
+            for number, batch in enumerate(_loader(work, codec, batch_size, num_workers)):
+                _encode(batch, codec, record["clips"], result)
+                progress.update(len(batch))
+                if number % _SAVE_RECORD_EVERY == 0:
+                    write_json(record_file, record)
+    finally:
+        write_json(record_file, record)
+    return result
+
+
+@dataclass
+class _Loaded:
+    clip: Clip
+    waveform: Tensor | None  # [1, N]
+    problem: str | None = None
+
+
+def _encode(batch: list[_Loaded], codec: Codec, stamps: dict, result: Extraction) -> None:
+    for item in batch:
+        if item.problem is not None:
+            result.failed[item.clip.name] = item.problem
+    whole = [item for item in batch if item.waveform is not None]
+    if not whole:
+        return
+    lengths = torch.tensor([item.waveform.shape[1] for item in whole])
+    waveforms = torch.zeros(len(whole), 1, int(lengths.max()))
+    for row, item in zip(waveforms, whole, strict=True):
+        row[:, : item.waveform.shape[1]] = item.waveform
+    codes, code_lengths = codec.encode(waveforms.to(codec.device), lengths)
+    for item, row, length in zip(whole, codes.cpu(), code_lengths.tolist(), strict=True):
+        with atomic_path(item.clip.codes) as temporary:
+            np.save(temporary, row[:, :length].numpy().astype(np.int16))
+        stamps[item.clip.name] = _stamp(item.clip.audio)
+        result.made += 1
+
+
+class _Waveforms(Dataset):
+    """Decodes clips at the codec's rate, in worker processes where there are some."""
+
+    def __init__(self, clips: list[Clip], sample_rate: int, frame_length: int) -> None:
+        self.clips, self.sample_rate, self.frame_length = clips, sample_rate, frame_length
+
+    def __getitem__(self, index: int) -> _Loaded:
+        clip = self.clips[index]
+        try:
+            waveform, _ = load_audio(clip.audio, self.sample_rate)
+        except (ValueError, OSError) as error:
+            return _Loaded(clip, None, str(error))
+        if waveform.shape[1] < self.frame_length:
+            return _Loaded(clip, None, f"{clip.audio}: shorter than one frame of the codec")
+        return _Loaded(clip, waveform)
+
+
+def _loader(
+    clips: list[Clip], codec: Codec, batch_size: int, num_workers: int
+) -> Iterable[list[_Loaded]]:
+    """Batches of clips of about the same length."""
+    order = sorted(range(len(clips)), key=lambda i: _duration(clips[i]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    dataset = _Waveforms(clips, codec.sample_rate, codec.frame_length)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=num_workers)
+
+
+def _duration(clip: Clip) -> float:
+    try:
+        return audio_info(clip.audio).duration or 0.0
+    except (ValueError, OSError):
+        return 0.0  # named as a failure when it is decoded
+
+
+def _fits(clip: Clip, codec: Codec) -> bool:
+    """Whether codes made elsewhere are as long as their audio and within the codebook."""
+    try:
+        codes = read_codes(clip.codes, codec.num_codebooks, codec.codebook_size)
+    except (ValueError, OSError):
+        return False
+    return abs(codes.shape[1] - _duration(clip) * codec.frame_rate) <= 2
+
+
+def _stamp(file: Path) -> list[int]:
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns]

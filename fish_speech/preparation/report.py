@@ -1,0 +1,144 @@
+"""`report.html`: a data set on one page, to look at and listen to; the flagged clips come first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from fish_speech.audio import decode_blocks
+from fish_speech.files import write_text
+from fish_speech.preparation.summary import Summary
+
+REPORT_NAME = "report.html"
+_POINTS = 120  # of a waveform's thumbnail
+_FIGURES = (
+    ("duration", "s", "how long it is"),
+    ("loudness", "LUFS", "how loud"),
+    ("snr", "dB", "speech above the noise"),
+    ("characters_per_second", "/s", "letters a second of speech"),
+    ("disagreement", "", "with the recogniser"),
+)
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1b2733; background: #fff }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+.totals { display: flex; flex-wrap: wrap; gap: 2rem; padding: 0; list-style: none }
+.totals b { display: block; font-size: 1.6rem }
+.plots { display: flex; flex-wrap: wrap; gap: 3rem }
+svg { fill: #3a7ca5 } svg text { fill: #5b6b79; font-size: 11px }
+article { display: grid; grid-template-columns: 15rem 1fr; gap: .3rem 1.5rem; padding: .8rem 0;
+  border-top: 1px solid #d8e0e6 }
+article p { margin: 0 } .name { grid-column: 1 / -1; overflow-wrap: anywhere }
+.figures { color: #5b6b79; font-size: .85rem }
+.flag { background: #fbe3d6; color: #8a3a10; border-radius: .6rem; padding: .05rem .6rem;
+  margin-left: .5rem; font-size: .8rem }
+audio { width: 15rem; height: 2rem }
+@media (prefers-color-scheme: dark) { body { background: #14191e; color: #dde5ea }
+  article { border-color: #303a42 } svg { fill: #6db1d9 }
+  .flag { background: #5a2d17; color: #fbd7c2 } }
+"""
+
+
+def write_report(summary: Summary, folder: Path) -> Path:
+    """Write the page into the data set at `folder`; it refers to nothing but the clips there."""
+    title = f"Data set {folder.resolve().name}"
+    flagged = sum(bool(clip["flags"]) for clip in summary.clips)
+    totals = [
+        (len(summary.clips), "clips"),
+        (summary.minutes, "minutes"),
+        (", ".join(summary.speakers) or "none", "speakers"),
+        (flagged, "flagged"),
+        (len(summary.skipped), "skipped"),
+        (len(summary.rejected), "rejected"),
+    ]
+    ordered = sorted(summary.clips, key=lambda clip: (-len(clip["flags"]), clip["file"]))
+    lost = [(entry["source"], entry) for entry in summary.skipped]
+    lost += [(entry["file"], entry) for entry in summary.rejected]
+    page = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1><ul class='totals'>",
+        *(f"<li><b>{escape(str(value))}</b>{name}</li>" for value, name in totals),
+        "</ul><div class='plots'>",
+        _plot("Durations", "seconds", [clip["duration"] for clip in summary.clips]),
+        _plot("Loudness", "LUFS", [clip["loudness"] for clip in summary.clips]),
+        "</div>",
+        "<h2>Skipped and rejected</h2><ul>" if lost else "",
+        *(
+            f"<li>{escape(name)}{_span(entry)}: {escape(entry['reason'])}</li>"
+            for name, entry in lost
+        ),
+        "</ul>" if lost else "",
+        "<h2>Clips</h2>",
+        *(_article(clip, folder) for clip in ordered),
+        "</body></html>\n",
+    ]
+    path = folder / REPORT_NAME
+    write_text(path, "\n".join(page))
+    return path
+
+
+def _article(clip: dict[str, Any], folder: Path) -> str:
+    path = folder / clip["file"]
+    flags = "".join(f"<span class='flag'>{escape(flag)}</span>" for flag in clip["flags"])
+    figures = " · ".join(
+        f"<span title='{meaning}'>{clip[name]:g} {unit}</span>".replace(" </", "</")
+        for name, unit, meaning in _FIGURES
+        if name in clip
+    )
+    heard = f"<p class='figures'>heard: {escape(clip['heard'])}</p>" if clip.get("heard") else ""
+    source = f"{escape(clip['source'])}{_span(clip)}"
+    return (
+        f"<article><p class='name'>{escape(clip['file'])}{flags}</p>"
+        f"<div>{_thumbnail(path)}<audio controls preload='none' "
+        f"src='{escape(quote(clip['file']), quote=True)}'></audio></div>"
+        f"<div><p>{escape(clip['text'])}</p>{heard}"
+        f"<p class='figures'>{figures} · {source}</p></div></article>"
+    )
+
+
+def _span(entry: dict[str, Any]) -> str:
+    return f" {entry['start']:.1f}–{entry['end']:.1f} s" if "start" in entry else ""
+
+
+def _thumbnail(path: Path) -> str:
+    """The waveform as a filled outline, from the peaks of equal stretches."""
+    try:
+        samples = np.concatenate(list(decode_blocks(path)))
+    except (ValueError, OSError):
+        return "<p>can't be read</p>"
+    peaks = [float(np.abs(part).max(initial=0.0)) for part in np.array_split(samples, _POINTS)]
+    top = " ".join(f"{x * 2},{20 - 19 * min(1, peak):.1f}" for x, peak in enumerate(peaks))
+    down = " ".join(
+        f"{x * 2},{20 + 19 * min(1, peak):.1f}" for x, peak in reversed(list(enumerate(peaks)))
+    )
+    return (
+        f"<svg width='240' height='40' role='img' aria-label='waveform'>"
+        f"<polygon points='{top} {down}'/></svg>"
+    )
+
+
+def _plot(title: str, unit: str, values: Sequence[float]) -> str:
+    """A histogram of `values`."""
+    if not values:
+        return ""
+    low, high = float(np.floor(min(values))), float(np.floor(max(values))) + 1
+    counts, edges = np.histogram(values, bins=min(24, max(4, int(high - low))), range=(low, high))
+    width = 360 / len(counts)
+    bars = "".join(
+        f"<rect x='{index * width:.1f}' y='{110 - 100 * count / counts.max():.1f}' "
+        f"width='{width - 1:.1f}' height='{100 * count / counts.max():.1f}'>"
+        f"<title>{edges[index]:.1f} to {edges[index + 1]:.1f} {unit}: {count}</title></rect>"
+        for index, count in enumerate(counts)
+    )
+    return (
+        f"<section><h2>{title}</h2><svg width='360' height='130' role='img' "
+        f"aria-label='{title}'>{bars}<text y='126'>{low:g}</text>"
+        f"<text x='360' y='126' text-anchor='end'>{high:g} {unit}</text></svg></section>"
+    )
