@@ -40,7 +40,7 @@ class SemanticDataset(Dataset):
     """Items of `conversation.build_item`, some with another utterance of the speaker in front.
 
     What is drawn for an item depends on (seed, epoch, index) alone. Samples whose item would exceed
-    `max_length` columns are left out (`too_long` counts them).
+    `max_length` columns are left out (`too_long` names their clips).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SemanticDataset(Dataset):
         self.name_speakers, self.name_share = name_speakers, name_share
         self.reference_share = reference_share
         self.samples = [s for s in samples if self._columns(s) <= max_length]
-        self.too_long = len(samples) - len(self.samples)
+        self.too_long = [s.name for s in samples if self._columns(s) > max_length]
         self.by_speaker: dict[str, list[int]] = {}
         for index, sample in enumerate(self.samples):
             self.by_speaker.setdefault(sample.speaker, []).append(index)
@@ -69,6 +69,10 @@ class SemanticDataset(Dataset):
     def frames(self, index: int) -> int:
         """Frames of a sample: the length that batches are sorted by."""
         return self.samples[index].codes.shape[1]
+
+    def columns(self, index: int) -> int:
+        """Columns of a sample's item without a reference, at most."""
+        return self._columns(self.samples[index])
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor | Draw]:
         """`tokens` and `labels` [K+1, T] (int64) of a draw."""

@@ -23,11 +23,12 @@ _SENTENCES_A_MESSAGE = 100  # keeps packing and reading at a few hundred kilobyt
 
 @dataclass(frozen=True)
 class Sample:
-    """An utterance of a shard: its text, speaker and `codes [K, T]` (uint16)."""
+    """An utterance of a shard: text, speaker, `codes [K, T]` (uint16), and its clip if known."""
 
     text: str
     speaker: str
     codes: np.ndarray
+    name: str = ""
 
 
 @dataclass
@@ -88,6 +89,7 @@ def build_shards(
     held_out = _choose_validation(usable, validation_share, seed)
     for split in ("train", "validation"):
         chosen = [clip for clip in usable if (clip.name in held_out) == (split == "validation")]
+        chosen.sort(key=lambda clip: clip.speaker)  # so that names and shards run alike
         setattr(manifest, split, [clip.name for clip in chosen])
         for number, speaker in enumerate(sorted({clip.speaker for clip in chosen})):
             name = f"{split}-{number:03d}-{safe_name(speaker, max_length=40)}.protos"

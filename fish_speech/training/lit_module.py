@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,8 @@ class OptimizerConfig:
 class TextToSemantic(L.LightningModule):
     """Trains what requires gradients: adapters over a frozen base, or every parameter.
 
-    `run` is stored in every checkpoint (LoRA config, base, data, parent: see `runs`).
+    `run` is stored in every checkpoint (LoRA config, base, data, parent); `clip_names` are those of
+    the data set's samples.
     `code_noise` replaces that share of the input codes by random ones; `frame_share` trains the
     fast transformer on that share of the frames. All randomness of a step follows from `seed` and
     the step, so a resumed run draws what an uninterrupted one would have drawn.
@@ -63,12 +65,13 @@ class TextToSemantic(L.LightningModule):
         code_noise: float = 0.0,
         frame_share: float = 1.0,
         run: dict[str, Any] | None = None,
+        clip_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer_config = optimizer
         self.seed, self.code_noise, self.frame_share = seed, code_noise, frame_share
-        self.run = run or {}
+        self.run, self.clip_names = run or {}, clip_names
         self.adapters_only = bool(lora_state_dict(model))
         self.strict_loading = not self.adapters_only
         self._validation: list[LossSums] = []
@@ -87,6 +90,13 @@ class TextToSemantic(L.LightningModule):
         # parts of the whole step's mean.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         loss = sums.loss(batch["step_tokens"], step_codes) * parts
+        if not loss.isfinite():
+            names = self.clip_names or range(10**9)
+            clips = [str(names[i]) for i in batch["indices"].tolist()]
+            raise ValueError(
+                f"the loss is {loss.item()} at step {self.global_step}, in {', '.join(clips)}; "
+                "look at these clips, or lower --learning-rate; the last checkpoint is good"
+            )
         self.log_dict(
             {
                 "train/loss": loss.detach(),

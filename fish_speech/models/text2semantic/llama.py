@@ -91,9 +91,10 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:
         """x [B, T, D]; rotary [T, head_dim/2, 2]; mask is True where a key may be seen."""
-        batch, length, _ = x.shape
-        heads = self.wqkv(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split([self.n_head, self.n_local_heads, self.n_local_heads], dim=1)
+        length = x.shape[1]
+        split = [self.n_head, self.n_local_heads, self.n_local_heads]
+        heads = self.wqkv(x).unflatten(-1, (sum(split), self.head_dim)).transpose(1, 2)
+        q, k, v = heads.split(split, dim=1)
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -106,7 +107,7 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.n_head != self.n_local_heads,
         )
-        return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
+        return self.wo(out.transpose(1, 2).flatten(2))
 
 
 class TransformerBlock(nn.Module):

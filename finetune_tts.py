@@ -1,0 +1,322 @@
+#!/usr/bin/env python3
+"""Give the model a voice: from a data set to a merged model that cli_tts.py speaks with."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from fish_speech.datasets.shards import Manifest
+    from fish_speech.training.runs import Run
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+EPILOG = """\
+exit codes: 0 done, 1 done but some clips failed, 2 bad usage or bad input, 130 interrupted
+
+examples:
+  finetune_tts.py --project me --data-dir training_data/me --full-pipeline --max-steps 300
+  finetune_tts.py --project me --list-checkpoints
+  finetune_tts.py --project me --data-dir training_data/me --train --resume-latest --max-steps 600
+  finetune_tts.py --project me --merge-weights --checkpoint-step 500
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--project", required=True, metavar="NAME", help="the run, kept in results/NAME")
+    add("--data-dir", type=Path, metavar="DIR", help="the data set, or raw recordings")
+    add("--debug", action="store_true", help="show where an error came from")
+
+    add = parser.add_argument_group("stages (can be combined)").add_argument
+    add(
+        "--full-pipeline",
+        action="store_true",
+        help="all that is still missing, to the merged model",
+    )
+    add("--prepare-data", action="store_true", help="recordings -> training_data/NAME")
+    add("--extract-tokens", action="store_true", help="clips -> codes")
+    add("--build-dataset", action="store_true", help="codes -> shards")
+    add("--train", action="store_true", help="shards -> checkpoints (packs first what is missing)")
+    add("--merge-weights", action="store_true", help="checkpoint -> checkpoints/NAME-merged")
+    add("--list-checkpoints", action="store_true", help="what this project has")
+
+    add = parser.add_argument_group("base model").add_argument
+    add("--model-version", default="1.5", help="1.5 (default, downloaded once) or tiny (embedded)")
+    add("--pretrained-ckpt-path", type=Path, metavar="DIR", help="a model directory instead")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--max-steps", type=int, help="steps of this project in all (300)")
+    add("--batch-size", type=int, help="utterances a batch (4)")
+    add("--learning-rate", type=float, help="(2e-5)")
+    add("--gradient-accumulation-steps", type=int, metavar="N", help="batches a step (1)")
+    add("--lora-config", metavar="NAME", help="r_4_alpha_8, r_8_alpha_16 (default), r_16_alpha_32")
+    add("--save-every", type=int, metavar="STEPS", help="between checkpoints (100)")
+    add("--val-every", type=int, metavar="STEPS", help="between validations (as --save-every)")
+    add("--keep-checkpoints", type=int, metavar="N", help="only the newest N (default: all)")
+    add("--num-workers", type=int, help="processes that load batches (0)")
+    add("--seed", type=int, help="(42)")
+    add("--override", action="append", default=[], metavar="KEY=VALUE",
+        help="any other key of configs/text2semantic_finetune.yaml")  # fmt: skip
+
+    add = parser.add_argument_group("going on").add_argument
+    add("--resume-latest", action="store_true",
+        help="this project's newest checkpoint, else the newest on the same data")  # fmt: skip
+    add(
+        "--resume-from-checkpoint",
+        metavar="FILE",
+        help="exactly, or its adapters if not this project's",
+    )
+    add("--checkpoint-path", metavar="PATH", help="only the adapters of a file or folder's newest")
+    add("--checkpoint-step", type=int, metavar="STEP", help="which to merge (default: the latest)")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="auto (default: CUDA, else CPU), cpu, cuda or mps")
+    add("--force-mps", action="store_true", help="the same as --device mps")
+    add("--precision", help="of the base: auto (default), fp32 or bf16")
+    add("--devices", type=int, help="cards or processes on this machine (1)")
+    add("--num-nodes", type=int, help="machines (1)")
+    add("--strategy", help="Lightning's strategy, such as ddp")
+
+    add = parser.add_argument_group("preparing and extracting").add_argument
+    add("--speaker", help="who speaks in the recordings (default: the project)")
+    add("--whisper-model", default="base", help="for recordings without a transcript (base)")
+    add("--batch-size-extract", type=int, default=8, help="clips encoded together (8)")
+    add("--num-workers-extract", type=int, default=0, help="processes that decode clips (0)")
+    return parser
+
+
+_CONFIG_KEYS = {
+    "max_steps": "train.max_steps",
+    "batch_size": "data.batch_size",
+    "learning_rate": "optimizer.learning_rate",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "lora_config": "lora",
+    "save_every": "train.save_every",
+    "val_every": "train.val_every",
+    "keep_checkpoints": "train.keep_checkpoints",
+    "num_workers": "data.num_workers",
+    "seed": "seed",
+    "device": "device",
+    "precision": "precision",
+    "devices": "train.devices",
+    "num_nodes": "train.num_nodes",
+    "strategy": "train.strategy",
+}
+_POSITIVE = (
+    *("max_steps", "batch_size", "learning_rate", "gradient_accumulation_steps", "save_every"),
+    *("val_every", "keep_checkpoints", "devices", "num_nodes", "batch_size_extract"),
+)
+
+
+def make_config(args: argparse.Namespace, data_dir: Path) -> DictConfig:
+    """The run's config: flags become overrides. Raises `ValueError` for what can't be meant."""
+    from fish_speech.training.config import compose_config, lora_presets
+
+    if args.lora_config is not None and args.lora_config not in lora_presets():
+        raise ValueError(f"--lora-config {args.lora_config}: one of {', '.join(lora_presets())}")
+    overrides = [f"project={args.project}", f"model='{args.model_version}'"]
+    given = {key: getattr(args, name) for name, key in _CONFIG_KEYS.items()}
+    overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
+    config = compose_config([*overrides, *args.override])
+    config.data.dir = str(data_dir)
+    if args.pretrained_ckpt_path is not None:
+        config.base_model = str(args.pretrained_ckpt_path)
+    return config
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise `ValueError` for impossible values and combinations."""
+    stages = ("full_pipeline", "prepare_data", "extract_tokens", "build_dataset", "train",
+              "merge_weights", "list_checkpoints")  # fmt: skip
+    if not any(getattr(args, stage) for stage in stages):
+        names = ", ".join("--" + stage.replace("_", "-") for stage in stages)
+        raise ValueError(f"nothing to do: give a stage ({names})")
+    for name in _POSITIVE:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if args.force_mps:
+        if args.device not in (None, "mps"):
+            raise ValueError(f"--force-mps and --device {args.device} exclude each other")
+        args.device = "mps"
+    needs_data = stages[:5]
+    if args.data_dir is None and any(getattr(args, stage) for stage in needs_data):
+        raise ValueError("--data-dir is missing: the data set, or the raw recordings")
+
+
+def prepare_stage(args: argparse.Namespace) -> Path:
+    """Recordings -> `training_data/<project>`, which is returned."""
+    from fish_speech.preparation.pipeline import Options, prepare
+
+    output = Path("training_data") / args.project
+    say(f"preparing {args.data_dir} -> {output}")
+    summary = prepare(
+        Options(
+            input=str(args.data_dir),
+            output=output,
+            speaker=args.speaker,
+            normalize=True,
+            split_long=True,
+            auto_transcribe=True,
+            whisper_model=args.whisper_model,
+        ),
+        say=say,
+    )
+    if not summary.clips:
+        raise ValueError(f"{args.data_dir}: no clip came out; see {output}/dataset_summary.json")
+    say(f"{output}: {len(summary.clips)} clips, {summary.minutes} minutes")
+    args.failures += summary.failed
+    return output
+
+
+def extract_stage(args: argparse.Namespace, config: DictConfig, base_dir: Path) -> None:
+    """Clips -> codes beside them."""
+    from fish_speech.devices import resolve_device
+    from fish_speech.models.vqgan import load_codec
+    from fish_speech.preparation.extract import extract_codes
+
+    data_dir = Path(config.data.dir)
+    codec = load_codec(base_dir, resolve_device(config.device))
+    result = extract_codes(
+        data_dir,
+        codec,
+        base_dir,
+        batch_size=args.batch_size_extract,
+        num_workers=args.num_workers_extract,
+    )
+    say(f"codes: {result.made} clips encoded, {result.kept} had theirs")
+    for name, reason in result.failed.items():
+        say(f"failed: {name}: {reason}")
+    args.failures += len(result.failed)
+
+
+def build_stage(args: argparse.Namespace, config: DictConfig, base_dir: Path) -> Manifest:
+    """Codes -> shards."""
+    from tqdm import tqdm
+
+    from fish_speech.datasets.shards import build_shards
+    from fish_speech.models.text2semantic import ModelConfig
+
+    model = ModelConfig.from_pretrained(base_dir)
+    manifest, rebuilt = build_shards(
+        Path(config.data.dir),
+        num_codebooks=model.num_codebooks,
+        codebook_size=model.codebook_size,
+        validation_share=config.data.validation_share,
+        seed=config.seed,
+        progress=lambda clips: tqdm(clips, desc="packing", unit="clip", disable=None),
+    )
+    for reason in manifest.skipped.values():
+        say(f"left out: {reason}")
+    args.failures += len(manifest.skipped)
+    say(
+        f"shards: {len(manifest.train)} clips to train on, {len(manifest.validation)} held out"
+        + ("" if rebuilt else " (unchanged)")
+    )
+    return manifest
+
+
+def train_stage(
+    args: argparse.Namespace, config: DictConfig, base_dir: Path, run: Run, manifest: Manifest
+) -> int | None:
+    """Shards -> checkpoints. Returns the signal that stopped it early, if one did."""
+    from fish_speech.training.runs import choose_start
+    from fish_speech.training.train import train
+
+    start = choose_start(
+        run,
+        Path(config.data.dir),
+        # The whole pipeline goes on where it was stopped.
+        resume_latest=args.resume_latest or (args.full_pipeline and bool(run.checkpoints())),
+        resume_from=args.resume_from_checkpoint,
+        checkpoint_path=args.checkpoint_path,
+    )
+    say(start.reason)
+    done = train(config, base_dir=base_dir, manifest=manifest, start=start, say=say)
+    say(f"trained: {done.checkpoint.path}; losses: {run.logs / 'loss.png'}")
+    return done.stopped_by
+
+
+def merge_stage(args: argparse.Namespace, run: Run) -> Path:
+    """Checkpoint -> `checkpoints/<project>-merged`."""
+    from fish_speech.training.merge import merge
+
+    checkpoint = run.checkpoint(args.checkpoint_step)
+    folder = Path("checkpoints") / f"{run.project}-merged"
+    say(f"merging {checkpoint.path}")
+    merged = merge(checkpoint, folder, base_dir=args.pretrained_ckpt_path)
+    say(
+        f"merged: {folder}; the adapters move the logits by {merged.change:.2%}, "
+        f"the written model is within {merged.error:.3%} of base + adapters"
+    )
+    print(f'speak with it: cli_tts.py "Hello there." --model-path {folder}')
+    return folder
+
+
+def run_stages(args: argparse.Namespace) -> int:
+    from fish_speech.training.runs import Run, describe_checkpoints
+
+    run = Run.of(args.project)
+    if args.list_checkpoints:
+        print(describe_checkpoints(run))
+    everything = args.full_pipeline
+    data_dir = args.data_dir
+    if args.prepare_data or (everything and is_raw(data_dir)):
+        data_dir = prepare_stage(args)
+    if everything or args.extract_tokens or args.build_dataset or args.train:
+        from fish_speech.hub import find_model
+
+        config = make_config(args, data_dir)
+        base_dir = find_model(config.base_model or args.model_version)
+        if everything or args.extract_tokens or args.train:
+            extract_stage(args, config, base_dir)
+        if everything or args.build_dataset or args.train:
+            manifest = build_stage(args, config, base_dir)
+        if everything or args.train:
+            stopped_by = train_stage(args, config, base_dir, run, manifest)
+            if stopped_by is not None:
+                say("stopped; the same command with --resume-latest goes on from here")
+                return INTERRUPTED if stopped_by == signal.SIGINT else 128 + stopped_by
+    if everything or args.merge_weights:
+        merge_stage(args, run)
+    return FAILED if args.failures else OK
+
+
+def is_raw(data_dir: Path) -> bool:
+    """Whether a folder holds recordings that are not prepared: no clip has a `.lab` beside it."""
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"--data-dir {data_dir}: no such folder")
+    return next(data_dir.rglob("*.lab"), None) is None
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    args.failures = 0
+    try:
+        check_arguments(args)
+        return run_stages(args)
+    except KeyboardInterrupt:
+        say("interrupted; what is finished stays, the same command goes on from there")
+        return INTERRUPTED
+    except (ValueError, OSError, MemoryError) as error:
+        if args.debug:
+            raise
+        say(f"error: {error}")
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What happens between the steps: checkpoints, stopping cleanly, and telling how it goes."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from tqdm import tqdm
+
+from fish_speech.files import atomic_path
+from fish_speech.models.weights import read_checkpoint
+from fish_speech.training.runs import Run
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoint files that are whole or not there, and hold tensors and plain values only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options=None) -> None:
+        with atomic_path(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: Any, map_location=None, weights_only=None) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+
+class SaveCheckpoints(L.Callback):
+    """`step_%09d.ckpt` every so many steps and at the end, however it comes."""
+
+    def __init__(self, run: Run, every: int, keep: int | None) -> None:
+        self.run, self.every, self.keep = run, every, keep
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
+        if step_finished(trainer, batch_index) and trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module) -> None:
+        self.save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:
+        # Between two steps the adapters are what the last one left, so a run that ran out of
+        # memory loses nothing. A diverged run (ValueError) must not replace good checkpoints.
+        if isinstance(exception, RuntimeError | MemoryError) and trainer.global_step:
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        path = self.run.checkpoint_path(trainer.global_step)
+        if trainer.global_step == 0 or path.exists():
+            return
+        trainer.save_checkpoint(path, weights_only=False)  # with the optimizer
+        if self.keep and trainer.is_global_zero:
+            for checkpoint in self.run.checkpoints()[: -self.keep]:
+                checkpoint.path.unlink()
+
+
+class StopCleanly(L.Callback):
+    """Ctrl+C and SIGTERM end the run after the step at hand, with a checkpoint.
+
+    A second Ctrl+C stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, module) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
+        if self.signal is not None and step_finished(trainer, batch_index):
+            trainer.should_stop = True
+
+    def on_fit_end(self, trainer: L.Trainer, module) -> None:
+        self.restore()
+
+    def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, frame) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        tqdm.write("stopping after this step, with a checkpoint (again to stop now)", sys.stderr)
+
+
+class Progress(L.Callback):
+    """A progress bar on a terminal, and in any case a line for each validation."""
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+        self._bar: tqdm | None = None
+        self._since, self._tokens = 0.0, 0
+
+    def on_train_start(self, trainer: L.Trainer, module) -> None:
+        self._since = time.monotonic()
+        self._bar = tqdm(
+            total=self.max_steps,
+            initial=trainer.global_step,
+            desc="training",
+            unit="step",
+            disable=None if trainer.is_global_zero else True,
+            dynamic_ncols=True,
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
+        self._tokens += int((~batch["key_padding_mask"]).sum()) * trainer.world_size
+        speed = self._tokens / (time.monotonic() - self._since)
+        # One process logs for all: its part of the tokens is as good as any.
+        module.log("train/tokens_per_second", speed)
+        module.log("train/memory_gb", peak_memory(module.device) / 1e9)
+        if step_finished(trainer, batch_index) and self._bar is not None:
+            metrics = trainer.callback_metrics
+            self._bar.set_postfix_str(
+                f"loss {metrics['train/loss']:.2f}, top-5 {metrics['train/top5_accuracy']:.0%}, "
+                f"rate {trainer.optimizers[0].param_groups[0]['lr']:.1e}, {speed:.0f} tokens/s, "
+                f"{metrics['train/memory_gb']:.1f} GB",
+                refresh=False,
+            )
+            self._bar.update()
+
+    def on_validation_end(self, trainer: L.Trainer, module) -> None:
+        metrics = trainer.callback_metrics
+        if trainer.is_global_zero and "validation/loss" in metrics and not trainer.sanity_checking:
+            before = (
+                f"training loss {metrics['train/loss']:.3f}, " if "train/loss" in metrics else ""
+            )
+            tqdm.write(
+                f"step {trainer.global_step}: {before}"
+                f"validation loss {metrics['validation/loss']:.3f}, "
+                f"top-5 {metrics['validation/top5_accuracy']:.1%}",
+                sys.stderr,
+            )
+
+    def on_train_end(self, trainer: L.Trainer, module) -> None:
+        self.close()
+
+    def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def step_finished(trainer: L.Trainer, batch_index: int) -> bool:
+    """Whether this micro-batch was the last of its optimizer step."""
+    return (batch_index + 1) % trainer.accumulate_grad_batches == 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a CUDA card, else that the process has had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def plot_losses(rows: list[dict[str, str]], file: Path) -> None:
+    """Draw training and validation loss over the steps of `Run.metrics` into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, style in (("train/loss", "-"), ("validation/loss", "o-")):
+        points = {int(float(row["step"])) + 1: float(row[name]) for row in rows if row.get(name)}
+        if points:
+            axes.plot(sorted(points), [points[s] for s in sorted(points)], style, label=name)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_path(file) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)

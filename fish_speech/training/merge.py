@@ -1,0 +1,110 @@
+"""Merging a checkpoint's adapters into its base: a model directory that stands by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fish_speech.conversation import build_prompt
+from fish_speech.files import atomic_folder, file_digest
+from fish_speech.models.text2semantic import DualARTransformer, load_model, save_model
+from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
+from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora, merge_lora
+from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, find_codec
+from fish_speech.tokenizer import FishTokenizer
+from fish_speech.training.runs import Checkpoint
+
+_PROMPT = "The quick brown fox jumps over the lazy dog."
+# Rounding the merged weights moves the logits by about this share of their size.
+_ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """`error`: how far the written model's logits are from base + adapters; `change`: how far the
+    adapters moved them from the base's. Both are root mean squares over that of the logits."""
+
+    folder: Path
+    error: float
+    change: float
+
+
+def merge(checkpoint: Checkpoint, folder: Path, *, base_dir: Path | None = None) -> Merged:
+    """Write `folder`: base and adapters merged in fp32, saved in the base's dtype, and verified.
+
+    `base_dir` replaces the base's recorded place. Raises `ValueError` where the base is another one
+    than the adapters were trained on, the adapters change nothing, or the written model does not do
+    what base and adapters do.
+    """
+    content = checkpoint.read()
+    record = content["run"]
+    base_dir = Path(base_dir or record["base"])
+    if not base_dir.is_dir():
+        raise FileNotFoundError(
+            f"{base_dir}: the base model of {checkpoint.path} is not there any more; "
+            "give its place with --pretrained-ckpt-path"
+        )
+    if file_digest(base_dir / MODEL_FILE) != record["base_digest"]:
+        raise ValueError(
+            f"{base_dir}: not the base that {checkpoint.path} was trained on ({record['base']})"
+        )
+    dtype = load_model(base_dir).dtype  # mapped: costs nothing
+    model = load_model(base_dir, dtype=torch.float32)
+    tokenizer = FishTokenizer.from_pretrained(base_dir)
+    prompt = build_prompt(tokenizer, _PROMPT, num_codebooks=model.config.num_codebooks)
+    base_logits = _logits(model, prompt)
+    lora = LoRAConfig(**{**record["lora"], "targets": tuple(record["lora"]["targets"])})
+    add_lora(model, lora)
+    load_lora(model, content["state_dict"], checkpoint.path)
+    adapted_logits = _logits(model, prompt)
+    merge_lora(model)
+
+    with atomic_folder(folder) as new:
+        save_model(model.state_dict(), new, config=model.config, tokenizer=tokenizer, dtype=dtype)
+        for file in (find_codec(base_dir), base_dir / CODEC_CONFIG_FILE):
+            if file.is_file():
+                _link_or_copy(file, new / file.name)
+        del model
+        if _same_weights(new, base_dir):
+            raise ValueError(
+                f"{checkpoint.path}: its adapters change nothing, the merged model would be the "
+                "base; train for more steps or at a higher --learning-rate"
+            )
+        written_logits = _logits(load_model(new, dtype=torch.float32), prompt)
+        error = _distance(written_logits, adapted_logits)
+        if error > _ROUNDING.get(dtype, 1e-4):
+            raise ValueError(
+                f"{folder}: the merged model differs from base + adapters by {error:.2%} "
+                "of its logits, more than rounding explains; nothing was written"
+            )
+    return Merged(folder, error, _distance(adapted_logits, base_logits))
+
+
+@torch.inference_mode()
+def _logits(model: DualARTransformer, prompt: Tensor) -> Tensor:
+    output = model(prompt[None])
+    x = model.hidden_states(prompt[None])[:, -1]
+    codes = torch.zeros(1, model.config.num_codebooks, dtype=torch.long)
+    return torch.cat([output.token_logits.flatten(), model.codebook_logits(x, codes).flatten()])
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    a, b = (load_model(folder).state_dict() for folder in (one, other))
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it: the codec is large and never written to."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

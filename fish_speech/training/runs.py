@@ -1,0 +1,236 @@
+"""Runs on disk: `results/<project>/{checkpoints,logs,training_configs}`, and where one starts."""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fish_speech.files import safe_name
+
+_CHECKPOINT = re.compile(r"step_(\d{9})\.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file of a run."""
+
+    path: Path
+    step: int
+
+    def read(self) -> dict[str, Any]:
+        """Its content, mapped. Raises `ValueError` that names the file where it is damaged."""
+        from fish_speech.models.weights import read_checkpoint
+
+        content = read_checkpoint(self.path)
+        if "state_dict" not in content or "run" not in content:
+            raise ValueError(f"{self.path}: not a checkpoint of finetune_tts.py")
+        return content
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a project."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, project: str, results_dir: str | Path = "results") -> Run:
+        """Raises `ValueError` where the project's name would not be a single folder."""
+        if not project or safe_name(project, max_length=100) != project:
+            raise ValueError(
+                f"--project '{project}': use letters, digits, '_', '-' and '.' only, "
+                f"for example {safe_name(project)}"
+            )
+        return cls(Path(results_dir) / project)
+
+    @property
+    def project(self) -> str:
+        return self.folder.name
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    @property
+    def configs(self) -> Path:
+        return self.folder / "training_configs"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoint_folder / f"step_{step:09d}.ckpt"
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """By step; none for a project that has none."""
+        return checkpoints_in(self.checkpoint_folder)
+
+    def checkpoint(self, step: int | None = None) -> Checkpoint:
+        """That of a step, or the latest. Raises `FileNotFoundError` that lists what there is."""
+        found = self.checkpoints()
+        if not found:
+            raise FileNotFoundError(
+                f"{self.checkpoint_folder}: no checkpoints; train first "
+                f"(finetune_tts.py --project {self.project} --data-dir DIR --train)"
+            )
+        if step is None:
+            return found[-1]
+        for checkpoint in found:
+            if checkpoint.step == step:
+                return checkpoint
+        there = ", ".join(str(checkpoint.step) for checkpoint in found)
+        raise FileNotFoundError(
+            f"--checkpoint-step {step}: project '{self.project}' has no such step, only {there}"
+        )
+
+    def validation_losses(self) -> dict[int, float]:
+        """Held-out loss by step, from the logs."""
+        losses = {}
+        for row in self.metrics():
+            if row.get("validation/loss"):
+                losses[int(float(row["step"])) + 1] = float(row["validation/loss"])
+        return losses
+
+    def metrics(self) -> list[dict[str, str]]:
+        """The rows of every CSV log, oldest log first; later ones repeat what was redone."""
+        rows: list[dict[str, str]] = []
+        for file in sorted(self.logs.glob("*/metrics.csv"), key=lambda f: f.stat().st_mtime):
+            with file.open(encoding="utf-8", newline="") as lines:
+                rows += csv.DictReader(lines)
+        return rows
+
+
+def checkpoints_in(folder: Path) -> list[Checkpoint]:
+    """The checkpoints of a folder, by step."""
+    found = []
+    for path in folder.glob("*.ckpt") if folder.is_dir() else ():
+        if match := _CHECKPOINT.fullmatch(path.name):
+            found.append(Checkpoint(path, int(match[1])))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def describe_checkpoints(run: Run) -> str:
+    """The list that `--list-checkpoints` prints."""
+    found = run.checkpoints()
+    if not found:
+        return f"📂 No checkpoints for project '{run.project}' yet."
+    lines = [f"📂 Available checkpoints for project '{run.project}':"]
+    losses = run.validation_losses()
+    for checkpoint in found:
+        stat = checkpoint.path.stat()
+        time = datetime.fromtimestamp(stat.st_mtime).strftime("%Y-%m-%d %H:%M:%S")
+        notes = [f"step {checkpoint.step}"]
+        try:
+            parent = checkpoint.read()["run"].get("parent")
+        except ValueError:
+            notes, parent = ["damaged"], None
+        if checkpoint.step in losses:
+            notes.append(f"validation loss {losses[checkpoint.step]:.3f}")
+        if parent:
+            notes.append(f"from {parent}")
+        size = stat.st_size / 1e6
+        lines.append(f"📄 {checkpoint.path.name} ({size:.1f} MB, {time}) {', '.join(notes)}")
+    lines.append(f"🎯 Latest: {found[-1].path.name}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts: `exact` continues that checkpoint's run, else only its adapters are
+    taken; `reason` is a sentence for the user."""
+
+    checkpoint: Checkpoint | None
+    exact: bool
+    reason: str
+
+
+def choose_start(
+    run: Run,
+    data_dir: Path,
+    *,
+    resume_latest: bool = False,
+    resume_from: str | None = None,
+    checkpoint_path: str | None = None,
+) -> Start:
+    """Apply the rules of resuming (README, "Going on from a checkpoint").
+
+    Raises `ValueError` or `FileNotFoundError` that says what there is to choose from.
+    """
+    if sum(map(bool, (resume_latest, resume_from, checkpoint_path))) > 1:
+        raise ValueError(
+            "--resume-latest, --resume-from-checkpoint and --checkpoint-path exclude each other"
+        )
+    own = run.checkpoints()
+    if resume_latest and own:
+        return Start(own[-1], True, f"resuming {own[-1].path} exactly")
+    if resume_from and _belongs_to(checkpoint := _named_checkpoint(resume_from), run):
+        return Start(checkpoint, True, f"resuming {checkpoint.path} exactly")
+    if own:
+        raise ValueError(
+            f"project '{run.project}' has checkpoints up to step {own[-1].step} already; "
+            "go on with --resume-latest, or choose another --project"
+        )
+    if resume_from or checkpoint_path:
+        checkpoint = _named_checkpoint(resume_from or checkpoint_path)
+        return Start(checkpoint, False, f"starting from the adapters of {checkpoint.path}")
+    if not resume_latest:
+        return Start(None, False, "starting from the base model")
+    related = _latest_of_same_data(run, data_dir)
+    if related is None:
+        raise FileNotFoundError(
+            f"--resume-latest: no checkpoint, neither of project '{run.project}' nor of another "
+            f"one trained on {data_dir}; leave the flag out to start from the base model"
+        )
+    return Start(
+        related,
+        False,
+        f"project '{run.project}' is new: starting from the adapters of {related.path}, "
+        f"the newest trained on {data_dir}",
+    )
+
+
+def real_path(path: str | Path) -> Path:
+    """The guide writes `fish-speech/results/...` for `results/...`; both mean the same."""
+    path = Path(path)
+    if not path.exists() and path.parts[:1] == ("fish-speech",):
+        return Path(*path.parts[1:])
+    return path
+
+
+def _named_checkpoint(path: str) -> Checkpoint:
+    file = real_path(path)
+    if file.is_dir():
+        found = checkpoints_in(file) or checkpoints_in(file / "checkpoints")
+        if not found:
+            raise FileNotFoundError(f"{path}: no step_*.ckpt in this folder")
+        return found[-1]
+    if not file.is_file():
+        there = ", ".join(c.path.name for c in checkpoints_in(file.parent)) or "none"
+        raise FileNotFoundError(f"{path}: no such checkpoint (in that folder: {there})")
+    match = _CHECKPOINT.fullmatch(file.name)
+    checkpoint = Checkpoint(file, int(match[1]) if match else 0)
+    checkpoint.read()
+    return checkpoint
+
+
+def _belongs_to(checkpoint: Checkpoint, run: Run) -> bool:
+    return checkpoint.path.resolve().parent == run.checkpoint_folder.resolve()
+
+
+def _latest_of_same_data(run: Run, data_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint of another project that was trained on the same data."""
+    wanted = str(data_dir.resolve())
+    candidates = []
+    for folder in run.folder.parent.iterdir() if run.folder.parent.is_dir() else ():
+        if found := Run(folder).checkpoints():
+            candidates.append(found[-1])
+    candidates.sort(key=lambda c: c.path.stat().st_mtime, reverse=True)
+    for checkpoint in candidates:
+        if checkpoint.read()["run"].get("data_dir") == wanted:
+            return checkpoint
+    return None

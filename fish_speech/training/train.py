@@ -1,0 +1,315 @@
+"""From a config to a trained checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
+from fish_speech.datasets.shards import Manifest, Sample, read_samples
+from fish_speech.devices import free_memory, resolve_device, resolve_precision
+from fish_speech.files import exclusive, file_digest, remove_temporaries, write_text
+from fish_speech.models.text2semantic import DualARTransformer, load_model
+from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
+from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora
+from fish_speech.tokenizer import FishTokenizer
+from fish_speech.training.callbacks import (
+    AtomicCheckpoints,
+    Progress,
+    SaveCheckpoints,
+    StopCleanly,
+    plot_losses,
+)
+from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
+from fish_speech.training.runs import Checkpoint, Run, Start
+
+OUT_OF_MEMORY = (
+    "out of memory; try --batch-size 1 with --gradient-accumulation-steps, "
+    "--override train.gradient_checkpointing=true, --lora-config r_4_alpha_8, "
+    "or shorter clips (--override data.max_length=512)"
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The last checkpoint of a run, and the signal that ended it early (None where none did)."""
+
+    checkpoint: Checkpoint
+    stopped_by: int | None
+
+
+def train(
+    config: DictConfig,
+    *,
+    base_dir: Path,
+    manifest: Manifest,
+    start: Start,
+    say: Callable[[str], None],
+) -> Trained:
+    """Train adapters over the model in `base_dir` on the packed data set.
+
+    `say` is given what the user should know. Raises `ValueError` where something doesn't fit or the
+    loss diverges; running out of memory ends in a `MemoryError` that says what to change.
+    """
+    run = Run.of(config.project, config.results_dir)
+    with exclusive(run.folder, f"project '{run.project}'"):
+        remove_temporaries(run.folder)
+        return _train(config, run, base_dir, manifest, start, say)
+
+
+def _train(config, run, base_dir, manifest, start, say) -> Trained:
+    max_steps = config.train.max_steps
+    if start.exact and start.checkpoint.step >= max_steps:
+        say(
+            f"{start.checkpoint.path} is at step {start.checkpoint.step} of {max_steps} already; "
+            "a higher --max-steps trains on"
+        )
+        return Trained(start.checkpoint, None)
+    device = resolve_device(config.device)
+    dtype = resolve_precision(config.precision, device)
+    lora = lora_config(config)
+    base_digest = file_digest(base_dir / MODEL_FILE)
+    if start.checkpoint is not None:
+        check_fits(start.checkpoint, lora, base_digest, base_dir)
+
+    data = _data_module(config, base_dir, manifest, say)
+    data.start_step = start.checkpoint.step if start.exact else 0
+    model = load_model(base_dir, dtype=dtype)
+    model.set_dropout(config.train.dropout)
+    add_lora(model, lora, seed=config.seed)
+    if start.checkpoint is not None and not start.exact:
+        load_lora(model, start.checkpoint.read()["state_dict"], start.checkpoint.path)
+    module = TextToSemantic(
+        model,
+        OptimizerConfig(
+            **{**OmegaConf.to_container(config.optimizer), "betas": tuple(config.optimizer.betas)},
+            max_steps=max_steps,
+        ),
+        seed=config.seed,
+        run=_run_record(config, run, base_dir, base_digest, lora, start),
+        clip_names=[sample.name for sample in data.train.samples],
+    )
+    model.train()  # Lightning leaves the mode as it finds it
+    _preflight(config, model, data, device, say)
+    _save_config(config, run)
+    stop = StopCleanly()
+    try:
+        with _quiet_lightning():
+            trainer = _trainer(config, run, device, dtype, data, stop)
+            trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.exact else None)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise MemoryError(OUT_OF_MEMORY) from error
+    finally:
+        stop.restore()
+    if trainer.is_global_zero:
+        plot_losses(run.metrics(), run.logs / "loss.png")
+    return Trained(run.checkpoint(trainer.global_step), stop.signal)
+
+
+def lora_config(config: DictConfig) -> LoRAConfig:
+    """The LoRA section of a config."""
+    values = OmegaConf.to_container(config.lora)
+    return LoRAConfig(values["r"], values["alpha"], values["dropout"], tuple(values["targets"]))
+
+
+def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_dir: Path) -> None:
+    """Raise `ValueError` where a checkpoint was trained over another base or LoRA config."""
+    run = checkpoint.read()["run"]
+    theirs = LoRAConfig(**{**run["lora"], "targets": tuple(run["lora"]["targets"])})
+    if (theirs.r, theirs.alpha, set(theirs.targets)) != (lora.r, lora.alpha, set(lora.targets)):
+        raise ValueError(
+            f"{checkpoint.path}: trained with --lora-config r_{theirs.r}_alpha_{theirs.alpha:g}, "
+            f"not r_{lora.r}_alpha_{lora.alpha:g} (or with other target modules)"
+        )
+    if run["base_digest"] != base_digest:
+        raise ValueError(
+            f"{checkpoint.path}: trained over the base model {run['base']}, which is not the same "
+            f"as {base_dir}; give that one with --pretrained-ckpt-path"
+        )
+
+
+def _run_record(config, run, base_dir, base_digest, lora, start) -> dict:
+    """What every checkpoint of the run carries: all that merging and resuming must know."""
+    parent = start.checkpoint.path if start.checkpoint is not None and not start.exact else None
+    if start.exact:
+        parent = start.checkpoint.read()["run"]["parent"]
+    return {
+        "project": run.project,
+        "data_dir": str(Path(config.data.dir).resolve()),
+        "base": str(base_dir.resolve()),
+        "base_digest": base_digest,
+        "lora": {
+            "r": lora.r,
+            "alpha": lora.alpha,
+            "dropout": lora.dropout,
+            "targets": list(lora.targets),
+        },
+        "parent": str(parent) if parent is not None else None,
+    }
+
+
+def load_split(data_dir: Path, manifest: Manifest, split: str) -> list[Sample]:
+    """The samples of a split, each with the name of its clip."""
+    samples = read_samples(manifest.paths(data_dir, split))
+    names = getattr(manifest, split)
+    return [replace(s, name=name) for s, name in zip(samples, names, strict=True)]
+
+
+def _data_module(config, base_dir, manifest, say) -> SemanticDataModule:
+    data_dir = Path(config.data.dir)
+    tokenizer = FishTokenizer.from_pretrained(base_dir)
+    shared = {
+        "max_length": config.data.max_length,
+        "name_speakers": len(manifest.speakers) > 1,
+        "seed": config.seed,
+    }
+    train = SemanticDataset(
+        load_split(data_dir, manifest, "train"),
+        tokenizer,
+        reference_share=config.data.reference_share,
+        **shared,
+    )
+    validation = SemanticDataset(load_split(data_dir, manifest, "validation"), tokenizer, **shared)
+    for name in (*train.too_long, *validation.too_long):
+        say(f"left out: {name} is longer than data.max_length={config.data.max_length} columns")
+    if not len(train):
+        raise ValueError(
+            f"{data_dir}: every clip is longer than data.max_length={config.data.max_length}; "
+            "cut them with prepare_dataset.py --split-long, or raise it with --override"
+        )
+    return SemanticDataModule(
+        train,
+        validation,
+        batch_size=config.data.batch_size,
+        accumulate=config.train.gradient_accumulation_steps,
+        seed=config.seed,
+        num_workers=config.data.num_workers,
+    )
+
+
+def _preflight(config, model, data, device, say) -> None:
+    """Say what will be trained and what it needs; choose gradient checkpointing."""
+    frames = sum(data.train.frames(i) for i in range(len(data.train)))
+    say(
+        f"{len(data.train)} utterances to learn from ({frames} frames), "
+        f"{len(data.validation)} held out, {len(data.train.by_speaker)} speaker(s); "
+        f"batch {data.batch_size} x {data.accumulate}, device {device}, base in {model.dtype}"
+    )
+    if not len(data.validation):
+        say("warning: one clip only, nothing is held out; the validation loss is left out")
+    columns = max(len_ for len_ in map(data.train.columns, range(len(data.train))))
+    needs = {c: expected_memory(model, data.batch_size * columns, c) for c in (False, True)}
+    free = free_memory(device)
+    chosen = config.train.gradient_checkpointing
+    if chosen == "auto":
+        chosen = needs[False] > 0.8 * free
+    model.gradient_checkpointing = bool(chosen)
+    need = needs[bool(chosen)]
+    how = "with" if chosen else "without"
+    say(
+        f"memory: about {need / 1e9:.1f} GB {how} gradient checkpointing, "
+        f"{free / 1e9:.1f} GB are free"
+    )
+    if need > free:
+        say(f"warning: this may not fit: {OUT_OF_MEMORY}")
+
+
+def expected_memory(model: DualARTransformer, columns: int, checkpointing: bool) -> int:
+    """A rough count of the bytes that training needs for batches of so many columns."""
+    c = model.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = model.embeddings.weight.element_size()
+    layer = columns * size * (8 * c.dim + 5 * c.intermediate_size)
+    stored = columns * size * c.dim if checkpointing else layer
+    fast = columns * c.num_codebooks * size * (8 * c.fast_dim + 5 * c.fast_intermediate_size)
+    logits = columns * 4 * 2 * (c.vocab_size + c.num_codebooks * c.codebook_size)
+    return (
+        weights
+        + trained * 12  # gradients and two moments; the adapters are among the weights
+        + c.n_layer * stored
+        + layer
+        + c.n_fast_layer * fast
+        + logits
+    )
+
+
+def _trainer(config, run, device, dtype, data, stop) -> L.Trainer:
+    settings = config.train
+    accelerator = {"cuda": "gpu"}.get(device.type, device.type)
+    devices = [device.index] if device.index is not None else settings.devices
+    version = datetime.now().strftime("%Y%m%d-%H%M%S")
+    val_every = settings.val_every or settings.save_every
+    has_validation = bool(len(data.validation))
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy,
+        precision="bf16-mixed" if dtype == torch.bfloat16 else "32-true",
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.gradient_accumulation_steps,
+        gradient_clip_val=settings.gradient_clip,
+        val_check_interval=val_every * settings.gradient_accumulation_steps
+        if has_validation
+        else None,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if has_validation else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=settings.log_every,
+        logger=[
+            CSVLogger(run.folder, name="logs", version=version),
+            TensorBoardLogger(run.folder, name="logs", version=version),
+        ],
+        callbacks=[
+            SaveCheckpoints(run, settings.save_every, settings.keep_checkpoints),
+            stop,
+            Progress(settings.max_steps),
+        ],
+        plugins=[AtomicCheckpoints()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # the batches know their process
+    )
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without Lightning's advice on hardware, products and loaders, which isn't the user's."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _save_config(config: DictConfig, run: Run) -> None:
+    time = datetime.now().strftime("%Y%m%d-%H%M%S")
+    text = OmegaConf.to_yaml(config)
+    write_text(run.configs / f"{time}.yaml", text)
+    write_text(run.configs / "latest.yaml", text)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        sign in str(error)
+        for sign in ("out of memory", "can't allocate memory", "not enough memory")
+    )
