@@ -156,7 +156,7 @@ def resample(samples: np.ndarray, source_rate: int, target_rate: int) -> np.ndar
 
 @dataclass(frozen=True)
 class Leveling:
-    """What `level` changed: `offset` (DC, removed) and `gain` in dB; `limited` by the peak."""
+    """What `level` did: the mean `offset` it removed, `gain` in dB; `limited` by the peak."""
 
     offset: float
     gain: float
@@ -193,16 +193,30 @@ def level(
     """Remove DC and bring mono audio [N] to `target` LUFS with its true peak below `ceiling` dBTP.
 
     Only a gain is applied: where peaks are in the way it is held back, never the wave bent.
-    Silence is returned as it is.
+    Silence stays silence.
     """
     offset = float(samples.mean(dtype=np.float64)) if len(samples) else 0.0
-    samples = samples - np.float32(offset)
+    samples = _without_offset(samples, sample_rate)
     measured = loudness(samples, sample_rate)
     if not np.isfinite(measured):
         return samples, Leveling(offset, 0.0, False)
     wanted, room = target - measured, ceiling - true_peak(samples, sample_rate)
     gain = min(wanted, room)
     return samples * np.float32(10 ** (gain / 20)), Leveling(offset, gain, room < wanted)
+
+
+def _without_offset(samples: np.ndarray, sample_rate: int) -> np.ndarray:
+    """`samples` [N] without what is below 20 Hz.
+
+    A voice may have an offset where silence has none; subtracting the mean would give silence one.
+    """
+    from scipy.signal import butter, sosfiltfilt
+
+    filters = butter(1, 20, "highpass", fs=sample_rate, output="sos")
+    if len(samples) < 16:
+        return samples
+    reach = min(len(samples) - 1, sample_rate // 10)  # of the filter beyond both ends
+    return sosfiltfilt(filters, samples.astype(np.float64), padlen=reach).astype(np.float32)
 
 
 def _existing(path: str | Path) -> Path:
