@@ -1,0 +1,156 @@
+"""Audio comes in whole and at the right level from any format, and is levelled without harm."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import soundfile
+
+from fish_speech import audio
+
+SECOND = 16_000
+
+
+def sine(frequency: float, seconds: float, sample_rate: int, amplitude: float = 0.5) -> np.ndarray:
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    return (amplitude * np.sin(2 * np.pi * frequency * time)).astype(np.float32)
+
+
+def pitch(samples: np.ndarray, sample_rate: int) -> float:
+    spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
+    return float(np.argmax(spectrum)) * sample_rate / len(samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "sample_rate", "channels", "subtype"),
+    [
+        ("a.wav", 8_000, 1, "PCM_U8"),
+        ("a.wav", 44_100, 2, "PCM_24"),
+        ("a.wav", 48_000, 6, "FLOAT"),
+        ("a.wav", 192_000, 1, "PCM_32"),
+        ("a.flac", 16_000, 1, "PCM_16"),
+        ("a.ogg", 22_050, 2, "VORBIS"),
+        ("a.mp3", 44_100, 1, "MPEG_LAYER_III"),
+        ("a.aiff", 44_100, 2, "PCM_16"),
+    ],
+)
+def test_every_format_arrives_at_its_pitch_level_and_length(
+    tmp_path, name, sample_rate, channels, subtype
+):
+    tone = sine(440, 1.0, sample_rate)
+    soundfile.write(tmp_path / name, np.tile(tone[:, None], channels), sample_rate, subtype)
+    waveform, rate = audio.load_audio(tmp_path / name, 44_100)
+    assert waveform.shape[0] == 1
+    assert rate == 44_100
+    samples = waveform[0].numpy()
+    assert len(samples) / rate == pytest.approx(1.0, abs=0.06)  # an MP3 begins with a little more
+    assert pitch(samples, rate) == pytest.approx(440, abs=2)
+    assert np.abs(samples[4000:-4000]).max() == pytest.approx(0.5, abs=0.03)
+
+
+def test_channels_are_averaged(tmp_path):
+    tone = sine(440, 0.2, SECOND)
+    soundfile.write(tmp_path / "a.wav", np.stack([tone, 0 * tone], 1), SECOND, "FLOAT")
+    assert audio.load_audio(tmp_path / "a.wav")[0][0].numpy() == pytest.approx(tone / 2)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.m4a", "aac"), ("a.webm", "libopus")])
+def test_what_libsndfile_cannot_read_is_decoded_all_the_same(tmp_path, name, codec):
+    import av
+
+    tone = sine(440, 1.0, 48_000)
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=48_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
+        frame.sample_rate = 48_000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    samples = audio.load_audio(tmp_path / name, SECOND)[0][0].numpy()
+    assert len(samples) == pytest.approx(SECOND, abs=1000)
+    assert pitch(samples, SECOND) == pytest.approx(440, abs=2)
+    assert audio.audio_info(tmp_path / name).duration == pytest.approx(1.0, abs=0.06)
+
+
+def test_blocks_add_up_to_the_whole(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.1, 3 * 44_100).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", noise, 44_100, "FLOAT")
+    whole = audio.resample(noise, 44_100, SECOND)
+    parts = list(audio.decode_blocks(tmp_path / "a.wav", SECOND, block_seconds=0.1))
+    assert len(parts) > 20
+    assert np.concatenate(parts) == pytest.approx(whole, abs=1e-4)
+
+
+def test_no_more_than_the_wanted_seconds_is_decoded(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(10 * SECOND), SECOND)
+    parts = list(audio.decode_blocks(tmp_path / "a.wav", max_seconds=2.5, block_seconds=1))
+    assert [len(part) for part in parts] == [SECOND, SECOND, SECOND // 2]
+
+
+def test_broken_files_are_refused_with_their_names(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.wav: no such"):
+        audio.load_audio(tmp_path / "none.wav")
+    (tmp_path / "empty.wav").touch()
+    with pytest.raises(ValueError, match=r"empty\.wav: the file is empty"):
+        audio.load_audio(tmp_path / "empty.wav")
+    (tmp_path / "text.wav").write_text("Dear diary,")
+    with pytest.raises(ValueError, match=r"text\.wav: not an audio file"):
+        audio.load_audio(tmp_path / "text.wav")
+    noise = np.random.default_rng(0).normal(0, 0.1, 3 * 44_100)
+    soundfile.write(tmp_path / "cut.flac", noise, 44_100)
+    data = (tmp_path / "cut.flac").read_bytes()
+    (tmp_path / "cut.flac").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"cut\.flac: damaged audio"):
+        audio.load_audio(tmp_path / "cut.flac")
+
+
+def test_saving_keeps_the_wave_and_scales_what_would_clip(tmp_path):
+    tone = sine(440, 0.5, SECOND)
+    audio.save_audio(tmp_path / "a.wav", tone, SECOND)
+    assert soundfile.info(tmp_path / "a.wav").subtype == "PCM_16"
+    assert audio.load_audio(tmp_path / "a.wav")[0][0].numpy() == pytest.approx(tone, abs=1e-4)
+    audio.save_audio(tmp_path / "b.flac", 4 * tone, SECOND)
+    loud = audio.load_audio(tmp_path / "b.flac")[0][0].numpy()
+    assert loud == pytest.approx(2 * tone, abs=1e-3)
+    with pytest.raises(ValueError, match="unknown audio format"):
+        audio.save_audio(tmp_path / "a.xyz", tone, SECOND)
+
+
+def test_loudness_and_true_peak_agree_with_the_standard():
+    assert audio.loudness(sine(997, 2, 48_000, 1.0), 48_000) == pytest.approx(-3.01, abs=0.05)
+    assert audio.loudness(np.zeros(48_000, np.float32), 48_000) == float("-inf")
+    # A sine at a quarter of the rate, sampled beside its crests: 3 dB are between the samples.
+    between = np.sin(np.pi / 2 * np.arange(48_000) + np.pi / 4).astype(np.float32)
+    assert np.abs(between).max() == pytest.approx(0.7071, abs=1e-3)
+    assert audio.true_peak(between[100:-100], 48_000) == pytest.approx(0.0, abs=0.3)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 3.0])
+@pytest.mark.parametrize("amplitude", [0.002, 0.9])
+def test_levelled_speech_has_the_target_loudness(seconds, amplitude):
+    samples, done = audio.level(sine(300, seconds, 44_100, amplitude), 44_100)
+    assert audio.loudness(samples, 44_100) == pytest.approx(-23, abs=0.15)
+    assert not done.limited
+    assert (done.gain > 0) == (amplitude < 0.1)
+
+
+def test_gain_is_held_back_where_peaks_would_pass_the_ceiling():
+    clicks = np.zeros(88_200, np.float32)
+    clicks[::22_050] = 0.5
+    samples, done = audio.level(clicks, 44_100)
+    assert done.limited
+    assert audio.true_peak(samples, 44_100) <= -0.99
+    again, _ = audio.level(clicks / 4, 44_100)
+    assert samples == pytest.approx(again, abs=1e-4)  # the shape is untouched
+
+
+def test_an_offset_goes_and_silence_stays_silent():
+    tone = sine(300, 3, 44_100, 0.2)
+    assert abs(audio.level(tone + 0.1, 44_100)[0].mean()) < 1e-4
+    # Offset in the voice only, as synthesisers make it: the silence must not inherit it.
+    voice = np.concatenate([np.zeros(44_100, np.float32), tone + 0.02 * (tone != 0)])
+    samples, done = audio.level(voice, 44_100)
+    assert done.offset == pytest.approx(0.015, abs=1e-3)
+    assert np.abs(samples[:33_000]).max() < 1e-4
+    silence, done = audio.level(np.zeros(100, np.float32), 44_100)
+    assert not silence.any()
+    assert done.gain == 0

@@ -1,0 +1,80 @@
+"""Files are whole or absent, names are safe, and a folder has one writer."""
+
+from __future__ import annotations
+
+import pytest
+
+from fish_speech import files
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "deep" / "a.json"
+    files.write_json(path, {"voice": "Zoë"})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"voice": object()})
+
+    def fail() -> None:
+        with files.atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    pytest.raises(RuntimeError, fail)
+    assert files.read_json(path) == {"voice": "Zoë"}
+    assert [item.name for item in path.parent.iterdir()] == ["a.json"]
+
+
+def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path):
+    path = tmp_path / ("n" * 251 + ".wav")
+    files.write_bytes(path, b"x")
+    assert path.read_bytes() == b"x"
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".tmp-123-abc.wav").write_text("half")
+    (tmp_path / "a" / "whole.wav").write_text("whole")
+    files.remove_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.wav")] == ["whole.wav"]
+
+
+def test_a_broken_json_file_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json: not a JSON file"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_audio_is_listed_sorted_without_hidden_files_and_loops(tmp_path):
+    for name in ("b/2.WAV", "a/1.mp3", "a/notes.txt", ".hidden/3.wav", "a/.4.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    found = [path.relative_to(tmp_path).as_posix() for path in files.list_audio(tmp_path)]
+    assert found == ["a/1.mp3", "b/2.WAV"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("../../x", "x"),
+        ("My  voice: take 1", "My_voice_take_1"),
+        ("-rf", "rf"),
+        ("😀", "unnamed"),
+        ("Ölfaß", "Ölfaß"),
+        ("", "unnamed"),
+        ("a/b\\c", "a_b_c"),
+    ],
+)
+def test_safe_names(text, name):
+    assert files.safe_name(text) == name
+
+
+def test_safe_names_are_short_in_bytes_too():
+    assert len(files.safe_name("語" * 300).encode()) <= 200
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    first, second = (files.exclusive(tmp_path, "data set x") for _ in range(2))
+    with first, pytest.raises(ValueError, match=r"data set x is in use by process \d+"):
+        second.__enter__()
+    with files.exclusive(tmp_path, "data set x"):
+        assert (tmp_path / ".lock-holder").exists()
