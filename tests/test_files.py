@@ -18,7 +18,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
             temporary.write_text("half")
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fail)
+    with pytest.raises(RuntimeError):
+        fail()
     assert files.read_json(path) == {"voice": "Zoë"}
     assert [item.name for item in path.parent.iterdir()] == ["a.json"]
 

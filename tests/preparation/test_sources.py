@@ -1,0 +1,154 @@
+"""Every recording is found, named once and for all, and has the transcript that lies beside it."""
+
+from __future__ import annotations
+
+import codecs
+
+import pytest
+
+from fish_speech.preparation import sources
+from fish_speech.preparation.sources import Found, find_local, name_recordings, read_transcript
+
+TEXT = "Grüße aus Köln, schöne Straße – für alle Gäste übrigens heute geöffnet."
+
+
+def put(path, data: bytes = b"x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def names(found: list[Found], owners=None) -> list[str]:
+    return [recording.name for recording in name_recordings(found, owners or {})]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TEXT.encode(),
+        codecs.BOM_UTF8 + TEXT.encode(),
+        TEXT.encode("utf-16"),
+        codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"),
+        TEXT.encode("utf-16-le"),
+        TEXT.encode("utf-32"),
+        TEXT.replace(" ", "\r\n", 3).encode(),
+        TEXT.encode("cp1252"),
+    ],
+    ids=["utf-8", "bom", "utf-16", "utf-16-be", "no-mark", "utf-32", "crlf", "cp1252"],
+)
+def test_transcripts_are_read_in_any_encoding(tmp_path, data):
+    put(tmp_path / "a.txt", data)
+    assert read_transcript(tmp_path / "a.wav") == TEXT
+
+
+def test_a_cyrillic_transcript_in_a_legacy_encoding_is_read(tmp_path):
+    text = "Старый маяк стоял на самом краю скалы, и каждый вечер смотритель зажигал огонь."
+    put(tmp_path / "a.txt", text.encode("cp1251"))
+    assert read_transcript(tmp_path / "a.wav") == text
+
+
+def test_a_label_wins_over_a_text_and_none_is_none(tmp_path):
+    assert read_transcript(tmp_path / "a.wav") is None
+    put(tmp_path / "a.txt", b"draft")
+    put(tmp_path / "a.lab", b"final")
+    assert read_transcript(tmp_path / "a.wav") == "final"
+
+
+@pytest.mark.parametrize(("data", "reason"), [(b" \r\n", "is empty"), (b"... !", "no letter")])
+def test_a_transcript_that_says_nothing_is_a_problem(tmp_path, data, reason):
+    put(tmp_path / "a.wav")
+    put(tmp_path / "a.txt", data)
+    (recording,) = name_recordings([Found(tmp_path / "a.wav", "me")], {})
+    assert "its transcript a.txt" in recording.problem
+    assert reason in recording.problem
+
+
+def test_the_first_subfolder_is_the_speaker_unless_one_is_given(tmp_path):
+    for name in ("b.wav", "Anna Maria/a.wav", "Bob/day 1/c.wav"):
+        put(tmp_path / name)
+    found = find_local(tmp_path, None, "voice")
+    assert [item.speaker for item in found] == ["Anna_Maria", "Bob", "voice"]
+    assert {item.speaker for item in find_local(tmp_path, "Zoe", "voice")} == {"Zoe"}
+
+
+def test_in_a_prepared_data_set_speakers_are_its_folders_and_rejected_clips_stay_out(tmp_path):
+    put(tmp_path / "my_voice" / sources.SUMMARY_NAME)
+    for name in ("Anna/a_0001.wav", "Anna/a_0001.lab", "rejected/Anna/b_0001.wav"):
+        put(tmp_path / "my_voice" / name)
+    for root in (tmp_path, tmp_path / "my_voice"):
+        (found,) = find_local(root, None, "voice")
+        assert found.speaker == "Anna"
+        assert found.prepared
+
+
+def test_nothing_to_prepare_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--youtube"):
+        find_local("https://youtube.com/watch?v=x", None, "voice")
+    with pytest.raises(ValueError, match=r"no audio in this folder.*\.flac"):
+        find_local(tmp_path, None, "voice")
+
+
+def test_symlink_loops_end(tmp_path):
+    put(tmp_path / "a" / "a.wav")
+    (tmp_path / "a" / "again").symlink_to(tmp_path, target_is_directory=True)
+    assert len(find_local(tmp_path, None, "voice")) == 1
+
+
+def test_files_of_one_stem_get_names_of_their_own_and_keep_them(tmp_path):
+    found = [
+        Found(put(tmp_path / name, name.encode()), "me") for name in ("a.flac", "a.wav", "A.ogg")
+    ]
+    first = names(found)
+    assert len({name.casefold() for name in first}) == 3
+    owners = {
+        ("me", recording.name.casefold()): (recording.source, recording.digest)
+        for recording in name_recordings(found, {})
+    }
+    newcomer = Found(put(tmp_path / "a.aac", b"new"), "me")
+    assert names([newcomer, *found], owners)[-2:] == first[-2:]
+    assert len(set(names([newcomer, *found], owners))) == 4
+
+
+def test_a_moved_recording_keeps_its_name_and_a_copy_is_a_problem(tmp_path):
+    old = put(tmp_path / "old" / "a.wav", b"same")
+    (before,) = name_recordings([Found(old, "me")], {})
+    moved = put(tmp_path / "new" / "a.wav", b"same")
+    owners = {("me", "a"): (before.source, before.digest)}
+    assert names([Found(moved, "me")], owners) == ["a"]
+    one, two = name_recordings([Found(moved, "me"), Found(old, "me")], {})
+    assert one.problem is None
+    assert two.problem == f"has the same bytes as {one.source}"
+
+
+@pytest.mark.parametrize(
+    "stem", ['it\'s "me"', "- rf *", "😀", "n" * 251, "../x".replace("/", "\\")]
+)
+def test_awkward_names_become_safe_ones(tmp_path, stem):
+    (name,) = names([Found(put(tmp_path / f"{stem}.wav"), "me")])
+    assert name == name.strip(".-_ ")
+    assert len(name) <= 80
+    assert not set(name) & set("/\\'\" *")
+
+
+def test_speakers_are_folders_not_paths():
+    assert sources.speaker_name("../../x") == "x"
+    assert sources.speaker_name("YouTuber_Name") == "YouTuber_Name"
+    for bad in ("", "../..", "rejected"):
+        with pytest.raises(ValueError, match="--speaker"):
+            sources.speaker_name(bad)
+
+
+def test_a_data_set_is_not_prepared_from_itself(tmp_path):
+    with pytest.raises(ValueError, match="--check"):
+        sources.refuse_overlap(str(tmp_path), tmp_path)
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(ValueError, match="another folder"):
+        sources.refuse_overlap(str(tmp_path / "raw"), tmp_path)
+    sources.refuse_overlap(str(tmp_path), tmp_path / "data")
+
+
+def test_what_was_prepared_below_the_input_is_no_input(tmp_path):
+    put(tmp_path / "a.wav")
+    put(tmp_path / "data" / "me" / "a_0001.wav")
+    (found,) = find_local(tmp_path, None, "me", but=tmp_path / "data")
+    assert found.path.name == "a.wav"
