@@ -54,14 +54,20 @@ class SilenceTrimmer:
     def __init__(self, sample_rate: int) -> None:
         self._margin = round(_MARGIN * sample_rate)
         self._held, self._started = torch.zeros(1, 0), False
+        self._owed = 0  # samples of the margin behind the last sound that are still to come
 
     def __call__(self, waveform: Tensor) -> Tensor:
         held = torch.cat([self._held, waveform], dim=1)
         loud = (held[0].abs() > _SILENCE).nonzero()
-        if not len(loud):
-            self._held = held if self._started else held[:, -self._margin :]
+        start = end = 0
+        if len(loud):
+            start = 0 if self._started else max(0, loud[0].item() - self._margin)
+            end = loud[-1].item() + 1
+            self._started, self._owed = True, self._margin
+        elif not self._started:
+            self._held = held[:, -self._margin :]
             return held[:, :0]
-        start = 0 if self._started else max(0, loud[0].item() - self._margin)
-        end = loud[-1].item() + 1 + self._margin
-        self._held, self._started = held[:, end:], True
-        return held[:, start:end]
+        margin = min(self._owed, held.shape[1] - end)
+        self._owed -= margin
+        self._held = held[:, end + margin :]
+        return held[:, start : end + margin]

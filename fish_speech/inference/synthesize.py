@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fish_speech.audio import load_audio
-from fish_speech.conversation import Utterance, build_prompt
+from fish_speech.conversation import Utterance
 from fish_speech.files import file_digest
 from fish_speech.hub import check_model_dir
+from fish_speech.inference.context import Context
 from fish_speech.inference.generate import generate
 from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.streaming import decode_stream
@@ -41,7 +42,7 @@ class Settings:
     `seed` decides every sample: the same seed, text and model give the same speech. A chunk whose
     speech does not end in the time that its text can take is tried again, `retries` times, with
     another seed derived from `seed`. `max_new_tokens` (frames a chunk) replaces that bound.
-    `context_tokens` is the room in the prompt for chunks already spoken, besides the first.
+    `context_tokens` is the room in the prompt for chunks that were already spoken.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -216,16 +217,24 @@ class TextToSpeech:
         chunks = split_text(text)
         if not chunks:
             raise ValueError(f"there is nothing to speak in {text[:40]!r}: no letter and no number")
-        spoken: list[Utterance] = []  # what stays in the context
+        context = Context(
+            self._tokenizer,
+            self._model.config,
+            frame_rate=self._codec.frame_rate,
+            references=references,
+            speaker=speaker,
+            max_tokens=settings.context_tokens,
+        )
         said = 0
-        for index, chunk in enumerate(chunks):
-            limit = settings.max_new_tokens or ceil(longest_speech(chunk) * self._codec.frame_rate)
-            prompt = self._prompt(chunk, references, spoken, speaker, limit, settings)
-            job = _Chunk(chunk, index, len(chunks), prompt, limit)
-            codes, problem = yield from self._speak(job, settings)
+        for index, text in enumerate(chunks):
+            longest = ceil(longest_speech(text) * self._codec.frame_rate)
+            limit = settings.max_new_tokens or longest
+            prompt, room = context.prompt(text, usual=min(limit, longest // 2))
+            chunk = _Chunk(text, index, len(chunks), prompt, min(limit, room))
+            codes, problem = yield from self._speak(chunk, settings)
             said += codes.shape[1]
             if problem is None:  # a chunk that went wrong would spoil the next
-                spoken.append(Utterance(chunk, codes))
+                context.add(Utterance(text, codes))
         if not said:
             raise ValueError("the model said nothing; try another seed, or train it further")
 
@@ -274,48 +283,6 @@ class TextToSpeech:
         after = f", after {tries} tries" if tries > 1 else ""
         shown = chunk.text if len(chunk.text) <= 40 else f"{chunk.text[:37]}..."
         return f"chunk {chunk.index + 1} of {chunk.count} ({shown!r}): {what}{after}"
-
-    def _prompt(
-        self,
-        chunk: str,
-        references: list[Utterance],
-        spoken: list[Utterance],
-        speaker: str | None,
-        limit: int,
-        settings: Settings,
-    ) -> Tensor:
-        """The chunk's prompt [K+1, T]; `spoken` loses what does not fit, the first chunk last."""
-
-        def build(earlier: list[Utterance]) -> Tensor:
-            return build_prompt(
-                self._tokenizer,
-                chunk,
-                num_codebooks=self._codec.num_codebooks,
-                references=[*references, *earlier],
-                speaker=speaker,
-            )
-
-        room = self._model.config.max_seq_len - limit
-        bare = build([]).shape[1]
-        if bare > room:
-            raise ValueError(self._no_room(chunk, references, bare + limit))
-        while True:
-            prompt = build(spoken)
-            wanted = min(room, bare + settings.context_tokens) if len(spoken) > 1 else room
-            if prompt.shape[1] <= wanted:
-                return prompt
-            del spoken[1 if len(spoken) > 1 else 0]
-
-    def _no_room(self, chunk: str, references: list[Utterance], needed: int) -> str:
-        limit = self._model.config.max_seq_len
-        frames = sum(reference.codes.shape[1] for reference in references)
-        if not references:
-            return f"{chunk[:40]!r}... needs {needed} tokens, the model has {limit}"
-        most = max(0, frames - (needed - limit)) / self._codec.frame_rate
-        return (
-            f"the reference is too long: {frames / self._codec.frame_rate:.1f} s, while the model's"
-            f" context of {limit} tokens leaves room for {most:.1f} s"
-        )
 
 
 @dataclass(frozen=True)

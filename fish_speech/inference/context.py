@@ -1,0 +1,77 @@
+"""What a prompt holds of the speech before it: reference voices and chunks already spoken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fish_speech.conversation import Utterance, build_prompt
+from fish_speech.models.text2semantic import ModelConfig
+from fish_speech.tokenizer import FishTokenizer
+
+
+class Context:
+    """The utterances that come before the next chunk, as many as there is room for.
+
+    The references and the first chunk keep the voice from drifting, so they stay; of the others the
+    oldest go first. `max_tokens` is the room for chunks already spoken, `frame_rate` the codec's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: FishTokenizer,
+        config: ModelConfig,
+        *,
+        frame_rate: float,
+        references: Sequence[Utterance] = (),
+        speaker: str | None = None,
+        max_tokens: int = 1024,
+    ) -> None:
+        self._tokenizer, self._config = tokenizer, config
+        self._frame_rate, self._speaker, self._max_tokens = frame_rate, speaker, max_tokens
+        self._references = list(references)
+        self._spoken: list[Utterance] = []
+
+    def add(self, utterance: Utterance) -> None:
+        """Remember a chunk that was spoken."""
+        self._spoken.append(utterance)
+
+    def prompt(self, text: str, usual: int) -> tuple[Tensor, int]:
+        """The prompt [K+1, T] for `text`, and how many frames the model's context leaves for it.
+
+        `usual` is the number of frames that the speech may well have. Raises `ValueError` where the
+        references leave no room for that.
+        """
+        config = self._config
+        bare = self._build(text, []).shape[1]
+        if bare + usual > config.max_seq_len:
+            raise ValueError(self._no_room(text, bare + usual))
+        # A model may say that it was trained on shorter sequences than its context could hold.
+        longest = min(config.max_seq_len, config.extra.get("trained_seq_len", config.max_seq_len))
+        room = min(longest - usual, bare + self._max_tokens)
+        kept = list(self._spoken)
+        while (prompt := self._build(text, kept)).shape[1] > room and kept:
+            del kept[1 if len(kept) > 1 else 0]
+        self._spoken[1:] = kept[1:]
+        return prompt, config.max_seq_len - prompt.shape[1]
+
+    def _build(self, text: str, spoken: list[Utterance]) -> Tensor:
+        return build_prompt(
+            self._tokenizer,
+            text,
+            num_codebooks=self._config.num_codebooks,
+            references=[*self._references, *spoken],
+            speaker=self._speaker,
+        )
+
+    def _no_room(self, text: str, needed: int) -> str:
+        limit = self._config.max_seq_len
+        if not self._references:
+            return f"{text[:40]!r} needs {needed} tokens, but the model's context has {limit}"
+        frames = sum(reference.codes.shape[1] for reference in self._references)
+        most = max(0, frames - (needed - limit)) / self._frame_rate
+        return (
+            f"the reference is too long: {frames / self._frame_rate:.1f} s, but the model's context"
+            f" of {limit} tokens leaves room for {most:.1f} s"
+        )

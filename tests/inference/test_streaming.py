@@ -1,0 +1,51 @@
+"""Decoding in blocks, and the silence at both ends."""
+
+import torch
+
+from fish_speech.inference.streaming import (
+    FIRST_BLOCK,
+    LONGEST_BLOCK,
+    SilenceTrimmer,
+    decode_stream,
+)
+
+RATE = 8000
+
+
+def test_blocks_join_to_the_whole_decoded_at_once(tts):
+    codec = tts._codec
+    codes = torch.randint(0, 1000, (8, 203), generator=torch.Generator().manual_seed(0))  # [K, T]
+    blocks = list(decode_stream(codec, codes.T))
+    whole, _ = codec.decode(codes[None])
+    assert torch.allclose(torch.cat([block for block, _ in blocks], dim=1), whole[0], atol=1e-4)
+    sizes = [size for _, size in blocks]
+    assert sizes[0] == FIRST_BLOCK
+    assert max(sizes) == LONGEST_BLOCK
+    assert sum(sizes) == 203
+
+
+def test_the_first_block_comes_before_the_frames_have_ended(tts):
+    made = []
+
+    def frames():
+        for _ in range(100):
+            made.append(torch.zeros(8, dtype=torch.long))
+            yield made[-1]
+
+    next(decode_stream(tts._codec, frames()))
+    assert len(made) == FIRST_BLOCK
+
+
+def test_silence_goes_at_both_ends_and_stays_in_the_middle():
+    tone, silence = torch.full((1, RATE), 0.5), torch.zeros(1, RATE)
+    trimmer = SilenceTrimmer(RATE)
+    parts = [trimmer(part) for part in (silence, silence, tone, silence, silence, tone, silence)]
+    margin = RATE // 20
+    assert torch.cat(parts, dim=1).shape[1] == 4 * RATE + 2 * margin
+    assert [part.shape[1] for part in parts[:2]] == [0, 0]
+
+
+def test_sound_without_silence_is_left_alone():
+    sound = torch.rand(1, 1000) + 0.1
+    trimmer = SilenceTrimmer(RATE)
+    assert torch.equal(torch.cat([trimmer(sound[:, :10]), trimmer(sound[:, 10:])], dim=1), sound)
