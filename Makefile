@@ -1,0 +1,44 @@
+# `make test` and `make demo` need nothing but Python: the first call builds .venv.
+PYTHON ?= python3
+PYTEST_ARGS ?= -m "not slow"
+BIN := .venv/bin
+READY := .venv/.ready
+VOICE := demo
+
+.PHONY: help setup demo test lint bench tiny protos
+help: ## list these commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+
+setup: $(READY) ## build .venv with the locked versions
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (a few minutes, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup ## recordings in samples/ become a voice that speaks, with the embedded model
+	$(BIN)/python prepare_dataset.py --input samples --output training_data/$(VOICE) --speaker rms \
+	  --normalize --split-long
+	$(BIN)/python finetune_tts.py --project $(VOICE) --data-dir training_data/$(VOICE) \
+	  --model-version tiny --full-pipeline --max-steps 100 --batch-size 4 --learning-rate 5e-4
+	$(BIN)/python cli_tts.py "This voice was learned from twenty eight short recordings." \
+	  --model-path checkpoints/$(VOICE)-merged -o output/$(VOICE).wav
+	@echo "clips      training_data/$(VOICE)"
+	@echo "run        results/$(VOICE) (losses: logs/loss.png)"
+	@echo "voice      checkpoints/$(VOICE)-merged"
+	@echo "speech     output/$(VOICE).wav"
+
+test: setup ## the tests; PYTEST_ARGS= runs the slow ones too
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup ## how close each piece of work is to the machine's limit
+	$(BIN)/python benchmarks/run.py
+
+protos: setup ## regenerate the shard format's module
+	$(BIN)/python -m grpc_tools.protoc -Ifish_speech/datasets/protos \
+	  --python_out=fish_speech/datasets/protos text_data.proto

@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from fish_speech.models.text2semantic.lora import (
+    LoRAConfig,
+    add_lora,
+    load_lora,
+    lora_state_dict,
+    merge_lora,
+    weight_rows,
+)
+from fish_speech.training.loss import loss_sums
+from tests.conftest import golden_tensors
+
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return golden_tensors("lora.pt")
+
+
+@pytest.fixture
+def adapted(model, golden):
+    add_lora(model, LoRAConfig())
+    load_lora(model, golden["lora_ckpt"]["state_dict"], "golden")
+    return model
+
+
+def mean_loss(model):
+    batch = golden_tensors("train_step.pt")["batch"]
+    sums = loss_sums(model, batch["inputs"], batch["labels"])
+    return sums, sums.loss(sums.tokens, sums.codes)
+
+
+def test_loss_and_gradients_equal_the_reference(adapted, golden):
+    sums, loss = mean_loss(adapted)
+    loss.backward()
+    assert loss.item() == pytest.approx(golden["metrics"]["train/loss"], rel=1e-4)
+    assert float(sums.top5 / sums.codes) == pytest.approx(golden["metrics"]["train/top_5_accuracy"])
+    parameters = dict(adapted.named_parameters())
+    gradients = {name: parameters[name].grad for name in golden["lora_grads"]}
+    torch.testing.assert_close(gradients, golden["lora_grads"], **TOLERANCE)
+    assert {name for name, p in parameters.items() if p.requires_grad} == set(
+        lora_state_dict(adapted)
+    )
+
+
+@torch.no_grad()
+def test_merged_weights_equal_the_reference_and_act_alike(adapted, golden):
+    before = float(mean_loss(adapted)[1])
+    merge_lora(adapted)
+    merged = adapted.state_dict()
+    expected = dict(golden["merged"])
+    every_16th = expected.pop("codebook_embeddings.weight")
+    torch.testing.assert_close(merged["codebook_embeddings.weight"][::16], every_16th, **TOLERANCE)
+    for name, weight in expected.items():
+        torch.testing.assert_close(merged[name], weight, **TOLERANCE)
+    assert not lora_state_dict(adapted)
+    assert float(mean_loss(adapted)[1]) == pytest.approx(before, rel=1e-4)
+
+
+@torch.no_grad()
+def test_fresh_adapters_change_nothing(model):
+    before = float(mean_loss(model)[1])
+    add_lora(model, LoRAConfig())
+    assert float(mean_loss(model)[1]) == pytest.approx(before, abs=1e-6)
+
+
+def test_switching_modes_never_touches_the_base(adapted):
+    before = {k: v.clone() for k, v in adapted.state_dict().items()}
+    for _ in range(3):
+        adapted.train()
+        adapted.eval()
+    torch.testing.assert_close(adapted.state_dict(), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_stay_fp32_over_a_low_precision_base(model, dtype):
+    model.to(dtype)
+    add_lora(model, LoRAConfig())
+    assert {v.dtype for v in lora_state_dict(model).values()} == {torch.float32}
+    loss = mean_loss(model)[1]
+    loss.backward()
+    assert model.layers[0].attention.wqkv.lora_B.grad.dtype == torch.float32
+    assert model.layers[0].attention.wqkv.lora_B.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_rows_of_an_adapted_weight_are_those_of_the_merged_one(adapted):
+    rows = torch.tensor([404, 412, 1000])
+    output, embeddings = (
+        weight_rows(module, rows) for module in (adapted.output, adapted.embeddings)
+    )
+    merge_lora(adapted)
+    torch.testing.assert_close(output, adapted.output.weight[rows])
+    torch.testing.assert_close(embeddings, adapted.embeddings.weight[rows])
+
+
+def test_adapters_of_another_rank_are_refused_by_name(model, golden):
+    add_lora(model, LoRAConfig(r=4, alpha=8))
+    with pytest.raises(ValueError, match=r"golden: .*lora_A' is \(8, \d+\) in the file, \(4, "):
+        load_lora(model, golden["lora_ckpt"]["state_dict"], "golden")
+
+
+def test_missing_adapters_are_refused(adapted, golden):
+    some = dict(list(golden["lora_ckpt"]["state_dict"].items())[:-1])
+    with pytest.raises(ValueError, match=r"is none in the file"):
+        load_lora(adapted, some, "half a file")
+
+
+def test_targets_choose_the_modules(model):
+    add_lora(model, LoRAConfig(targets=("wo", "fast_embeddings")))
+    assert {key.split(".")[-2] for key in lora_state_dict(model)} == {"wo", "fast_embeddings"}
+    with pytest.raises(ValueError, match="wqvk"):
+        LoRAConfig(targets=("wqvk",))

@@ -1,0 +1,105 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from fish_speech.models.vqgan import Codec, CodecConfig, load_codec
+from fish_speech.models.weights import empty_modules
+from tests.conftest import GOLDEN, golden_tensors
+
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return golden_tensors("codec_io.pt")
+
+
+def test_the_spectrogram_equals_the_reference(codec, golden):
+    torch.testing.assert_close(codec.spec_transform(golden["audio"]), golden["mel"], **TOLERANCE)
+
+
+def test_codes_equal_the_reference(codec, golden):
+    codes, lengths = codec.encode(golden["audio"], golden["audio_lengths"])
+    assert torch.equal(lengths, golden["code_lengths"])
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(codes[row, :, :length], golden["codes"][row, :, :length].long())
+
+
+def test_audio_equals_the_reference(codec, golden):
+    waveforms, lengths = codec.decode(golden["codes"], golden["code_lengths"])
+    assert torch.equal(lengths, golden["decoded_lengths"])
+    torch.testing.assert_close(waveforms, golden["decoded"], **TOLERANCE)
+
+
+def test_a_batch_gives_what_its_items_give_one_by_one(codec, golden):
+    together, lengths = codec.encode(golden["audio"], golden["audio_lengths"])
+    decoded, _ = codec.decode(together, lengths)
+    for row, (samples, length) in enumerate(
+        zip(golden["audio_lengths"].tolist(), lengths.tolist(), strict=True)
+    ):
+        alone, _ = codec.encode(golden["audio"][row : row + 1, :, :samples])
+        assert torch.equal(alone[0, :, :length], together[row, :, :length])
+        waveform, _ = codec.decode(alone[:, :, :length])
+        torch.testing.assert_close(
+            waveform[0], decoded[row, :, : length * codec.frame_length], **TOLERANCE
+        )
+
+
+def test_a_chunk_with_its_left_context_decodes_as_in_the_whole(codec, golden):
+    codes = golden["codes"][:1]
+    whole, _ = codec.decode(codes)
+    begin = codec.left_context + 3
+    chunk, _ = codec.decode(codes[:, :, begin - codec.left_context :])
+    context = codec.left_context * codec.frame_length
+    torch.testing.assert_close(
+        chunk[..., context:], whole[..., begin * codec.frame_length :], atol=1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("samples", [1, 500, 2047, 2048])
+def test_very_short_audio_gives_only_whole_frames(codec, samples):
+    _, lengths = codec.encode(torch.zeros(1, 1, samples))
+    assert lengths.tolist() == [samples // 2048]
+
+
+def test_published_sizes():
+    with empty_modules():
+        codec = Codec(CodecConfig())
+    assert codec.frame_rate == pytest.approx(21.53, abs=0.01)
+    assert codec.codebook_size == 1000
+    assert codec.num_codebooks == 8
+    assert 45e6 < sum(p.numel() for p in codec.parameters()) < 49e6
+
+
+@pytest.mark.parametrize("wrap", [lambda s: {"state_dict": s}, lambda s: s])
+def test_wrapper_and_generator_prefix(codec, codec_dir, tmp_path, wrap):
+    state = torch.load(GOLDEN / "codec.pth", weights_only=True)
+    prefixed = {f"generator.{key}": value for key, value in state.items()}
+    torch.save(
+        wrap({**prefixed, "discriminator.weight": torch.zeros(3)}),
+        tmp_path / "firefly-gan-vq-other.pth",
+    )
+    shutil.copy(codec_dir / "codec_config.json", tmp_path)
+    torch.testing.assert_close(load_codec(tmp_path).state_dict(), codec.state_dict())
+
+
+def test_a_codec_that_does_not_fit_its_config_is_refused_with_both_shapes(codec_dir, tmp_path):
+    shutil.copy(codec_dir / "firefly-gan-vq-golden.pth", tmp_path)
+    values = json.loads((codec_dir / "codec_config.json").read_text())
+    values["backbone"]["dims"] = [16, 24, 32, 64]
+    (tmp_path / "codec_config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"golden\.pth: .*has shape .*but the config says"):
+        load_codec(tmp_path)
+
+
+def test_no_codec_or_two_are_named(codec_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no codec \(firefly-gan-vq-\*\.pth\)"):
+        load_codec(tmp_path)
+    for name in ("a", "b"):
+        shutil.copy(
+            codec_dir / "firefly-gan-vq-golden.pth", tmp_path / f"firefly-gan-vq-{name}.pth"
+        )
+    with pytest.raises(ValueError, match="more than one codec"):
+        load_codec(tmp_path)
