@@ -11,7 +11,7 @@ from torch import Tensor
 from fish_speech.conversation import IGNORED, Utterance, build_item
 from fish_speech.tokenizer import FishTokenizer
 
-# A batch of one process has as many columns in every bucket: a CPU prepares its kernels once a shape.
+# Every batch of a process has as many columns: a CPU prepares its kernels once a shape.
 COLUMNS = 1152
 BUCKETS = (72, 96, 128, 144, 192, 288, 384)  # lengths; each divides COLUMNS
 

@@ -1,11 +1,22 @@
+"""Read the shards of the speech stage."""
+
+from __future__ import annotations
+
 from pathlib import Path
-import numpy as np, torch
+
+import torch
+
 from fish_speech.conversation import Utterance
-from recipes.tiny.speech import BLOCK, speaker_of
-def read_corpus(cache):
-    C=Path('/var/tmp/tiny-cache')
-    T=(C/'train.txt').read_text().splitlines(); items=[]
-    for p in sorted((C/'codes').glob('0*.npz')):
-        z=np.load(p); b=int(p.stem)*BLOCK
-        for i,c in enumerate(np.split(z['codes'],np.cumsum(z['lengths'])[:-1],1)): items.append((speaker_of(b+i),Utterance(T[b+i],torch.from_numpy(c))))
-    return items
+from fish_speech.datasets.shards import read_samples
+from recipes.tiny.batches import Corpus
+
+
+def read_corpus(cache: Path) -> Corpus:
+    """Speaker and utterance of everything spoken so far. Raises `FileNotFoundError` if nothing."""
+    shards = sorted((cache / "shards").glob("*.protos"))
+    if not shards:
+        raise FileNotFoundError(f"{cache / 'shards'}: no shards; run recipes.tiny.speech first")
+    return [
+        (sample.speaker, Utterance(sample.text, torch.from_numpy(sample.codes.astype("int16"))))
+        for sample in read_samples(shards)
+    ]

@@ -76,7 +76,7 @@ def fortunes(folder: Path = FORTUNES) -> Iterator[str]:
 
 
 def docstrings(folder: Path | None = None) -> Iterator[str]:
-    """Sentences of the docstrings of this Python's standard library (tests and packages left out)."""
+    """Sentences of the docstrings of this Python's standard library, without its tests."""
     folder = folder or Path(sysconfig.get_path("stdlib"))
     for path in sorted(folder.rglob("*.py")):
         if {"site-packages", "test", "tests", "idle_test", "lib2to3"} & set(path.parts):

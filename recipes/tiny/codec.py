@@ -1,0 +1,221 @@
+"""Stage 3: train the codec from nothing on speech of the training sentences.
+
+Reconstruction only: log-mel distance at four scales and a little linear spectrum. A stopped run
+goes on from its last checkpoint; at the end the codec is written as a model directory holds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fish_speech.files import atomic_path, write_json
+from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, Codec, CodecConfig
+from fish_speech.models.vqgan.firefly import ConvNeXtBlock
+from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
+from recipes.tiny.speech import SAMPLE_RATE, VOICES, speak
+from recipes.tiny.texts import CACHE
+
+CHECKPOINT = "codec.ckpt"
+CODEC_FILE = "firefly-gan-vq-fsq-8x1000-20hz-generator.pth"
+RATE = 4e-4
+LAYER_SCALE = 0.1  # the published 1e-6 would take a long training to grow
+SCALES = ((2048, 80), (1024, 80), (512, 60), (256, 40))  # n_fft and mels of the loss
+ENCODER_WAITS, ENCODER_RAMP = 100, 300  # steps
+CONFIG = {
+    "spec_transform": {
+        "sample_rate": SAMPLE_RATE,
+        "n_mels": 80,
+        "n_fft": 1024,
+        "hop_length": 200,
+        "win_length": 1024,
+    },
+    "backbone": {
+        "input_channels": 80,
+        "depths": [2, 2, 4, 2],
+        "dims": [96, 128, 160, 192],
+        "kernel_size": 7,
+    },
+    "head": {
+        "num_mels": 192,
+        "upsample_initial_channel": 256,
+        "upsample_rates": [5, 5, 4, 2],
+        "upsample_kernel_sizes": [10, 10, 8, 4],
+        "resblock_kernel_sizes": [3, 7],
+        "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]],
+        "pre_conv_kernel_size": 7,
+        "post_conv_kernel_size": 7,
+    },
+    "quantizer": {
+        "input_dim": 192,
+        "n_groups": 8,
+        "levels": [8, 5, 5, 5],
+        "downsample_factor": [2, 2],
+    },
+}
+
+
+def new_codec(directory: Path, speech: Tensor, seed: int) -> Codec:
+    """A random codec whose quantizer does not collapse, fitted to speech [B, 1, N].
+
+    Without the centred first convolution and the whitened projections, a run ends with a single
+    code within 20 steps.
+    """
+    torch.manual_seed(seed)
+    write_json(directory / CODEC_CONFIG_FILE, CONFIG)
+    codec = Codec(CodecConfig.from_pretrained(directory))
+    for module in codec.modules():
+        if isinstance(module, ConvNeXtBlock):
+            nn.init.constant_(module.gamma, LAYER_SCALE)
+    with torch.no_grad():
+        mels = codec.spec_transform(speech)  # [B, M, T]
+        stem = codec.backbone.downsample_layers[0][0].conv
+        mean = mels.mean((0, 2))
+        stem.bias.copy_(-torch.einsum("omk,m->o", stem.weight, mean))
+        features = codec.quantizer.downsample(codec.backbone(mels)).transpose(1, 2)
+        rvqs = codec.quantizer.residual_fsq.rvqs
+        for rvq, group in zip(rvqs, features.flatten(0, 1).chunk(len(rvqs), -1), strict=True):
+            centre = group.mean(0)
+            values, vectors = torch.linalg.eigh(torch.cov(group.T))
+            size = rvq.project_in.out_features
+            whitening = vectors[:, -size:] / values[-size:].clamp(min=1e-8).sqrt()
+            rvq.project_in.weight.copy_(0.9 * whitening.T)
+            rvq.project_in.bias.copy_(-rvq.project_in.weight @ centre)
+    return codec
+
+
+class SpectralLoss(nn.Module):
+    """Mean absolute distance of log-mels at four scales, and of linear magnitudes at one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mels = nn.ModuleList(
+            LogMelSpectrogram(SAMPLE_RATE, n_mels, n_fft, n_fft // 4, n_fft)
+            for n_fft, n_mels in SCALES
+        )
+
+    def forward(self, made: Tensor, target: Tensor) -> Tensor:  # [B, 1, N] each
+        mels = torch.stack([F.l1_loss(mel(made), mel(target)) for mel in self.mels]).mean()
+        return mels + 0.1 * F.l1_loss(self._magnitudes(made), self._magnitudes(target))
+
+    @staticmethod
+    def _magnitudes(waveforms: Tensor) -> Tensor:
+        window = torch.hann_window(1024, device=waveforms.device)
+        spectrum = torch.stft(waveforms[:, 0], 1024, 256, window=window, return_complex=True)
+        return (torch.view_as_real(spectrum).square().sum(-1) + 1e-6).sqrt()
+
+
+class Trainer:
+    """Codec, its optimizer, and what holds the values before quantization in their range."""
+
+    def __init__(self, codec: Codec, steps: int) -> None:
+        self.codec, self.steps, self.step = codec, steps, 0
+        self.distance = SpectralLoss()
+        encoder = [*codec.backbone.parameters(), *codec.quantizer.downsample.parameters()]
+        projections = [rvq.project_in for rvq in codec.quantizer.residual_fsq.rvqs]
+        encoder += [parameter for module in projections for parameter in module.parameters()]
+        chosen = {id(parameter) for parameter in encoder}
+        decoder = [p for p in codec.parameters() if id(p) not in chosen]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decoder}, {"params": encoder}], lr=RATE, betas=(0.8, 0.99)
+        )
+        self._values: list[Tensor] = []
+        for module in projections:
+            module.register_forward_hook(lambda _m, _i, output: self._values.append(output))
+
+    def update(self, speech: Tensor) -> tuple[float, float]:
+        """One step on speech [B, 1, N]; returns the spectral distance and the penalty."""
+        decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        awake = min(1.0, max(0.0, (self.step - ENCODER_WAITS) / ENCODER_RAMP))
+        decoder, encoder = self.optimizer.param_groups
+        decoder["lr"], encoder["lr"] = RATE * decay, 0.5 * RATE * decay * awake
+        self._values.clear()
+        features = self.codec.backbone(self.codec.spec_transform(speech))
+        quantized, _ = self.codec.quantizer(features)
+        made = self.codec.head(quantized)[..., : speech.shape[-1]]
+        values = torch.stack(self._values).flatten(1, 2)  # [G, B·T, 4]
+        penalty = values.mean(1).square().mean() + (values.std(1) - 0.9).square().mean()
+        distance = self.distance(made, speech)
+        self.optimizer.zero_grad()
+        (distance + penalty).backward()
+        nn.utils.clip_grad_norm_(self.codec.parameters(), 10.0)
+        self.optimizer.step()
+        self.step += 1
+        return distance.item(), penalty.item()
+
+
+def load_speech(texts: list[str]) -> list[Tensor]:
+    """Every text in every voice, as waveforms [N]."""
+    jobs = [(text, speaker) for text in texts for speaker in VOICES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        spoken = tqdm(pool.map(lambda job: speak(*job), jobs), total=len(jobs), disable=None)
+        return [torch.from_numpy(samples) for samples in spoken]
+
+
+def crops(speech: list[Tensor], count: int, size: int, generator: random.Random) -> Tensor:
+    """Random stretches of the speech: [count, 1, size]."""
+    rows = []
+    for waveform in generator.choices(speech, k=count):
+        begin = generator.randrange(max(1, len(waveform) - size))
+        rows.append(F.pad(waveform[begin : begin + size], (0, max(0, size - len(waveform)))))
+    return torch.stack(rows)[:, None]
+
+
+def save(trainer: Trainer, path: Path) -> None:
+    """Everything that a resumed run needs."""
+    state = {
+        "codec": trainer.codec.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "step": trainer.step,
+    }
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the texts")
+    parser.add_argument("--output", type=Path, default=CACHE / "codec", help="model directory")
+    parser.add_argument("--steps", type=int, default=16000)
+    parser.add_argument("--sentences", type=int, default=2000, help="spoken in every voice")
+    parser.add_argument("--batch-size", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=0.8, help="length of a crop")
+    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    texts = (args.cache / "train.txt").read_text(encoding="utf-8").splitlines()
+    speech, size = load_speech(texts[: args.sentences]), round(args.seconds * SAMPLE_RATE)
+    codec = new_codec(args.output, crops(speech, 64, size, random.Random(args.seed)), args.seed)
+    trainer, checkpoint = Trainer(codec.to(args.device), args.steps), args.cache / CHECKPOINT
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        codec.load_state_dict(state["codec"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.step = state["step"]
+    bar = tqdm(total=args.steps, initial=trainer.step, unit="step", disable=None)
+    while trainer.step < args.steps:
+        # Seeded by the step, so that a resumed run hears what an unbroken one would have heard.
+        generator = random.Random(f"{args.seed} {trainer.step}")
+        batch = crops(speech, args.batch_size, size, generator).to(args.device)
+        distance, penalty = trainer.update(batch)
+        bar.update()
+        bar.set_postfix_str(f"distance {distance:.3f}, penalty {penalty:.3f}", refresh=False)
+        if trainer.step % args.save_every == 0 or trainer.step == args.steps:
+            save(trainer, checkpoint)
+    with atomic_path(args.output / CODEC_FILE) as temporary:
+        torch.save(codec.state_dict(), temporary)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

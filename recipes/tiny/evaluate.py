@@ -1,0 +1,112 @@
+"""Figures: word error rates on held-out sentences of teacher, codec resynthesis and synthesis.
+
+The recogniser (pocketsphinx, its own US English model) took no part in the training. Before words
+are compared, both texts are lower-cased, hyphens become spaces and every mark but the apostrophe
+goes. A runaway is a synthesis, at the first try, that did not end in the time its text can take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fish_speech.inference import TextToSpeech
+from fish_speech.inference.synthesize import Settings
+from fish_speech.models.vqgan import Codec, load_codec
+from recipes.tiny.speech import SAMPLE_RATE, VOICES, speak
+from recipes.tiny.texts import CACHE
+
+
+def normalise(text: str) -> str:
+    """Lower case, letters and apostrophes only.
+
+    >>> normalise("Twenty-one, isn't it?")
+    "twenty one isn't it"
+    """
+    return " ".join(re.sub(r"[^a-z']+", " ", text.lower()).split())
+
+
+def recognise(samples: np.ndarray) -> str:
+    """The words that pocketsphinx hears in float32 audio [N] at 16 kHz."""
+    from pocketsphinx import Config, Decoder
+
+    decoder = Decoder(Config(samprate=SAMPLE_RATE, loglevel="FATAL"))
+    decoder.start_utt()
+    pcm = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
+    decoder.process_raw(pcm.tobytes(), full_utt=True)
+    decoder.end_utt()
+    found = decoder.hyp()
+    return normalise(found.hypstr) if found else ""
+
+
+@torch.no_grad()
+def resynthesise(codec: Codec, samples: np.ndarray) -> np.ndarray:
+    """Audio [N] through the codec and back."""
+    waveforms, _ = codec.decode(*codec.encode(torch.from_numpy(samples)[None, None]))
+    return waveforms[0, 0].numpy()
+
+
+def synthesise(voice: TextToSpeech, text: str, speaker: str, seed: int) -> tuple[np.ndarray, bool]:
+    """Audio [N] of a text, and whether it ran away."""
+    pieces = list(voice.pieces(text, speaker=speaker, settings=Settings(seed=seed, retries=0)))
+    waveform = torch.cat([piece.waveform for piece in pieces], dim=1)[0].numpy()
+    return waveform, any("did not end" in (piece.problem or "") for piece in pieces)
+
+
+def error_rate(texts: list[str], heard: list[str]) -> float:
+    """Word errors over words, all sentences together."""
+    import jiwer
+
+    return jiwer.wer([normalise(text) for text in texts], heard)
+
+
+def rows(
+    texts: list[str], codec: Codec, voice: TextToSpeech, recognise_all: Callable
+) -> Iterator[tuple[str, float, float, float, int]]:
+    """For each voice and all together: teacher, resynthesis, synthesis, runaways."""
+    heard: dict[str, tuple[list[str], ...]] = {}
+    runaways = {}
+    for speaker in VOICES:
+        spoken = [speak(text, speaker) for text in tqdm(texts, desc=speaker, disable=None)]
+        again = [resynthesise(codec, samples) for samples in spoken]
+        made = [synthesise(voice, t, speaker, i) for i, t in enumerate(tqdm(texts, disable=None))]
+        runaways[speaker] = sum(ran for _, ran in made)
+        audio = (spoken, again, [samples for samples, _ in made])
+        heard[speaker] = tuple(list(recognise_all(recognise, part)) for part in audio)
+        yield speaker, *(error_rate(texts, part) for part in heard[speaker]), runaways[speaker]
+    parts = ([text for speaker in heard for text in heard[speaker][i]] for i in range(3))
+    total = (error_rate(texts * len(VOICES), part) for part in parts)
+    yield "all", *total, sum(runaways.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of heldout.txt")
+    parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny"))
+    parser.add_argument("--sentences", type=int, default=100, help="for each voice")
+    args = parser.parse_args(argv)
+    file = args.cache / "heldout.txt"
+    if not file.exists():
+        print(f"{file}: missing; run `python -m recipes.tiny.texts`", file=sys.stderr)
+        return 2
+    texts = file.read_text(encoding="utf-8").splitlines()[: args.sentences]
+    codec, voice = load_codec(args.model), TextToSpeech.from_pretrained(args.model, device="cpu")
+    print(f"word error rate, {len(texts)} held-out sentences a voice")
+    print(f"{'voice':8}{'teacher':>9}{'codec':>9}{'synthesis':>11}{'runaways':>10}")
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for name, teacher, resynthesis, synthesis, ran in rows(texts, codec, voice, pool.map):
+            print(f"{name:8}{teacher:9.3f}{resynthesis:9.3f}{synthesis:11.3f}{ran:10d}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
