@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fish_speech.inference.playback import Player
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+SMALL_MODEL = 100_000_000  # bytes of weights
 EPILOG = """\
 exit status: 0 spoken; 1 some texts failed; 2 bad usage or bad input; 130 interrupted
 
@@ -114,6 +115,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
         help="of the language model (default: bf16 on CUDA that has it, else fp32)",
+    )
+    machine.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="processor threads (default: one a core; a single one for a small model, where they"
+        " cost more than they bring)",
     )
     return parser
 
@@ -263,6 +271,9 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
 
     from fish_speech.inference import TextToSpeech
 
+    small = (model_dir / "model.pth").stat().st_size < SMALL_MODEL
+    if threads := args.threads or (1 if small else None):
+        torch.set_num_threads(threads)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return TextToSpeech.from_pretrained(
         model_dir, device=args.device, dtype=dtypes.get(args.precision)
