@@ -93,20 +93,22 @@ def align_lengths(
         low, high = max(1, int(low)), min(len(islands), int(high))
         if unit == len(units):
             low = high = len(islands)
-        u, left = max(0, unit - most_units), max(0, low - most_islands)
+        u, left = max(0, unit - most_units), low - most_islands
         before = rows.block(u, unit, left, high)
         before += (missed_end[unit - 1] - missed_end[u:unit])[:, None]
-        expected = (said[unit] - said[u:unit])[:, None]
-        row = _pause_cost(strength, pauses[low - 1 : high])
-        for island in range(low, high + 1):
-            i = max(0, island - most_islands)
-            off = (spoken[island] - spoken[i:island])[None] - expected
-            total = before[:, i - left : island - left] + off**2 / (0.12 * expected + 0.04)
-            total += (missed_pause[island - 1] - missed_pause[i:island])[None]
-            best = np.unravel_index(np.argmin(total), total.shape)
-            row[island - low] += total[best]
-            came_from[unit, island] = u + int(best[0]), i + int(best[1])
+        expected = (said[unit] - said[u:unit])[:, None, None]
+        here = np.arange(low, high + 1)  # [I]; below, all arrays are [units back, I, islands back]
+        origin = here[:, None] - np.arange(most_islands, 0, -1)
+        off = (spoken[here][:, None] - spoken[np.maximum(origin, 0)])[None] - expected
+        total = before[:, origin - left] + off**2 / (0.12 * expected + 0.04)
+        total += missed_pause[here - 1][:, None] - missed_pause[np.maximum(origin, 0)]
+        total = total.transpose(1, 0, 2).reshape(len(here), -1)
+        best = total.argmin(axis=1)
+        row = total.min(axis=1) + _pause_cost(strength, pauses[here - 1])
         rows.add(low, row)
+        backs = zip(*np.unravel_index(best, (unit - u, most_islands)), strict=True)
+        for island, (back, step) in zip(here.tolist(), backs, strict=True):
+            came_from[unit, island] = u + int(back), island - most_islands + int(step)
     if not np.isfinite(row[-1]):  # no way through the band
         return align_lengths(script, islands, band=np.inf)
     return _pieces_of_path(units, islands, came_from)
@@ -120,9 +122,12 @@ def _pause_cost(strength: int, pauses: np.ndarray) -> np.ndarray:
 
 
 def match(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
-    """The pairs (index in `a`, index in `b`) of equal words in a shortest edit of `a` into `b`."""
+    """The pairs (index in `a`, index in `b`) of equal words in a cheapest edit of `a` into `b`.
+
+    A word for another costs less than one gone and one added, but more than either.
+    """
     pairs, (i, j) = [], (len(a), len(b))
-    _, moves, lows = _edit(a, b)
+    _, moves, lows = _edit(a, b, skipped=2, changed=3)
     while i and j:
         move = moves[i][j - lows[i]]
         if move == 0 and a[i - 1] == b[j - 1] and a[i - 1]:
@@ -134,7 +139,7 @@ def match(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
 def disagreement(text: str, heard: str) -> float:
     """Character error rate of `heard` against `text`, letters and digits only; at most 1."""
     a, b = normal(text), normal(heard)
-    return round(min(1.0, _edit(a, b)[0] / max(1, len(a))), 3)
+    return round(min(1.0, _edit(a, b, skipped=1, changed=1)[0] / max(1, len(a))), 3)
 
 
 def normal(text: str) -> str:
@@ -142,29 +147,34 @@ def normal(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
 
 
-def _edit(a: Sequence[str], b: Sequence[str]) -> tuple[int, list[np.ndarray], list[int]]:
+def _edit(
+    a: Sequence[str], b: Sequence[str], *, skipped: int, changed: int
+) -> tuple[int, list[np.ndarray], list[int]]:
     """Edit distance, and the moves (0 both, 1 only `a`, 2 only `b`) that led to each cell.
 
     Row i of the moves starts at column `lows[i]`: only a band around the diagonal is looked at, so
     that hours of words fit in memory.
     """
     number = {word: index for index, word in enumerate({*a, *b})}
-    a = np.array([number[word] for word in a], np.int64)
-    b = np.array([number[word] for word in b], np.int64)
+    a = np.array([number[word] for word in a], np.int32)
+    b = np.array([number[word] for word in b], np.int32)
     width = 1000 + abs(len(a) - len(b))
-    row = np.arange(len(b) + 1)
-    row[width + 1 :] = len(a) + len(b)  # what lies outside the band is never the shortest
+    far = skipped * (len(a) + len(b) + 1)  # outside the band, and never the cheapest
+    steps = skipped * np.arange(len(b) + 1, dtype=np.int32)
+    row = np.where(np.arange(len(b) + 1) <= width, steps, far).astype(np.int32)
     moves, lows = [np.full(len(b) + 1, 2, np.int8)], [0]
     for i in range(1, len(a) + 1):
         center = i * len(b) // len(a)
         low, high = max(0, center - width), min(len(b), center + width)
-        skip = row[low : high + 1] + 1
-        both = np.full_like(skip, np.iinfo(skip.dtype).max)
-        both[1:] = row[low:high] + (a[i - 1] != b[low:high])
-        best = np.minimum(both, skip)
-        steps = np.arange(len(best))
-        cheapest = np.minimum.accumulate(best - steps) + steps
-        moves.append(np.where(cheapest < best, 2, np.where(both <= skip, 0, 1)).astype(np.int8))
+        best = row[low : high + 1] + skipped
+        move = np.ones(len(best), np.int8)
+        both = row[low:high] + changed * (a[i - 1] != b[low:high])
+        better = both <= best[1:]
+        best[1:][better], move[1:][better] = both[better], 0
+        ramp = steps[: len(best)]
+        cheapest = np.minimum.accumulate(best - ramp) + ramp
+        move[cheapest < best] = 2
+        moves.append(move)
         lows.append(low)
         row[low : high + 1] = cheapest
     return int(row[len(b)]), moves, lows

@@ -1,0 +1,161 @@
+"""Clips of a long recording get their part of the script: every word once, none in a wrong clip."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from fish_speech.preparation import align
+from fish_speech.preparation.align import Word
+
+SCRIPT = (
+    "When the war had ended, the captain went home. He did not write; he was no man of letters! "
+    '"You are late," she said. That was all. Dr. Miller played chess every Thursday, and he lost.'
+)
+
+
+def spoken(sentences: list[str], pause: float = 0.5, seed: int = 0):
+    """Words and islands of sentences read at an uneven pace, a pause after each."""
+    rng, time, words, islands = random.Random(seed), 0.0, [], []
+    for sentence in sentences:
+        pace, start = 0.06 * rng.uniform(0.85, 1.15), time
+        for text in sentence.split():
+            words.append(Word(text, time, time + pace * (len(text) + 1)))
+            time = words[-1].end
+        islands.append((start, time))
+        time += pause
+    return words, islands
+
+
+def sentences_of(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return [
+        " ".join(
+            "".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(rng.randint(3, 14))
+        )
+        + "."
+        for _ in range(count)
+    ]
+
+
+def folded(pieces) -> str:
+    return "".join(piece.text for piece in pieces).strip()
+
+
+def test_words_that_were_heard_right_place_every_sentence():
+    sentences = sentences_of(40)
+    words, islands = spoken(sentences)
+    pieces = align.align_words(" ".join(sentences), words, islands)
+    assert [piece.text.strip() for piece in pieces] == sentences
+    assert [(piece.start, piece.end) for piece in pieces] == islands
+
+
+def test_a_misheard_word_in_seven_moves_no_word():
+    sentences, rng = sentences_of(60), random.Random(1)
+    words, islands = spoken(sentences)
+    heard = []
+    for word in words:
+        kind = rng.random()
+        if kind < 0.07:
+            heard.append(Word("blah", word.start, word.end))  # taken for another
+        elif kind < 0.11:
+            middle = (word.start + word.end) / 2
+            heard += [Word("uh", word.start, middle), Word(word.text, middle, word.end)]  # added
+        elif kind > 0.03:
+            heard.append(word)  # else not heard at all
+    pieces = align.align_words(" ".join(sentences), heard, islands)
+    assert folded(pieces) == " ".join(sentences)
+    spans = dict(zip(islands, sentences, strict=True))
+    for piece in pieces:
+        inside = [text for (a, b), text in spans.items() if piece.start <= a and b <= piece.end]
+        assert piece.text.strip() == " ".join(inside)
+    assert len(pieces) > 45  # where a cut is in doubt, two sentences stay together
+
+
+def test_speech_that_is_not_in_the_script_has_no_text():
+    sentences = sentences_of(9)
+    words, islands = spoken(sentences)
+    script = " ".join(sentences[:4] + sentences[5:])
+    pieces = align.align_words(script, words, islands)
+    assert folded(pieces) == script
+    assert [index for index, piece in enumerate(pieces) if not piece.text] == [4]
+    assert pieces[4].heard == sentences[4]
+
+
+def test_a_script_that_says_more_than_the_recording_loses_no_word():
+    sentences = sentences_of(9)
+    words, islands = spoken(sentences[:3] + sentences[5:])
+    pieces = align.align_words(" ".join(sentences), words, islands)
+    assert folded(pieces) == " ".join(sentences)
+
+
+def test_lengths_alone_place_every_sentence():
+    for seed in range(5):
+        sentences = sentences_of(60, seed)
+        _, islands = spoken(sentences, seed=seed)
+        pieces = align.align_lengths(" ".join(sentences), islands)
+        right = [(island, text) for island, text in zip(islands, sentences, strict=True)]
+        found = [((piece.start, piece.end), piece.text.strip()) for piece in pieces]
+        assert len(set(right) & set(found)) >= 0.9 * len(right)
+        assert folded(pieces) == " ".join(sentences)
+
+
+def test_lengths_keep_every_word_whatever_the_islands():
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 3, 17, 90):
+        edges = np.cumsum(rng.uniform(0.1, 3.0, 2 * count))
+        islands = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+        for script in (
+            SCRIPT,
+            "Yes.",
+            "no punctuation at all " * 40,
+            "昨日は雨でした。今日は晴れです。",
+        ):
+            pieces = align.align_lengths(script.strip(), islands)
+            assert folded(pieces) == script.strip()
+            assert pieces[0].start == islands[0][0]
+            assert pieces[-1].end == islands[-1][1]
+            assert all(piece.text for piece in pieces)
+
+
+def test_hours_are_aligned_in_seconds():
+    sentences = sentences_of(900)  # more than one hour
+    words, islands = spoken(sentences)
+    script = " ".join(sentences)
+    assert len(align.align_words(script, words, islands)) == len(sentences)
+    assert folded(align.align_lengths(script, islands)) == script
+
+
+def test_match_pairs_equal_words_in_order():
+    a = ["the", "cat", "sat", "on", "the", "mat"]
+    b = ["a", "cat", "sat", "at", "on", "mat"]
+    assert align.match(a, b) == [(1, 1), (2, 2), (3, 4), (5, 5)]
+    assert align.match([], b) == align.match(a, []) == []
+    assert align.match([""], [""]) == []
+
+
+def test_match_is_a_longest_one():
+    rng = random.Random(0)
+    for _ in range(50):
+        a, b = (rng.choices("abcd", k=rng.randint(0, 12)) for _ in range(2))
+        pairs = align.match(a, b)
+        assert pairs == sorted(pairs)
+        assert all(a[i] == b[j] for i, j in pairs)
+        assert len({i for i, _ in pairs}) == len({j for _, j in pairs}) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("text", "heard", "rate"),
+    [
+        ("It's late, Tom!", "its late tom", 0.0),
+        ("abcde", "abxde", 0.2),
+        ("abcde", "", 1.0),
+        ("ab", "abcdefgh", 1.0),
+        ("ＡＢＣ", "abc", 0.0),
+    ],
+)
+def test_disagreement_is_the_character_error_rate(text, heard, rate):
+    assert align.disagreement(text, heard) == rate

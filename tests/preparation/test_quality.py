@@ -1,0 +1,102 @@
+"""The figures of a clip say what is wrong with it, and nothing where nothing is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+
+from fish_speech.preparation import quality
+from fish_speech.preparation.quality import Thresholds
+from fish_speech.preparation.segment import Segment, find_speech
+
+GOOD = {
+    "file": "me/a_0001.wav", "speaker": "me", "text": "Twenty letters or so.", "duration": 3.0,
+    "speech_share": 0.9, "snr": 40.0, "clipping": 0.0, "edge_start": -60.0, "edge_end": -60.0,
+}  # fmt: skip
+
+
+def measured(path, samples, start=0.0, end=None):
+    soundfile.write(path, samples, 16_000, "FLOAT")
+    speech = find_speech(path)
+    part = Segment(start, end or speech.duration)
+    cut = samples[round(part.start * 16_000) : round(part.end * 16_000)]
+    return quality.measure(cut, 16_000, part, speech)
+
+
+@pytest.mark.parametrize("snr", [10, 20, 30])
+def test_snr_is_estimated(tmp_path, utterances, snr):
+    voice = np.pad(utterances[0].samples, 8000)
+    power = float(np.square(utterances[0].samples).mean())
+    noise = np.random.default_rng(0).normal(0, np.sqrt(power / 10 ** (snr / 10)), len(voice))
+    figures = measured(tmp_path / "a.wav", (voice + noise).astype(np.float32))
+    assert figures["snr"] == pytest.approx(snr, abs=3)
+
+
+def test_clean_speech_has_good_figures(tmp_path, utterances):
+    figures = measured(tmp_path / "a.wav", utterances[0].samples)
+    clip = {**GOOD, **figures, "text": utterances[0].text}
+    assert quality.judged(clip, Thresholds())["flags"] == []
+
+
+def test_a_word_cut_off_shows_at_the_edge(tmp_path, utterances):
+    samples = utterances[0].samples
+    middle = 2000 + int(np.argmax(np.abs(samples[2000:-2000])))
+    figures = measured(tmp_path / "a.wav", samples, end=middle / 16_000)
+    assert figures["edge_end"] > -10
+    assert figures["edge_start"] < -30
+
+
+def test_clipping_is_counted_wherever_the_ceiling_is(tmp_path, utterances):
+    loud = np.clip(20 * utterances[0].samples, -1, 1)
+    for gain in (1.0, 0.5):
+        assert quality.clipping(gain * loud) > 0.05
+    assert quality.clipping(utterances[0].samples) == 0
+    assert quality.clipping(np.zeros(100, np.float32)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({}, None),
+        ({"duration": 0.5}, "too_short"),
+        ({"duration": 31.0, "text": "x" * 300}, "too_long"),
+        ({"speech_share": 0.2}, "little_speech"),
+        ({"snr": 5.0}, "noisy"),
+        ({"clipping": 0.01}, "clipping"),
+        ({"edge_start": -3.0}, "clipped_start"),
+        ({"edge_end": -3.0}, "clipped_end"),
+        ({"cut_in_speech": True}, "cut_in_speech"),
+        ({"text": "Ah."}, "slow_text"),
+        ({"text": "x" * 200}, "fast_text"),
+        ({"disagreement": 0.5}, "disagreement"),
+    ],
+)
+def test_flags(change, flag):
+    flags = quality.judged({**GOOD, **change}, Thresholds())["flags"]
+    assert flag in flags if flag else not flags
+
+
+def test_thresholds_are_the_users():
+    strict = replace(Thresholds(), min_snr=50)
+    assert quality.judged(GOOD, strict)["flags"] == ["noisy"]
+
+
+def test_a_second_take_of_the_same_is_a_near_duplicate_and_another_sentence_is_not(utterances):
+    noise = np.random.default_rng(0).normal(0, 0.003, 10**6).astype(np.float32)
+    clips = []
+    for utterance in utterances:
+        for gain in (1.0, 0.4):
+            samples = gain * utterance.samples + noise[: len(utterance.samples)] * (gain - 0.4)
+            shape = quality.shape(samples, 16_000)
+            clips.append({**GOOD, "shape": shape, "duration": round(utterance.duration, 3)})
+    twins = quality.near_duplicates(clips)
+    assert twins == {index: index - 1 for index in range(1, len(clips), 2)}
+    other = [{**clip, "speaker": str(index)} for index, clip in enumerate(clips)]
+    assert quality.near_duplicates(other) == {}
+    marked = quality.mark_twins([{**clip, "file": "x", "flags": []} for clip in clips[:2]])
+    assert marked[1]["flags"] == ["near_duplicate"]
+    assert marked[1]["duplicate_of"] == "x"
+    assert "shape" not in marked[0]

@@ -1,0 +1,173 @@
+"""Recognisers are loaded or refused in one clear line, guarded, and never asked twice."""
+
+from __future__ import annotations
+
+import sys
+import urllib.error
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fish_speech.preparation import transcribe
+from fish_speech.preparation.align import Word
+from fish_speech.preparation.transcribe import Heard, Journal, load_recogniser, made_up, repeats
+
+# Its tokenizer leaves a vocabulary file open.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+SENTENCE = "The tide had gone out, and the boats lay on the sand."
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A whisper model of 0.9 million random weights, in openai's format."""
+    import torch
+    from whisper.model import ModelDimensions, Whisper
+
+    sizes = {
+        "n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 16, "n_audio_head": 2,
+        "n_audio_layer": 1, "n_vocab": 51865, "n_text_ctx": 24, "n_text_state": 16,
+        "n_text_head": 2, "n_text_layer": 1,
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    state = Whisper(ModelDimensions(**sizes)).state_dict()
+    state = {
+        key: 0.1 * torch.randn(value.shape, generator=generator) for key, value in state.items()
+    }
+    path = tmp_path_factory.mktemp("whisper") / "tiny random.pt"
+    torch.save({"dims": sizes, "model_state_dict": state}, path)
+    return path
+
+
+@pytest.mark.slow
+def test_openai_whisper_runs_on_an_array(checkpoint, utterances):
+    recogniser = load_recogniser(str(checkpoint), backend="openai", language="en", device="cpu")
+    heard = recogniser.hear(utterances[0].samples)
+    assert isinstance(heard.text, str)
+    assert 0 <= heard.no_speech <= 1
+    assert heard.logprob < 0
+    assert all(isinstance(word.start, float) for word in heard.words)
+    assert recogniser.identity.startswith("openai ")
+    assert str(checkpoint) not in recogniser.identity  # the same file elsewhere is the same model
+
+
+def test_a_model_that_cannot_be_downloaded_ends_in_one_line(monkeypatch, tmp_path):
+    def offline(*_):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("whisper._download", offline)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="can't be downloaded") as caught:
+        load_recogniser("base", backend="openai")
+    message = str(caught.value)
+    assert "/base.pt" in message
+    assert str(tmp_path / "whisper") in message
+    assert "need no model" in message
+    assert "\n" not in message
+
+
+def test_unknown_and_broken_models_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"--whisper-model bse: no such file, nor one of tiny\.en"):
+        load_recogniser("bse", backend="openai")
+    (tmp_path / "x.pt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match=r"x\.pt: .*"):
+        load_recogniser(str(tmp_path / "x.pt"), backend="openai")
+    with pytest.raises(ValueError, match="--whisper-backend what"):
+        load_recogniser("base", backend="what")
+
+
+def test_an_unknown_language_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="--language Klingon"):
+        load_recogniser(str(checkpoint), backend="openai", language="Klingon")
+
+
+def test_faster_whisper_is_asked_for_its_words(monkeypatch):
+    asked = {}
+
+    class Model:
+        def __init__(self, name, device, compute_type):
+            asked.update(name=name, device=device, compute_type=compute_type)
+
+        def transcribe(self, samples, **options):
+            asked.update(options, length=len(samples))
+            words = [SimpleNamespace(word=" Hello", start=0.5, end=1.0)]
+            part = SimpleNamespace(text=" Hello", no_speech_prob=0.1, avg_logprob=-0.2, words=words)
+            return iter([part]), None
+
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=Model))
+    monkeypatch.setattr(transcribe, "find_spec", lambda name: name)
+    heard = load_recogniser("small", language="en", device="cpu").hear(np.zeros(100, np.float32))
+    assert heard == Heard("Hello", (Word("Hello", 0.5, 1.0),), 0.1, -0.2)
+    assert asked["compute_type"] == "int8"
+    assert asked["language"] == "en"
+    assert asked["word_timestamps"]
+    assert asked["length"] == 100
+
+
+def test_a_missing_backend_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(transcribe, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install faster-whisper"):
+        load_recogniser("small", backend="faster", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("heard", "seconds", "reason"),
+    [
+        (Heard(SENTENCE), 3.5, None),
+        (Heard("昨日は雨でした。今日は晴れです。"), 3.5, None),
+        (Heard("Thank you."), 20.0, "letters a second"),
+        (
+            Heard(f"{SENTENCE} Every letter in that old box tells another story."),
+            2.0,
+            "letters a second",
+        ),
+        (Heard("♪ ..."), 3.0, "no words"),
+        (Heard(SENTENCE, (), 0.9, -1.5), 3.5, "doubts"),
+        (Heard(SENTENCE, (), 0.9, -0.2), 3.5, None),
+        (Heard("So you know, you know, you know, you know, it is."), 4.0, "repeated"),
+    ],
+)
+def test_made_up_texts_are_recognised(heard, seconds, reason):
+    found = made_up(heard, seconds)
+    assert found is None if reason is None else reason in found
+
+
+def test_ordinary_repetition_is_no_loop():
+    assert not repeats("No, no, no! I said that I would come, and I will come.")
+    assert not repeats("to be or not to be, that is the question, to be sure")
+    assert repeats("and then we go and then we go and then we go and then we go")
+    assert repeats("ha" * 100)
+
+
+class Counting:
+    identity = "counting"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def hear(self, samples) -> Heard:
+        self.asked += 1
+        return Heard(f"clip {len(samples)}", (Word("clip", 0.0, 0.5),), 0.1, -0.3)
+
+
+def test_the_journal_remembers_across_runs_and_survives_a_torn_line(tmp_path):
+    path, clips = tmp_path / "heard.jsonl", [np.ones(n, np.float32) for n in (3, 4, 5)]
+    first = Counting()
+    heard = [Journal(first, path).hear(clip) for clip in clips]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])  # killed while it wrote the third
+    second = Counting()
+    assert [Journal(second, path).hear(clip) for clip in clips] == heard
+    assert (first.asked, second.asked) == (3, 1)
+    assert path.read_bytes() == whole
+
+
+def test_another_model_is_asked_anew(tmp_path):
+    samples = np.ones(3, np.float32)
+    Journal(Counting(), tmp_path / "heard.jsonl").hear(samples)
+    other = Counting()
+    other.identity = "other"
+    Journal(other, tmp_path / "heard.jsonl").hear(samples)
+    assert other.asked == 1
