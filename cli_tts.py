@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fish_speech.audio import SAVE_FORMATS, audio_writer
+from fish_speech.devices import PRECISIONS, resolve_device, resolve_precision
 from fish_speech.files import atomic_path, exclusive, file_digest
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     machine.add_argument(
         "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        choices=PRECISIONS,
         default="auto",
         help="of the language model (default: bf16 on CUDA that has it, else fp32)",
     )
@@ -274,10 +275,9 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
     small = (model_dir / "model.pth").stat().st_size < SMALL_MODEL
     if threads := args.threads or (1 if small else None):
         torch.set_num_threads(threads)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return TextToSpeech.from_pretrained(
-        model_dir, device=args.device, dtype=dtypes.get(args.precision)
-    )
+    device = resolve_device(args.device)
+    dtype = resolve_precision(args.precision, device)
+    return TextToSpeech.from_pretrained(model_dir, device=device, dtype=dtype)
 
 
 def read_references(args: argparse.Namespace, tts: TextToSpeech) -> list[Utterance]:

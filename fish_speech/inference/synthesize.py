@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fish_speech.audio import load_audio
 from fish_speech.conversation import Utterance
+from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.files import file_digest
 from fish_speech.hub import check_model_dir
 from fish_speech.inference.context import Context
@@ -106,12 +107,9 @@ class TextToSpeech:
         Raises `FileNotFoundError` or `ValueError` that says what is wrong with the directory.
         """
         check_model_dir(directory)
-        device = _usable_device(device)
-        if dtype is None:
-            fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            dtype = torch.bfloat16 if fast else torch.float32
+        device = resolve_device(str(device))
         return cls(
-            load_model(directory, device, dtype),
+            load_model(directory, device, dtype or resolve_precision("auto", device)),
             load_codec(directory, device),
             FishTokenizer.from_pretrained(directory),
         )
@@ -325,16 +323,6 @@ class _Take:
         if not self.frames:
             return torch.zeros(num_codebooks, 0, dtype=torch.long)
         return torch.stack(self.frames, dim=1).cpu()
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch has both for a device it lacks
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} can't be used here: {reason}") from error
 
 
 def _warned(pieces: Iterable[Piece]) -> Iterator[Tensor]:

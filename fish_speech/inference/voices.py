@@ -9,13 +9,18 @@ from fish_speech.hub import local_model, model_versions
 
 
 def local_voices(root: Path) -> list[tuple[Path, str]]:
-    """The model directories of the repository at `root` with what they are, the preferred first.
+    """The model directories on this machine with what they are, the preferred first.
 
-    Trained voices (`checkpoints/*-merged`) from the newest on, then the published model, then the
-    embedded one. Raises `FileNotFoundError` where there is none at all.
+    Trained voices (`checkpoints/*-merged` of the repository at `root` and of the working directory)
+    from the newest on, then the published model, then the embedded one. Raises `FileNotFoundError`
+    where there is none at all.
     """
     merged = sorted(
-        (root / "checkpoints").glob("*-merged/model.pth"),
+        {
+            file
+            for folder in (root, Path.cwd())
+            for file in folder.resolve().glob("checkpoints/*-merged/model.pth")
+        },
         key=lambda file: file.stat().st_mtime,
         reverse=True,
     )

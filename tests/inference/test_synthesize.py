@@ -113,6 +113,7 @@ def test_a_model_trained_on_short_sequences_is_not_asked_for_longer_ones(tmp_pat
     assert max(prompt.shape[1] for prompt in prompts) < 250
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_characters_are_spoken_within_the_context(tts, scripted, monkeypatch):
     prompts = scripted((70, True))
     silence = torch.zeros(1, 100)
@@ -192,7 +193,7 @@ def test_settings_out_of_range_are_refused(tts, wrong):
 
 
 def test_a_device_that_is_not_there_is_named(voice_dir):
-    with pytest.raises(ValueError, match="device 'nonsense' can't be used here"):
+    with pytest.raises(ValueError, match="device nonsense: unknown"):
         TextToSpeech.from_pretrained(voice_dir, device="nonsense")
 
 

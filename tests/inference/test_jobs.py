@@ -1,0 +1,77 @@
+"""Which files are written, and which are there already."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fish_speech.files import write_text
+from fish_speech.inference.jobs import Ledger, default_output, plan
+
+
+def names(jobs):
+    return [os.fspath(job.output) for job in jobs]
+
+
+def test_one_text_is_one_file():
+    (job,) = plan("Hello.\nWorld.", Path("out/a.flac"), seed=4)
+    assert (job.text, job.seed, job.output) == ("Hello.\nWorld.", 4, Path("out/a.flac"))
+
+
+def test_several_takes_are_numbered_and_have_seeds_in_a_row():
+    jobs = plan("Hello.", Path("a.wav"), seed=4, takes=3)
+    assert names(jobs) == ["a_1.wav", "a_2.wav", "a_3.wav"]
+    assert [job.seed for job in jobs] == [4, 5, 6]
+
+
+def test_the_lines_of_a_batch_keep_their_numbers(tmp_path):
+    text = "One.\n\n😀\nFour."
+    assert names(plan(text, Path("takes"), batch=True)) == ["takes/0001.wav", "takes/0004.wav"]
+    assert names(plan(text, Path("b.mp3"), batch=True)) == ["b_0001.mp3", "b_0004.mp3"]
+    assert [job.output for job in plan(text, None, batch=True)] == [None, None]
+    (job, _) = plan(text, tmp_path, batch=True)
+    assert job.output == tmp_path / "0001.wav"
+
+
+def test_the_default_is_named_by_the_first_words():
+    text = "Hello, World! " + "and so on " * 20
+    assert default_output(text, batch=False) == Path(
+        "output/Hello_World_and_so_on_and_so_on_and_so_o.wav"
+    )
+    assert default_output("../x", batch=True) == Path("output/x")
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "😀\n..."])
+@pytest.mark.parametrize("batch", [False, True])
+def test_nothing_to_speak_is_refused(text, batch):
+    with pytest.raises(ValueError, match="nothing to speak"):
+        plan(text, None, batch=batch)
+
+
+def test_outputs_that_cannot_be_are_refused_before_anything_is_made(tmp_path):
+    write_text(tmp_path / "file", "")
+    with pytest.raises(ValueError, match=r"unknown audio format '.xyz'; use one of .wav"):
+        plan("Hi.", tmp_path / "a.xyz")
+    with pytest.raises(ValueError, match="a folder; give a file name"):
+        plan("Hi.", _folder(tmp_path / "a.wav"))
+    with pytest.raises(ValueError, match="file is no folder that you may write to"):
+        plan("Hi.", tmp_path / "file" / "deep" / "a.wav")
+    assert sorted(os.listdir(tmp_path)) == ["a.wav", "file"]
+
+
+def _folder(path):
+    path.mkdir()
+    return path
+
+
+def test_a_file_is_done_while_nothing_that_made_it_has_changed(tmp_path):
+    old, other = plan("One.\nTwo.", tmp_path, batch=True)
+    (changed, _) = plan("One!\nTwo.", tmp_path, batch=True)
+    Ledger(tmp_path, ["model", 0.7]).add(old)
+    assert not Ledger(tmp_path, ["model", 0.7]).has(old)  # the file itself is not there
+    old.output.touch()
+    ledger = Ledger(tmp_path, ["model", 0.7])
+    assert ledger.has(old)
+    assert not ledger.has(other)
+    assert not ledger.has(changed)
+    assert not Ledger(tmp_path, ["model", 0.8]).has(old)

@@ -1,0 +1,418 @@
+"""cli_tts.py as a user meets it: files, messages, exit codes. The voice has random weights."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import cli_tts
+from fish_speech.audio import save_audio
+from fish_speech.files import write_text
+from fish_speech.tokenizer import FishTokenizer
+from tests.random_voice import CODEC_FILE, make_voice
+
+ROOT = Path(cli_tts.__file__).resolve().parent
+FRAMES = 40
+
+
+@pytest.fixture(scope="session")
+def voice(tmp_path_factory):
+    return make_voice(tmp_path_factory.mktemp("voice"))
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """Every test works in an empty folder, with one thread."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def takes(monkeypatch):
+    """Speech of `FRAMES` frames in place of the model's; returns the prompts it was asked for."""
+    prompts = []
+
+    def generate(model, prompt, *, generator, **_):
+        prompts.append(prompt)
+        yield from torch.randint(0, 1000, (FRAMES, 8), generator=generator)
+        return True
+
+    monkeypatch.setattr("fish_speech.inference.synthesize.generate", generate)
+    return prompts
+
+
+@pytest.fixture
+def run(voice, takes):
+    """Runs the command line on the random voice; returns the exit code."""
+
+    def command(*arguments):
+        return cli_tts.main([*map(str, arguments), "--model-path", str(voice)])
+
+    return command
+
+
+def stdin(monkeypatch, content: bytes):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
+
+
+def files(folder="."):
+    return sorted(os.fspath(path) for path in Path(folder).rglob("*") if path.is_file())
+
+
+# Text in, files out
+
+
+def test_a_text_becomes_the_file_asked_for(run, capsys):
+    assert run("Hello there.", "-o", "deep/hello.wav") == 0
+    samples, rate = soundfile.read("deep/hello.wav")
+    assert (rate, len(samples)) == (8000, FRAMES * 256)
+    assert np.abs(samples).max() <= 1
+    out, err = capsys.readouterr()
+    assert out == "deep/hello.wav\n"
+    assert "1.3 s of speech in" in err
+    assert "real-time factor" in err
+    assert "first audio after" in err
+
+
+def test_without_an_output_the_first_words_name_the_file(run):
+    assert run("Hello, wide world!") == 0
+    assert files() == ["output/Hello_wide_world.wav"]
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_the_suffix_chooses_the_format(run, suffix):
+    assert run("Hello.", "-o", f"a.{suffix}") == 0
+    info = soundfile.info(f"a.{suffix}")
+    assert info.format == {"ogg": "OGG", "mp3": "MP3"}.get(suffix, suffix.upper())
+    assert info.samplerate == 8000
+
+
+def test_text_comes_from_a_file_or_from_standard_input(run, monkeypatch):
+    write_text("text.txt", "\ufeffHello.")
+    assert run("--text-file", "text.txt", "-o", "a.wav") == 0
+    stdin(monkeypatch, b"Hello.")
+    assert run("-", "-o", "b.wav") == 0
+    assert Path("a.wav").read_bytes() == Path("b.wav").read_bytes()
+
+
+def test_a_dash_as_output_writes_wav_to_standard_output(run, capfdbinary, monkeypatch):
+    assert run("Hello.", "-o", "-") == 0
+    samples, rate = soundfile.read(io.BytesIO(capfdbinary.readouterr().out))
+    assert (rate, len(samples)) == (8000, FRAMES * 256)
+    assert files() == []
+
+
+def test_samples_differ_and_the_seed_of_each_makes_it_again(run):
+    assert run("Hello.", "-o", "a.wav", "--num-samples", 2, "--seed", 5) == 0
+    assert run("Hello.", "-o", "b.wav", "--seed", 6) == 0
+    assert Path("a_1.wav").read_bytes() != Path("a_2.wav").read_bytes()
+    assert Path("a_2.wav").read_bytes() == Path("b.wav").read_bytes()
+
+
+def test_a_batch_goes_on_where_it_was_and_remakes_what_has_changed(run, takes, capsys):
+    write_text("lines.txt", "One.\n\nThree.\n")
+    batch = ("--text-file", "lines.txt", "--batch", "-o", "takes")
+    assert run(*batch) == 0
+    assert {"takes/0001.wav", "takes/0003.wav"} < set(files("takes"))
+    assert "1 of 3 lines have no words: left out" in capsys.readouterr().err
+    assert run(*batch) == 0
+    assert len(takes) == 2
+    assert "0 spoken, 2 were there already, 0 failed" in capsys.readouterr().err
+    write_text("lines.txt", "One.\n\nThree!\n")
+    assert run(*batch) == 0
+    assert len(takes) == 3
+
+
+def test_a_line_that_fails_is_counted_and_the_others_are_spoken(run, capsys, monkeypatch, takes):
+    from fish_speech.inference import TextToSpeech
+
+    pieces = TextToSpeech.pieces
+
+    def failing(self, text, *rest):
+        if "bad" in text:
+            raise ValueError("no such speech")
+        yield from pieces(self, text, *rest)
+
+    monkeypatch.setattr(TextToSpeech, "pieces", failing)
+    write_text("lines.txt", "One.\nbad\nThree.")
+    assert run("--text-file", "lines.txt", "--batch", "-o", "takes") == 1
+    assert "no such speech" in (err := capsys.readouterr().err)
+    assert "2 spoken, 0 were there already, 1 failed" in err
+    assert not Path("takes/0002.wav").exists()
+
+
+def test_trimmed_speech_is_shorter_by_its_silence(run, monkeypatch):
+    speech = [torch.zeros(1, 8000), torch.full((1, 8000), 0.5), torch.zeros(1, 8000)]
+    monkeypatch.setattr(
+        "fish_speech.inference.synthesize.decode_stream",
+        lambda codec, take: [(part, len(list(take)) // 3) for part in speech],
+    )
+    assert run("Hello.", "-o", "a.wav") == 0
+    assert run("Hello.", "-o", "b.wav", "--trim-silence") == 0
+    assert soundfile.info("a.wav").frames == 24000
+    assert soundfile.info("b.wav").frames == 8800
+
+
+# Voices
+
+
+def test_a_recording_with_its_text_beside_it_is_a_reference(run, takes, capsys):
+    save_audio("me.wav", torch.rand(1, 8000) - 0.5, 8000)
+    assert run("Hello.", "--reference-audio", "me.wav") == 2
+    assert "me.wav: what does it say?" in capsys.readouterr().err
+    write_text("me.lab", "My words.")
+    assert run("Hello.", "--reference-audio", "me.wav") == 0
+    assert run("Hello.", "--reference-audio", "me.wav", "--reference-text", "My words.") == 0
+    assert run("Hello.", "--speaker", "Ann") == 0
+    assert torch.equal(takes[0], takes[1])
+    assert takes[0].shape[1] > takes[2].shape[1]
+    assert run("Hello.", "--reference-text", "My words.") == 2
+    assert run("Hello.", "--reference-audio", "none.wav", "--reference-text", "x") == 2
+    assert "none.wav: no such audio file" in capsys.readouterr().err
+
+
+def a_model(folder, when):
+    folder.mkdir(parents=True)
+    for name in ("config.json", "codec_config.json", "special_tokens.json", "tokenizer.tiktoken"):
+        (folder / name).write_text("{}")
+    (folder / "firefly-gan-vq-fsq-8x1000-20hz-generator.pth").write_text("x")
+    (folder / "model.pth").write_text("x")
+    os.utime(folder / "model.pth", (when, when))
+
+
+def test_the_newest_trained_voice_is_preferred_and_said_to_be(place, monkeypatch, capsys):
+    shutil.copytree(ROOT / "configs", "configs")
+    monkeypatch.setattr(cli_tts, "__file__", str(place / "cli_tts.py"))
+    assert cli_tts.main(["--list-voices"]) == 2
+    assert "no model; 'git checkout -- checkpoints/tiny'" in capsys.readouterr().err
+    a_model(place / "checkpoints" / "tiny", 3e9)
+    assert cli_tts.setup_fish_speech() == (place, place / "checkpoints" / "tiny")
+    assert "no checkpoints/*-merged is there" in capsys.readouterr().err
+    a_model(place / "checkpoints" / "old-merged", 1e9)
+    a_model(place / "checkpoints" / "new-merged", 2e9)
+    assert cli_tts.setup_fish_speech()[1].name == "new-merged"
+    assert "Voice: checkpoints/new-merged (trained voice of 2033-" in capsys.readouterr().err
+    assert cli_tts.setup_fish_speech("checkpoints/old-merged")[1].name == "old-merged"
+    assert cli_tts.main(["--list-voices"]) == 0
+    listed = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == ["checkpoints/new-merged", "checkpoints/old-merged", "checkpoints/tiny"]
+
+
+# Playing
+
+
+class Loudspeaker:
+    """Stands in for sounddevice: keeps the samples and says when the first ones came."""
+
+    def __init__(self):
+        self.samples, self.rate, self.heard = [], None, threading.Event()
+
+    def OutputStream(self, samplerate, channels, dtype):
+        self.rate = samplerate
+        return self
+
+    def start(self):
+        pass
+
+    def write(self, samples):
+        self.heard.set()
+        self.samples.append(samples[:, 0])
+
+    stop = close = abort = start
+
+
+def test_speech_is_played_before_it_is_finished_and_only_played(run, monkeypatch, capsys):
+    loudspeaker = Loudspeaker()
+    monkeypatch.setitem(sys.modules, "sounddevice", loudspeaker)
+    heard_early = []
+
+    def generate(model, prompt, *, generator, **_):
+        codes = torch.randint(0, 1000, (FRAMES, 8), generator=generator)
+        yield from codes[:20]
+        heard_early.append(loudspeaker.heard.wait(timeout=10))
+        yield from codes[20:]
+        return True
+
+    monkeypatch.setattr("fish_speech.inference.synthesize.generate", generate)
+    assert run("Hello.", "--play") == 0
+    assert heard_early == [True]
+    assert len(np.concatenate(loudspeaker.samples)) == FRAMES * 256
+    assert loudspeaker.rate == 8000
+    assert files() == []
+    assert run("Hello.", "--play", "-o", "a.wav") == 0
+    assert files() == ["a.wav"]
+
+
+def test_what_cannot_be_played_is_kept(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    monkeypatch.setenv("PATH", "")
+    assert run("Hello.", "--play") == 0
+    out, err = capsys.readouterr()
+    assert "Nothing can be played here: no audio device" in err
+    assert out == "output/Hello.wav\n"
+    assert files() == ["output/Hello.wav"]
+
+
+# What can go wrong
+
+
+@pytest.mark.parametrize("text", ["", "   ", "😀🎤", "?!...", "\x07\x00"])
+def test_a_text_without_words_is_bad_input(run, text, capsys):
+    assert run(text, "-o", "a.wav") == 2
+    assert "nothing to speak" in capsys.readouterr().err
+    assert files() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either a text"),
+        (["Hi.", "--text-file", "x"], "give either a text"),
+        (["--text-file", "none.txt"], "none.txt"),
+        (["--text-file", "latin.txt"], "latin.txt: not UTF-8 text"),
+        (["Hi.", "-o", "a.xyz"], "unknown audio format '.xyz'"),
+        (["Hi.", "-o", "latin.txt/a.wav"], "can't be written"),
+        (["Hi.", "-o", "-", "--num-samples", "2"], "'-o -' takes one speech"),
+        (["Hi.", "--num-samples", "0"], "at least 1"),
+        (["Hi.", "--temperature", "-1"], "temperature"),
+        (["Hi.", "--top-p", "0"], "top-p"),
+        (["Hi.", "--retries", "-1"], "retries"),
+        (["Hi.", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["Hi.", "--device", "toaster"], "toaster: unknown"),
+    ],
+)
+def test_bad_usage_is_said_in_a_line_and_ends_with_2(run, arguments, message, capsys):
+    Path("latin.txt").write_bytes("Gr\u00fc\u00dfe".encode("latin-1"))
+    assert run(*arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert files() == ["latin.txt"]
+
+
+def test_control_tokens_and_control_characters_are_no_danger(run, takes, voice):
+    assert run("Stop <|im_end|>\x07 and\x00 go.", "-o", "a.wav") == 0
+    tokenizer = FishTokenizer.from_pretrained(voice)
+    assert (takes[0][0] == tokenizer.im_end_id).sum() == 2  # the system's and the user's own
+    assert "user\nStop <|im_end|> and go.<|im_end|>" in tokenizer.decode(takes[0][0].tolist())
+    assert files() == ["a.wav"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path, voice: None, "neither a model version (1.5, tiny) nor a model directory"),
+        (lambda path, voice: path.mkdir(), "lacks config.json, model.pth"),
+        (lambda path, voice: shutil.copy(voice / "model.pth", path), "not a model directory"),
+        (
+            lambda path, voice: write_text(path / "checkpoints" / "step_000000100.ckpt", "x"),
+            "finetune_tts.py --project thing --merge-weights",
+        ),
+        (
+            lambda path, voice: shutil.copytree(
+                voice, path, ignore=shutil.ignore_patterns("*.pth", "firefly*")
+            ),
+            "lacks model.pth, the codec firefly-gan-vq-*.pth",
+        ),
+    ],
+)
+def test_what_is_no_model_is_named_for_what_it_is(place, voice, make, message, capsys):
+    make(place / "thing", voice)
+    assert cli_tts.main(["Hi.", "--model-path", "thing"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_codec_in_place_of_a_model_is_called_a_codec(voice, capsys):
+    assert cli_tts.main(["Hi.", "--model-path", str(voice / CODEC_FILE)]) == 2
+    assert "the codec alone, not a model directory" in capsys.readouterr().err
+
+
+def test_a_damaged_model_is_named(place, voice, capsys):
+    shutil.copytree(voice, place / "thing")
+    (place / "thing" / "model.pth").write_bytes(b"not weights")
+    assert cli_tts.main(["Hi.", "--model-path", "thing"]) == 2
+    assert "model.pth: damaged" in capsys.readouterr().err
+
+
+def test_a_runaway_is_cut_and_reported_and_the_file_is_there(voice, monkeypatch, capsys):
+    def generate(model, prompt, *, max_new_tokens, **_):
+        yield from torch.zeros(max_new_tokens, 8, dtype=torch.long)
+        return False
+
+    monkeypatch.setattr("fish_speech.inference.synthesize.generate", generate)
+    arguments = ["Hello there.", "-o", "a.wav", "--model-path", str(voice)]
+    assert cli_tts.main(arguments) == 0
+    assert "did not end in 3.2 s and was cut there, after 3 tries" in capsys.readouterr().err
+    assert soundfile.info("a.wav").duration < 5
+
+
+def test_a_model_that_says_nothing_fails_and_writes_nothing(voice, monkeypatch, capsys):
+    def generate(model, prompt, **_):
+        return True
+        yield
+
+    monkeypatch.setattr("fish_speech.inference.synthesize.generate", generate)
+    assert cli_tts.main(["Hello.", "-o", "a.wav", "--model-path", str(voice)]) == 1
+    assert "the model said nothing" in capsys.readouterr().err
+    assert files() == []
+
+
+def test_interrupted_it_leaves_no_half_file(run, monkeypatch, capsys):
+    def generate(model, prompt, *, generator, **_):
+        yield from torch.randint(0, 1000, (20, 8), generator=generator)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fish_speech.inference.synthesize.generate", generate)
+    write_text("a.wav", "what was there before")
+    assert run("Hello.", "-o", "a.wav") == 130
+    assert "Interrupted" in capsys.readouterr().err
+    assert files() == ["a.wav"]
+    assert Path("a.wav").read_text() == "what was there before"
+
+
+def test_debug_shows_where_an_error_came_from(run, capsys):
+    assert run("...", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+# As a process
+
+
+def test_help_answers_at_once():
+    started = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, ROOT / "cli_tts.py", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--reference-audio" in result.stdout
+    assert time.perf_counter() - started < 5  # far above 0.5 s: the machine may be busy
+    modules = "import sys, cli_tts; print(*sorted(sys.modules))"
+    loaded = subprocess.check_output([sys.executable, "-c", modules], cwd=ROOT, text=True).split()
+    assert not {"torch", "soundfile", "av", "tqdm", "omegaconf"} & set(loaded)
+
+
+def test_a_real_run_pipes_wav_and_shows_no_progress_bar_to_a_pipe(voice):
+    short = ["--max-new-tokens", "8", "--retries", "0", "--temperature", "100", "--top-p", "1"]
+    result = subprocess.run(
+        [sys.executable, ROOT / "cli_tts.py", "-", "-o", "-", "--model-path", voice, *short],
+        input=b"Hello.",
+        capture_output=True,
+        check=True,
+    )
+    assert soundfile.info(io.BytesIO(result.stdout)).frames == 8 * 256
+    assert b"Warning: chunk 1 of 1 ('Hello.'): the speech did not end in 0.3 s" in result.stderr
+    assert b"chunk/s" not in result.stderr
