@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fish_speech.audio import audio_info, level, save_audio
+from fish_speech.audio import audio_info, level, resample, save_audio
 from fish_speech.files import write_text
 from fish_speech.preparation import align, quality, segment, sources, transcribe
 from fish_speech.preparation.segment import Piece, Segment, Speech
@@ -160,14 +160,16 @@ def make_plan(
 def write_clips(job: Job, plan: Plan, speech: Speech) -> Iterator[dict[str, Any]]:
     """Cut the segments out of the recording, write each as a clip and yield its summary entry."""
     recording, options = job.recording, job.options
-    parts = segment.cut(recording.path, plan.segments, SAMPLE_RATE, max_seconds=job.max_seconds)
+    rate = audio_info(recording.path).sample_rate
+    parts = segment.cut(recording.path, plan.segments, rate, max_seconds=job.max_seconds)
     for number, (part, samples) in enumerate(zip(plan.segments, parts, strict=True), 1):
         file = f"{recording.speaker}/{recording.name}_{number:04d}.wav"
-        clip = describe(file, recording, part, samples, speech)
+        clip = describe(file, recording, part, samples, rate, speech)
+        samples = resample(samples, rate, SAMPLE_RATE)
         if options.normalize:
             samples, leveling = level(samples, SAMPLE_RATE)
-            clip["loudness"] = quality.loudness(samples, SAMPLE_RATE)
             clip["gain"], clip["dc_offset"] = round(leveling.gain, 1), round(leveling.offset, 4)
+        clip["loudness"] = quality.loudness(samples, SAMPLE_RATE)
         samples = segment.fade(samples, SAMPLE_RATE) if options.split_long else samples
         path = Path(options.output, file)
         save_audio(path, samples, SAMPLE_RATE)
@@ -189,18 +191,28 @@ def inspect(job: Job, recogniser: transcribe.Recogniser | None = None) -> Record
         if recogniser is not None:
             heard = next(_hear(job, [whole], recogniser, lambda seconds: None))
             whole = replace(whole, heard=heard.text)
-        samples = next(segment.cut(recording.path, [whole], SAMPLE_RATE))
+        rate = audio_info(recording.path).sample_rate
+        samples = next(segment.cut(recording.path, [whole], rate))
         file = sources.printable(recording.path.relative_to(job.options.input).as_posix())
-        record.clips = [describe(file, recording, whole, samples, speech)]
+        clip = describe(file, recording, whole, samples, rate, speech)
+        record.clips = [{**clip, "loudness": quality.loudness(samples, rate)}]
     except ValueError as error:
         record.failure = _reason(error, recording)
     return record
 
 
 def describe(
-    file: str, recording: Recording, part: Segment, samples: np.ndarray, speech: Speech
+    file: str,
+    recording: Recording,
+    part: Segment,
+    samples: np.ndarray,
+    sample_rate: int,
+    speech: Speech,
 ) -> dict[str, Any]:
-    """The summary entry of a clip, from its samples [N] as they are in the recording."""
+    """The summary entry of a clip, from its samples [N] as they are in the recording.
+
+    (Resampling would hide clipping: it rounds the flat tops.)
+    """
     clip = {
         "file": file,
         "speaker": recording.speaker,
@@ -208,8 +220,7 @@ def describe(
         "source": recording.source,
         "start": round(part.start, 3),
         "end": round(part.end, 3),
-        **quality.measure(samples, SAMPLE_RATE, part, speech),
-        "loudness": quality.loudness(samples, SAMPLE_RATE),
+        **quality.measure(samples, sample_rate, part, speech),
     }
     if recording.transcript is not None and part.heard:
         clip["disagreement"] = align.disagreement(part.text, part.heard)

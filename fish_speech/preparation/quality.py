@@ -94,11 +94,11 @@ def near_duplicates(clips: Sequence[dict[str, Any]]) -> dict[int, int]:
 
 
 def clipping(samples: np.ndarray) -> float:
-    """The share of samples that sit, three or more in a row, at the wave's ceiling."""
+    """The share of samples that sit, three or more in a row, at the wave's ceiling or above 1."""
     ceiling = float(np.abs(samples).max(initial=0.0))
     if ceiling < 0.1:
         return 0.0
-    at = (np.abs(samples) >= FULL_SCALE * ceiling).astype(np.int8)
+    at = (np.abs(samples) >= min(1.0, FULL_SCALE * ceiling)).astype(np.int8)
     triples = at[:-2] & at[1:-1] & at[2:]
     return float(triples.sum() / len(samples)) if len(samples) > 2 else 0.0
 

@@ -196,7 +196,7 @@ class Books:
             if (
                 record.failure is not None
                 and not record.origin
-                and not Path(record.source).exists()
+                and not os.path.lexists(record.source)
             ):
                 self.clear([key])
 

@@ -1,0 +1,346 @@
+"""Recordings in, a data set out: the same one however the work was done, every second accounted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from fish_speech import files
+from fish_speech.preparation import clips
+from fish_speech.preparation.pipeline import Options, Thresholds, prepare
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def options(tmp_path) -> Options:
+    return Options(
+        input="", output=tmp_path / "data" / "voice", speaker="Me", normalize=True, split_long=True
+    )
+
+
+def test_a_folder_with_transcripts_becomes_a_data_set(folder, options, utterances):
+    summary = prepare(replace(options, input=str(folder(3))))
+    wav = options.output / "Me" / "take_1_0001.wav"
+    info = soundfile.info(wav)
+    assert (info.samplerate, info.channels, info.subtype) == (44_100, 1, "PCM_16")
+    assert wav.with_suffix(".lab").read_text() == utterances[1].text
+    written = json.loads((options.output / "dataset_summary.json").read_text())
+    assert written == summary.as_json()
+    assert written["total_files"] == 3
+    assert written["total_duration_minutes"] == pytest.approx(10 / 60, abs=0.05)
+    assert written["speakers"] == ["Me"]
+    clip = written["clips"][1]
+    assert (clip["file"], clip["speaker"], clip["flags"]) == ("Me/take_1_0001.wav", "Me", [])
+    assert clip["source"].endswith("recordings/take 1.wav")
+    assert clip["loudness"] == pytest.approx(-23, abs=0.2)
+    assert 0 <= clip["start"] < clip["end"] <= utterances[1].duration + 1e-3
+    assert summary.failed == 0
+
+
+def test_without_options_the_recording_is_kept_as_it_is(folder, options, utterances):
+    source = folder(1)
+    prepare(replace(options, input=str(source), normalize=False, split_long=False))
+    samples, _ = soundfile.read(options.output / "Me" / "take_0_0001.wav", dtype="float32")
+    assert len(samples) / 44_100 == pytest.approx(utterances[0].duration, abs=1e-3)
+    assert np.abs(samples).max() == pytest.approx(np.abs(utterances[0].samples).max(), abs=0.02)
+
+
+def test_the_second_speaker_is_added(folder, options):
+    prepare(replace(options, input=str(folder(2))))
+    summary = prepare(replace(options, input=str(folder(3, "others")), speaker="Other"))
+    assert summary.speakers == ["Me", "Other"]
+    assert len(summary.clips) == 5
+    assert len(list(options.output.glob("*/*.wav"))) == 5
+
+
+def test_nothing_is_done_twice(folder, options):
+    options = replace(options, input=str(folder(2)))
+    prepare(options)
+    before = {path: path.stat().st_mtime_ns for path in options.output.rglob("*.wav")}
+    said = []
+    prepare(options, say=said.append)
+    assert said == ["2 of 2 recordings were prepared before"]
+    assert {path: path.stat().st_mtime_ns for path in options.output.rglob("*.wav")} == before
+
+
+def test_changed_options_and_recordings_redo_what_they_change(folder, take, options):
+    recording = take(8)
+    recording.path.with_suffix(".txt").write_text("\n".join(recording.texts))
+    options = replace(options, input=str(recording.path.parent), segment_duration=4.0)
+    first = prepare(options)
+    again = prepare(replace(options, segment_duration=8.0))
+    assert len(again.clips) < len(first.clips)
+    assert len(list(options.output.glob("Me/*.wav"))) == len(again.clips)  # none of the old is left
+    texts = list(reversed(recording.texts))
+    recording.path.with_suffix(".txt").write_text(" ".join(texts))
+    assert prepare(options).clips[0]["text"] == texts[0]
+
+
+def test_corrections_in_labels_are_kept_and_count(folder, options):
+    options = replace(options, input=str(folder(2)))
+    prepare(options)
+    (options.output / "Me" / "take_0_0001.lab").write_text("Corrected by hand.")
+    assert prepare(options).clips[0]["text"] == "Corrected by hand."
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_makes_the_same(folder, options, tmp_path):
+    options = replace(options, input=str(folder(4)))
+    prepare(replace(options, num_workers=1))
+    others = replace(options, output=tmp_path / "two" / "voice", num_workers=2)
+    prepare(others)
+    assert tree(options.output) == tree(others.output)
+
+
+KILLED = """
+import os, signal, sys
+replace, left = os.replace, [int(sys.argv[1])]
+def dying(*args):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*args)
+os.replace = dying
+import prepare_dataset
+prepare_dataset.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(folder, options, tmp_path):
+    options = replace(options, input=str(folder(4)), num_workers=1)
+    prepare(options)
+    expected = tree(options.output)
+    output = tmp_path / "killed" / "voice"
+    command = ["--input", options.input, "--output", str(output), "--speaker", "Me"]
+    command += ["--normalize", "--split-long", "--num-workers", "1"]
+    for writes in (1, 5):
+        result = subprocess.run(
+            [sys.executable, "-c", KILLED, str(writes), *command], cwd=REPOSITORY
+        )
+        assert result.returncode == -signal.SIGKILL
+        assert not (output / "dataset_summary.json").exists()
+    assert (output / "Me").is_dir()
+    prepare(replace(options, output=output))
+    assert tree(output) == expected
+
+
+def test_a_killed_run_with_other_options_leaves_no_stray_clips(take, options, monkeypatch):
+    recording = take(8)
+    recording.path.with_suffix(".txt").write_text(" ".join(recording.texts))
+    options = replace(options, input=str(recording.path.parent), segment_duration=4.0)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    monkeypatch.setattr("fish_speech.preparation.summary.Books.enter", die)
+    with pytest.raises(Killed):
+        prepare(options)
+    monkeypatch.undo()
+    assert len(list(options.output.rglob("*.wav"))) > 4
+    summary = prepare(replace(options, segment_duration=20.0))
+    assert len(list(options.output.rglob("*.wav"))) == len(summary.clips) < 4
+
+
+def test_a_full_disk_keeps_what_is_finished(folder, options, monkeypatch, tmp_path):
+    options = replace(options, input=str(folder(3)), num_workers=1)
+    save, count = clips.save_audio, []
+
+    def full(path, *args):
+        count.append(path)
+        if len(count) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(path, *args)
+
+    monkeypatch.setattr(clips, "save_audio", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(options)
+    monkeypatch.undo()
+    assert len(list(options.output.rglob("*.lab"))) == 2
+    said = []
+    prepare(options, say=said.append)
+    assert said == ["2 of 3 recordings were prepared before"]
+    whole = replace(options, output=tmp_path / "whole" / "voice")
+    prepare(whole)
+    assert tree(options.output) == tree(whole.output)
+
+
+def test_flagged_clips_are_moved_with_the_reason_and_come_back(folder, options):
+    options = replace(options, input=str(folder(3)), drop_flagged=True)
+    summary = prepare(replace(options, thresholds=Thresholds(max_rate=12.0)))
+    assert 0 < len(summary.clips) < 3
+    (away, *_) = summary.rejected
+    assert away["reason"] == "fast_text"
+    path = options.output / away["file"]
+    assert path.is_file()
+    assert not (options.output / Path(away["file"]).relative_to("rejected")).exists()
+    assert json.loads(path.with_suffix(".json").read_text())["reason"] == "fast_text"
+    assert not list((options.output / "rejected").rglob("*.lab"))  # nothing to train on by accident
+    labels = len(list(options.output.rglob("*.lab")))
+    assert labels == len(summary.clips)
+    assert len(prepare(options).clips) == 3
+    assert not list((options.output / "rejected").rglob("*.*"))
+
+
+def test_a_long_recording_gets_its_script_from_a_recogniser(take, options, reader):
+    recording = take(12, (0.4, 0.7))
+    recording.path.with_suffix(".txt").write_text("\n\n".join(recording.texts))
+    options = replace(options, input=str(recording.path.parent), auto_transcribe=True)
+    listener = reader(recording, mishear={"the": "a", "river": "liver"})
+    summary = prepare(options, recogniser=listener)
+    check_texts(summary, recording)
+    assert any(0 < clip["disagreement"] < 0.3 for clip in summary.clips)
+    assert all("estimated" not in clip for clip in summary.clips)
+    asked = listener.asked
+    prepare(replace(options, normalize=False), recogniser=listener)  # heard it all before
+    assert listener.asked == asked > 0
+
+
+def test_a_long_recording_gets_its_script_without_a_recogniser(take, options):
+    recording = take(16, (0.4, 0.7, 0.3))
+    recording.path.with_suffix(".lab").write_text(" ".join(recording.texts))
+    summary = prepare(replace(options, input=str(recording.path)))
+    check_texts(summary, recording)
+    assert all(clip["estimated"] for clip in summary.clips)
+
+
+def check_texts(summary, recording) -> None:
+    assert len(summary.clips) > 3
+    assert " ".join(clip["text"] for clip in summary.clips) == " ".join(recording.texts)
+    for clip in summary.clips:
+        inside = [
+            text
+            for (start, end), text in zip(recording.spans, recording.texts, strict=True)
+            if start + 0.2 > clip["start"] and end - 0.2 < clip["end"]
+        ]
+        assert clip["text"] == " ".join(inside)
+
+
+def test_recordings_without_transcripts_are_recognised(take, options, reader):
+    recording = take(6)
+    options = replace(options, input=str(recording.path), auto_transcribe=True)
+    summary = prepare(options, recogniser=reader(recording))
+    assert " ".join(clip["text"] for clip in summary.clips) == " ".join(recording.texts)
+
+
+def test_every_second_is_accounted_for(take, options, reader):
+    recording = take(8, (0.6, 2.5))
+    listener = reader(recording)
+    listener.words = [word for word in listener.words if not 10 < word.start < 20]  # heard nothing
+    options = replace(
+        options, input=str(recording.path), auto_transcribe=True, segment_duration=4.0
+    )
+    summary = prepare(options, recogniser=listener)
+    assert any(part["reason"] == "no words were recognised" for part in summary.skipped)
+    (account,) = summary.recordings
+    total = account["in_clips"] + account["left_out"] + account["silence"]
+    assert total == pytest.approx(account["duration"], abs=0.01)
+    assert account["left_out"] > 3
+    assert account["silence"] > 1
+    assert summary.failed == 0
+
+
+def test_clips_of_a_data_set_are_compared_with_the_recogniser(folder, options, tmp_path):
+    class Deaf:
+        identity = "deaf"
+
+        def hear(self, samples):
+            return clips.transcribe.Heard("Something else entirely.")
+
+    prepare(replace(options, input=str(folder(2))))
+    copy = replace(options, input=str(tmp_path / "data"), output=tmp_path / "check_data")
+    copy = replace(copy, speaker=None, auto_transcribe=True)
+    summary = prepare(copy, recogniser=Deaf())
+    assert [clip["flags"] for clip in summary.clips] == [["disagreement"]] * 2
+    assert summary.clips[0]["text"] != "Something else entirely."
+    assert summary.speakers == ["Me"]
+
+
+def test_transcripts_need_no_model(folder, options, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("fish_speech.preparation.pipeline.load_recogniser", refuse)
+    summary = prepare(replace(options, input=str(folder(1)), auto_transcribe=True))
+    assert len(summary.clips) == 1
+
+
+def test_a_model_that_would_only_help_is_done_without(take, options, monkeypatch):
+    def offline(*_, **__):
+        raise ValueError("whisper model 'base' can't be downloaded")
+
+    monkeypatch.setattr("fish_speech.preparation.pipeline.load_recogniser", offline)
+    recording = take(6)
+    options = replace(options, input=str(recording.path), auto_transcribe=True)
+    with pytest.raises(ValueError, match="can't be downloaded"):
+        prepare(options)
+    recording.path.with_suffix(".txt").write_text(" ".join(recording.texts))
+    said = []
+    assert all(clip["estimated"] for clip in prepare(options, say=said.append).clips)
+    assert said == ["whisper model 'base' can't be downloaded; going on without it"]
+
+
+def test_only_the_first_minutes_are_used(take, options):
+    recording = take(8)
+    recording.path.with_suffix(".txt").write_text(" ".join(recording.texts[:2]))
+    summary = prepare(replace(options, input=str(recording.path), max_duration=9 / 60))
+    assert summary.recordings[0]["duration"] == 9
+    assert max(clip["end"] for clip in summary.clips) <= 9
+
+
+def test_two_runs_on_one_data_set_exclude_each_other(folder, options):
+    source = folder(1)
+    with (
+        files.exclusive(options.output, "x"),
+        pytest.raises(ValueError, match="voice is in use by process"),
+    ):
+        prepare(replace(options, input=str(source)))
+
+
+def test_strict_stops_at_the_first_failure(folder, options):
+    source = folder(3)
+    (source / "take 0.txt").unlink()
+    summary = prepare(replace(options, input=str(source), strict=True, num_workers=1))
+    assert (len(summary.clips), summary.failed) == (0, 1)
+    assert len(prepare(replace(options, input=str(source))).clips) == 2
+
+
+def test_a_failure_that_was_mended_is_forgotten(folder, options):
+    source = folder(2, texts=False)
+    (source / "take 1.txt").write_text("Now there is one.")
+    assert len(prepare(replace(options, input=str(source))).skipped) == 1
+    (source / "take 0.wav").unlink()
+    assert prepare(replace(options, input=str(source))).skipped == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"segment_duration": 0}, {"min_duration": 20}, {"max_duration": -1}, {"num_workers": -1}],
+)
+def test_impossible_values_are_refused(folder, options, change):
+    flag = "--" + next(iter(change)).replace("_", "-")
+    with pytest.raises(ValueError, match=flag):
+        prepare(replace(options, input=str(folder(1)), **change))

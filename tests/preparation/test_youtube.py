@@ -1,0 +1,146 @@
+"""The real yt-dlp, against files served on this machine."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import soundfile
+
+from fish_speech.preparation import youtube
+from fish_speech.preparation.pipeline import Options, prepare
+
+# yt-dlp leaves the socket of a refused download to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+class Handler(SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        super().do_GET()
+
+
+@pytest.fixture
+def server(tmp_path):
+    folder = tmp_path / "web"
+    folder.mkdir()
+    handler = partial(Handler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.folder, server.asked = folder, []
+        server.address = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def test_a_video_is_downloaded_once_cut_and_its_origin_kept(server, take, reader, tmp_path):
+    recording = take(5)
+    video = server.folder / "My talk.flac"
+    video.write_bytes(recording.path.read_bytes())
+    options = Options(
+        input=f"{server.address}/My%20talk.flac", output=tmp_path / "data", speaker="You Tuber",
+        youtube=True, auto_transcribe=True, max_duration=10 / 60, segment_duration=4.0,
+    )  # fmt: skip
+    summary = prepare(options, recogniser=reader(recording))
+    assert [clip["text"] for clip in summary.clips[:2]] == recording.texts[:2]
+    assert summary.clips[0]["file"] == "You_Tuber/My_talk_0001.wav"
+    assert summary.clips[0]["source"] == options.input
+    (account,) = summary.recordings
+    assert account["origin"]["url"] == options.input
+    assert account["origin"]["title"] == "My talk"
+    assert {"id", "date"} <= set(account["origin"])
+    assert account["duration"] == 10  # no more is decoded
+    asked = len(server.asked)
+    assert prepare(options, recogniser=reader(recording)) == summary
+    assert len(server.asked) == asked > 0
+
+
+def test_a_download_that_broke_off_goes_on(server, tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    soundfile.write(server.folder / "a.wav", noise, 16_000)
+    whole = (server.folder / "a.wav").read_bytes()
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    (folder / "a.wav.part").write_bytes(whole[:5000])
+    (found,) = youtube.fetch(f"{server.address}/a.wav", folder, "me")
+    assert found.path.read_bytes() == whole
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_missing_video_ends_in_one_line_with_the_remedy(server, tmp_path):
+    with pytest.raises(ValueError, match="404") as caught:
+        youtube.fetch(f"{server.address}/none.webm", tmp_path / "downloads", "me")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "pip install -U yt-dlp" in message
+    assert "--cookies" in message
+
+
+def test_a_playlist_gives_what_can_be_had_and_names_the_rest(server, tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    soundfile.write(server.folder / "a.wav", noise, 16_000)
+    items = "".join(
+        f"<item><title>Part {name}</title><link>{server.address}/{name}.wav</link></item>"
+        for name in "ab"
+    )
+    (server.folder / "feed.xml").write_text(
+        f'<?xml version="1.0"?><rss version="2.0"><channel><title>Talks</title>{items}'
+        "</channel></rss>"
+    )
+    found = youtube.fetch(f"{server.address}/feed.xml", tmp_path / "downloads", "me")
+    assert [item.problem is None for item in found] == [True, False]
+    assert "404" in found[1].problem
+    options = Options(f"{server.address}/feed.xml", tmp_path / "data", youtube=True)
+    summary = prepare(replace(options, auto_transcribe=False))
+    assert summary.failed == 2
+    assert {entry["source"][-5:] for entry in summary.skipped} == {"a.wav", "b.wav"}
+
+
+def test_cookies_and_local_files_are_checked_first(tmp_path):
+    (tmp_path / "a.wav").touch()
+    with pytest.raises(ValueError, match="leave out --youtube"):
+        youtube.fetch(str(tmp_path / "a.wav"), tmp_path / "downloads", "me")
+    with pytest.raises(FileNotFoundError, match=r"--cookies .*none\.txt"):
+        youtube.fetch("http://127.0.0.1/x", tmp_path, "me", cookies=str(tmp_path / "none.txt"))
+
+
+def test_cookies_are_passed_on(monkeypatch, tmp_path):
+    given = {}
+
+    class Downloader:
+        def __init__(self, settings):
+            given.update(settings)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def extract_info(self, address, download):
+            return {"_type": "playlist", "entries": []}
+
+    monkeypatch.setattr("yt_dlp.YoutubeDL", Downloader)
+    (tmp_path / "jar.txt").touch()
+    cookies = {"cookies": str(tmp_path / "jar.txt"), "cookies_from_browser": "firefox:work"}
+    with pytest.raises(ValueError, match="empty playlist"):
+        youtube.fetch("https://youtube.com/playlist?list=x", tmp_path, "me", **cookies)
+    assert given["cookiefile"] == str(tmp_path / "jar.txt")
+    assert given["cookiesfrombrowser"] == ("firefox", "work", None, None)
+    assert given["format"].startswith("bestaudio")
