@@ -62,9 +62,12 @@ def empty_modules() -> Iterator[None]:
 
 
 class _SkipInit(TorchFunctionMode):
-    # On meta tensors `nn.init` imports the compiler stack: a second and 150 MB, for nothing.
+    # On meta tensors `nn.init` and weight norm's norm import the compiler stack: a second and
+    # 150 MB, for nothing.
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.norm_except_dim:
+            return args[0][:, :1, :1]  # of dimension 0, weight norm's own choice
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
