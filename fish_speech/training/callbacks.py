@@ -69,7 +69,8 @@ class StopCleanly(L.Callback):
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, module) -> None:
+    def on_train_start(self, trainer: L.Trainer, module) -> None:
+        # Only now: Lightning has put its own handler for SIGTERM, which would end the step midway.
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
 
@@ -77,7 +78,7 @@ class StopCleanly(L.Callback):
         if self.signal is not None and step_finished(trainer, batch_index):
             trainer.should_stop = True
 
-    def on_fit_end(self, trainer: L.Trainer, module) -> None:
+    def on_train_end(self, trainer: L.Trainer, module) -> None:
         self.restore()
 
     def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:

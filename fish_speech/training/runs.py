@@ -128,7 +128,8 @@ def describe_checkpoints(run: Run) -> str:
         try:
             parent = checkpoint.read()["run"].get("parent")
         except ValueError:
-            notes, parent = ["damaged"], None
+            parent = None
+            notes.append("damaged")
         if checkpoint.step in losses:
             notes.append(f"validation loss {losses[checkpoint.step]:.3f}")
         if parent:

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
 from fish_speech.datasets.shards import Manifest, Sample, read_samples
@@ -91,10 +92,7 @@ def _train(config, run, base_dir, manifest, start, say) -> Trained:
         load_lora(model, start.checkpoint.read()["state_dict"], start.checkpoint.path)
     module = TextToSemantic(
         model,
-        OptimizerConfig(
-            **{**OmegaConf.to_container(config.optimizer), "betas": tuple(config.optimizer.betas)},
-            max_steps=max_steps,
-        ),
+        _optimizer_config(config),
         seed=config.seed,
         run=_run_record(config, run, base_dir, base_digest, lora, start),
         clip_names=[sample.name for sample in data.train.samples],
@@ -107,6 +105,8 @@ def _train(config, run, base_dir, manifest, start, say) -> Trained:
         with _quiet_lightning():
             trainer = _trainer(config, run, device, dtype, data, stop)
             trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.exact else None)
+    except SystemExit as error:  # Lightning's answer to a second Ctrl+C
+        raise KeyboardInterrupt from error
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -122,6 +122,14 @@ def lora_config(config: DictConfig) -> LoRAConfig:
     """The LoRA section of a config."""
     values = OmegaConf.to_container(config.lora)
     return LoRAConfig(values["r"], values["alpha"], values["dropout"], tuple(values["targets"]))
+
+
+def _optimizer_config(config: DictConfig) -> OptimizerConfig:
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(OptimizerConfig), config.optimizer)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config: optimizer: {str(error).splitlines()[0]}") from error
+    return replace(OmegaConf.to_object(typed), max_steps=config.train.max_steps)
 
 
 def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_dir: Path) -> None:
@@ -250,7 +258,7 @@ def _trainer(config, run, device, dtype, data, stop) -> L.Trainer:
     settings = config.train
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
     devices = [device.index] if device.index is not None else settings.devices
-    version = datetime.now().strftime("%Y%m%d-%H%M%S")
+    version = f"run_{len(list(run.logs.glob('run_*'))) + 1:03d}"
     val_every = settings.val_every or settings.save_every
     has_validation = bool(len(data.validation))
     return L.Trainer(

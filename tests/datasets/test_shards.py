@@ -1,0 +1,114 @@
+import os
+
+import numpy as np
+import pytest
+
+from fish_speech.datasets.clips import find_clips
+from fish_speech.datasets.shards import build_shards, read_samples
+from tests.conftest import GOLDEN
+from tests.made_data import make_data_set
+
+
+def build(folder, **changes):
+    return build_shards(folder, **{"num_codebooks": 8, "codebook_size": 1024, **changes})
+
+
+def test_every_clip_is_in_one_split_and_comes_back_as_it_was(tmp_path):
+    data = make_data_set(tmp_path / "voices", {"Ann": 30, "Bob": 12})
+    manifest, rebuilt = build(data, validation_share=0.1)
+    assert rebuilt
+    assert manifest.speakers == ["Ann", "Bob"]
+    assert len(manifest.validation) == 4
+    assert not set(manifest.train) & set(manifest.validation)
+    assert len(manifest.train) + len(manifest.validation) == 42
+    for split in ("train", "validation"):
+        samples = list(read_samples(manifest.paths(data, split)))
+        assert len(samples) == len(getattr(manifest, split))
+        for name, sample in zip(getattr(manifest, split), samples, strict=True):
+            assert sample.speaker == name.split("/")[0]
+            assert sample.text == (data / f"{name}.lab").read_text()
+            assert np.array_equal(sample.codes, np.load(data / f"{name}.npy"))
+
+
+def test_packing_again_does_nothing_until_something_changes(tmp_path):
+    data = make_data_set(tmp_path / "voice", {"Ann": 5})
+    first, _ = build(data)
+    assert build(data) == (first, False)
+    lab = data / "Ann" / "clip_0001.lab"
+    lab.write_text("Corrected words.")
+    os.utime(lab, ns=(1, 1))
+    changed, rebuilt = build(data)
+    assert rebuilt
+    paths = changed.paths(data, "train") + changed.paths(data, "validation")
+    assert "Corrected words." in [sample.text for sample in read_samples(paths)]
+    next(iter(data.glob("protos/train-*"))).write_bytes(b"spoilt")
+    assert build(data)[1]
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(1, 0), (2, 1), (3, 1), (60, 3)])
+def test_the_validation_split_is_a_share_but_at_least_one_of_two(tmp_path, count, held_out):
+    manifest, _ = build(make_data_set(tmp_path / "voice", {"Ann": count}))
+    assert (len(manifest.train), len(manifest.validation)) == (count - held_out, held_out)
+
+
+@pytest.mark.parametrize(
+    ("name", "action", "reason"),
+    [
+        ("clip_0000.lab", lambda p: p.unlink(), r"clip_0000\.lab: the transcript is missing"),
+        ("clip_0000.lab", lambda p: p.write_text(" \n"), r"clip_0000\.lab: .* is empty"),
+        ("clip_0000.npy", lambda p: p.unlink(), r"clip_0000\.npy: no codes; .*--extract-tokens"),
+        ("clip_0000.npy", lambda p: p.write_bytes(b"x"), r"clip_0000\.npy: damaged codes"),
+        ("clip_0000.npy", lambda p: np.save(p, np.zeros((4, 9), int)), "another codec"),
+        ("clip_0000.npy", lambda p: np.save(p, np.full((8, 9), 1024)), r"outside 0\.\.1023"),
+        ("clip_0000.npy", lambda p: np.save(p, np.zeros((8, 9))), "expected integers"),
+    ],
+)
+def test_a_clip_that_cannot_be_used_is_left_out_and_named(tmp_path, name, action, reason):
+    data = make_data_set(tmp_path / "voice", {"Ann": 4})
+    action(data / "Ann" / name)
+    manifest, _ = build(data)
+    assert len(manifest.train) + len(manifest.validation) == 3
+    assert list(manifest.skipped) == ["Ann/clip_0000"]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(manifest.skipped["Ann/clip_0000"])
+
+
+def test_a_data_set_without_any_usable_clip_is_an_error(tmp_path):
+    data = make_data_set(tmp_path / "voice", {"Ann": 2})
+    for codes in data.rglob("*.npy"):
+        codes.unlink()
+    with pytest.raises(ValueError, match=r"no clip can be used; the first: .*no codes"):
+        build(data)
+
+
+def test_folders_that_are_no_data_sets_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such data set"):
+        find_clips(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no audio files"):
+        find_clips(tmp_path)
+    data = make_data_set(tmp_path / "voice", {"Ann": 2})
+    for transcript in data.rglob("*.lab"):
+        transcript.unlink()
+    with pytest.raises(ValueError, match=r"no clip has a \.lab transcript"):
+        find_clips(data)
+
+
+def test_two_files_with_one_transcript_are_named(tmp_path):
+    data = make_data_set(tmp_path / "voice", {"Ann": 2})
+    (data / "Ann" / "clip_0000.mp3").write_bytes(b"")
+    with pytest.raises(ValueError, match="share one name"):
+        find_clips(data)
+
+
+def test_clips_made_by_hand_need_no_speaker_folder(tmp_path):
+    data = make_data_set(tmp_path / "me", {"x": 2})
+    for file in (data / "x").iterdir():
+        file.rename(data / file.name)
+    (data / "x").rmdir()
+    assert {clip.speaker for clip in find_clips(data)} == {"me"}
+
+
+def test_a_shard_of_the_reference_is_read():
+    samples = list(read_samples([GOLDEN / "shard.protos"]))
+    assert samples[0].text == "Hello, world! This is a test."
+    assert {sample.codes.shape[0] for sample in samples} == {8}

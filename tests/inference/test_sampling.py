@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from fish_speech.inference.sampling import Sampling, probabilities, sample
+from tests.conftest import golden_tensors
+
+
+def test_probabilities_equal_the_reference():
+    golden = golden_tensors("generate.pt")
+    arguments = golden["probs_args"]
+    previous = torch.tensor(arguments.pop("previous_tokens"))
+    probs = probabilities(golden["prefill_logits"][0, 0], previous, Sampling(**arguments))
+    torch.testing.assert_close(probs, golden["probs"], atol=1e-4, rtol=1e-4)
+
+
+def test_draws_follow_the_probabilities_and_the_seed():
+    logits = torch.tensor([2.0, 1.0, 0.0, -9.0])
+    sampling = Sampling(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([sample(logits, None, sampling, generator) for _ in range(4000)])
+    shares = torch.bincount(drawn, minlength=4) / 4000
+    torch.testing.assert_close(shares, logits.softmax(0), atol=0.03, rtol=0)
+    generator = torch.Generator().manual_seed(0)
+    again = torch.stack([sample(logits, None, sampling, generator) for _ in range(4000)])
+    assert torch.equal(drawn, again)
+
+
+def test_the_most_likely_always_stays():
+    probs = probabilities(torch.tensor([5.0, 0.0, 0.0]), None, Sampling(top_p=0.01))
+    assert probs.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_temperature_zero_takes_the_most_likely():
+    logits = torch.tensor([0.1, 0.3, 0.2])
+    assert sample(logits, None, Sampling(temperature=0), None) == 1
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"repetition_penalty": 0}]
+)
+def test_impossible_settings_are_refused_by_name(values):
+    with pytest.raises(ValueError, match=next(iter(values)).replace("_", ".")):
+        Sampling(**values)

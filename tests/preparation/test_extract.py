@@ -1,0 +1,90 @@
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from fish_speech.audio import load_audio
+from fish_speech.models.vqgan import Codec, load_codec
+from fish_speech.preparation.extract import extract_codes
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Five clips of noise, of different lengths and rates."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "voice" / "Ann"
+    folder.mkdir(parents=True)
+    for number in range(5):
+        samples = rng.normal(0, 0.1, 8000 + 3000 * number)
+        soundfile.write(folder / f"c{number}.wav", samples, 22050 if number % 2 else 44100)
+        (folder / f"c{number}.lab").write_text("words")
+    return tmp_path / "voice"
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 0), (2, 1)])
+def test_every_clip_gets_the_codes_that_it_has_alone(data, codec, codec_dir, batch_size, workers):
+    result = extract_codes(data, codec, codec_dir, batch_size=batch_size, num_workers=workers)
+    assert (result.made, result.kept, result.failed) == (5, 0, {})
+    for file in sorted(data.rglob("*.wav")):
+        codes = np.load(file.with_suffix(".npy"))
+        waveform, _ = load_audio(file, codec.sample_rate)
+        alone, lengths = codec.encode(waveform[None])
+        assert codes.shape == (8, waveform.shape[1] // 2048) == (8, lengths[0])
+        assert np.array_equal(codes, alone[0, :, : lengths[0]].numpy())
+
+
+def test_a_second_run_makes_only_what_is_missing_or_stale(data, codec, codec_dir):
+    extract_codes(data, codec, codec_dir)
+    assert extract_codes(data, codec, codec_dir).kept == 5
+    (data / "Ann" / "c0.npy").unlink()
+    soundfile.write(data / "Ann" / "c1.wav", np.zeros(9000), 44100)
+    os.utime(data / "Ann" / "c1.wav", ns=(1, 1))
+    result = extract_codes(data, codec, codec_dir)
+    assert (result.made, result.kept) == (2, 3)
+
+
+def test_another_codec_makes_all_codes_anew(data, codec, codec_dir, tmp_path):
+    extract_codes(data, codec, codec_dir)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in codec_dir.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    state = torch.load(other / "firefly-gan-vq-golden.pth", weights_only=True)
+    state["backbone.norm.bias"] += 0.5
+    torch.save(state, other / "firefly-gan-vq-golden.pth")
+    assert extract_codes(data, load_codec(other), other).made == 5
+
+
+def test_codes_made_elsewhere_are_kept_where_they_fit(data, codec, codec_dir):
+    np.save(data / "Ann" / "c0.npy", np.zeros((8, 4), np.int64))  # 8000 samples: 3.9 frames
+    np.save(data / "Ann" / "c1.npy", np.zeros((8, 90), np.int64))
+    result = extract_codes(data, codec, codec_dir)
+    assert (result.made, result.kept) == (4, 1)
+
+
+def test_a_clip_that_fails_is_named_and_the_others_are_made(data, codec, codec_dir):
+    (data / "Ann" / "c0.wav").write_bytes(b"RIFF no audio")
+    soundfile.write(data / "Ann" / "c1.wav", np.zeros(100), 44100)
+    result = extract_codes(data, codec, codec_dir)
+    assert result.made == 3
+    assert "c0.wav" in result.failed["Ann/c0"]
+    assert "shorter than one frame" in result.failed["Ann/c1"]
+
+
+def test_an_interrupted_run_goes_on(data, codec, codec_dir, monkeypatch):
+    encode, calls = Codec.encode, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Codec, "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            extract_codes(data, codec, codec_dir, batch_size=1)
+    result = extract_codes(data, codec, codec_dir)
+    assert (result.made, result.kept) == (3, 2)

@@ -1,0 +1,194 @@
+"""finetune_tts.py as its users run it."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import finetune_tts
+from tests.conftest import ROOT
+from tests.made_data import make_data_set
+
+PYTHON = sys.executable
+
+
+def script(name, *arguments, cwd):
+    return subprocess.run(
+        [PYTHON, str(ROOT / f"{name}.py"), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_three_scripts_make_recordings_a_voice_that_speaks(tmp_path):
+    """samples/ -> prepare -> extract -> pack -> train -> merge -> a WAV, with the embedded model."""
+    prepared = script(
+        "prepare_dataset", "--input", ROOT / "samples", "--output", "training_data/demo",
+        "--speaker", "rms", "--normalize", "--split-long", cwd=tmp_path,
+    )  # fmt: skip
+    assert prepared.returncode == 0, prepared.stderr
+    clips = list(tmp_path.glob("training_data/demo/rms/*.wav"))
+    assert len(clips) == len(list((ROOT / "samples").glob("*.flac")))
+    tuned = script(
+        "finetune_tts", "--project", "demo", "--data-dir", "training_data/demo",
+        "--model-version", "tiny", "--full-pipeline", "--max-steps", 4, "--save-every", 2,
+        "--learning-rate", "1e-3", cwd=tmp_path,
+    )  # fmt: skip
+    assert tuned.returncode == 0, tuned.stderr
+    assert "validation loss" in tuned.stderr
+    listed = script("finetune_tts", "--project", "demo", "--list-checkpoints", cwd=tmp_path)
+    assert listed.stdout.splitlines()[-1] == "🎯 Latest: step_000000004.ckpt"
+    spoken = script("cli_tts", "Hello there.", "-o", "hello.wav", cwd=tmp_path)
+    assert spoken.returncode in (0, 1), spoken.stderr  # 1 where the small model rambles
+    assert "demo-merged" in spoken.stderr
+    import soundfile
+
+    assert soundfile.info(tmp_path / "hello.wav").duration > 0.2
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, base_dir):
+    """`project(*flags)` runs the program in a folder with a small data set; returns the status."""
+    monkeypatch.chdir(tmp_path)
+    make_data_set(tmp_path / "data", {"Ann": 6})
+
+    def run(*flags, base=base_dir, name="p"):
+        basics = ["--project", name, "--pretrained-ckpt-path", str(base)]
+        return finetune_tts.main([*basics, *map(str, flags)])
+
+    return run
+
+
+TRAIN = ("--data-dir", "data", "--train", "--batch-size", 2, "--learning-rate", "1e-3")
+
+
+def test_the_guides_stages_one_after_the_other(project, tmp_path, capsys):
+    # The made-up clips have made-up codes, so extraction comes from the flag of its own below.
+    keep_codes(tmp_path)
+    assert project("--data-dir", "data", "--build-dataset") == 0
+    assert project(*TRAIN, "--max-steps", 4, "--save-every", 2) == 0
+    assert project("--merge-weights", "--data-dir", "data") == 0
+    assert (tmp_path / "checkpoints/p-merged/model.pth").is_file()
+    capsys.readouterr()
+    assert project("--list-checkpoints", "--data-dir", "data") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "🎯 Latest: step_000000004.ckpt"
+    assert project("--merge-weights", "--checkpoint-step", 2) == 0
+    assert project("--merge-weights", "--checkpoint-step", 3) == 2
+    assert "only 2, 4" in capsys.readouterr().err
+
+
+def keep_codes(tmp_path):
+    """Make the clips as long as their made-up codes, so that extraction keeps these."""
+    import numpy as np
+    import soundfile
+
+    for codes in (tmp_path / "data").rglob("*.npy"):
+        frames = np.load(codes).shape[1]
+        soundfile.write(codes.with_suffix(".wav"), np.zeros(frames * 2048 + 100), 44100)
+
+
+def test_the_guides_three_stages_build_on_each_other(project, tmp_path, capsys):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 2, name="stage1") == 0
+    assert project(*TRAIN, "--max-steps", 2, "--resume-latest", name="stage2") == 0
+    assert "newest trained on data" in capsys.readouterr().err
+    path = "fish-speech/results/stage1/checkpoints/step_000000002.ckpt"
+    assert project(*TRAIN, "--max-steps", 1, "--resume-from-checkpoint", path, name="exp1") == 0
+    folder = "results/stage1/checkpoints/"
+    assert project(*TRAIN, "--max-steps", 1, "--checkpoint-path", folder, name="exp2") == 0
+
+
+def test_the_whole_pipeline_goes_on_where_it_was_and_does_nothing_twice(project, tmp_path, capsys):
+    keep_codes(tmp_path)
+    flags = ("--data-dir", "data", "--full-pipeline", "--learning-rate", "1e-3")
+    assert project(*flags, "--max-steps", 2) == 0
+    assert project(*flags, "--max-steps", 4) == 0
+    said = capsys.readouterr().err
+    assert "6 had theirs" in said
+    assert "(unchanged)" in said
+    assert "resuming results/p/checkpoints/step_000000002.ckpt exactly" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "nothing to do: give a stage"),
+        (("--train",), "--data-dir is missing"),
+        ((*TRAIN, "--max-steps", 0), "--max-steps 0: must be above 0"),
+        ((*TRAIN, "--lora-config", "r_9"), "one of r_16_alpha_32, r_4_alpha_8, r_8_alpha_16"),
+        ((*TRAIN, "--override", "train.max_stepz=3"), "max_stepz"),
+        ((*TRAIN, "--override", "optimizer.learning_rate=fast"), "fast"),
+        ((*TRAIN, "--resume-latest", "--resume-from-checkpoint", "x"), "exclude each other"),
+        ((*TRAIN, "--resume-latest"), "--resume-latest: no checkpoint"),
+        ((*TRAIN, "--force-mps", "--device", "cpu"), "exclude each other"),
+        ((*TRAIN, "--device", "tpu"), "--device tpu: unknown"),
+        ((*TRAIN, "--precision", "int3"), "--precision int3: unknown"),
+        (("--merge-weights",), "no checkpoints; train first"),
+        (("--data-dir", "nowhere", "--train"), "nowhere: no such data set"),
+        (("--data-dir", "nowhere", "--full-pipeline"), "nowhere: no such folder"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_remedy(project, tmp_path, capsys, flags, message):
+    keep_codes(tmp_path)
+    assert project(*flags) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_a_project_name_that_is_a_path_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert finetune_tts.main(["--project", "../x", "--list-checkpoints"]) == 2
+    assert "--project '../x'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_published_model_offline_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fish_speech.hub.REPOSITORY", ROOT)
+    make_data_set(tmp_path / "data", {"Ann": 2})
+    if (ROOT / "checkpoints" / "fish-speech-1.5" / "model.pth").exists():
+        pytest.skip("the published model is here")
+    assert finetune_tts.main(["--project", "p", *map(str, TRAIN)]) == 2
+    said = capsys.readouterr().err
+    assert "fishaudio/fish-speech-1.5" in said
+    assert "--model-version tiny" in said
+
+
+def test_unwritable_results_are_named(project, tmp_path, capsys):
+    keep_codes(tmp_path)
+    (tmp_path / "results").write_text("a file in the way")
+    assert project(*TRAIN, "--max-steps", 1) == 2
+    assert "results" in capsys.readouterr().err
+
+
+def test_a_killed_run_resumes_to_the_same_adapters(project, tmp_path, base_dir):
+    """kill -9 after the checkpoint of step 3, then --resume-latest."""
+    import torch
+
+    keep_codes(tmp_path)
+    flags = [*TRAIN, "--max-steps", 6, "--save-every", 3]
+    assert project(*flags, name="whole") == 0
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import finetune_tts\n"
+        "from fish_speech.training.lit_module import TextToSemantic as M\n"
+        "step = M.training_step\n"
+        "def dying(self, batch, index):\n"
+        "    if self.global_step == 4: os.kill(os.getpid(), 9)\n"
+        "    return step(self, batch, index)\n"
+        "M.training_step = dying\n"
+        "finetune_tts.main(sys.argv[2:])\n"
+    )
+    arguments = ["--project", "killed", "--pretrained-ckpt-path", str(base_dir), *map(str, flags)]
+    died = subprocess.run([PYTHON, "-c", code, str(ROOT), *arguments], cwd=tmp_path)
+    assert died.returncode == -9
+    assert project(*flags, "--resume-latest", name="killed") == 0
+    states = [
+        torch.load(f"results/{name}/checkpoints/step_000000006.ckpt", weights_only=True)
+        for name in ("whole", "killed")
+    ]
+    torch.testing.assert_close(states[0]["state_dict"], states[1]["state_dict"], atol=0, rtol=0)
+    shutil.rmtree(tmp_path / "results")

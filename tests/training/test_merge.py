@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+
+from fish_speech.files import file_digest
+from fish_speech.models.text2semantic import load_model, save_model
+from fish_speech.models.text2semantic.lora import EMBEDDING_TARGETS, LINEAR_TARGETS
+from fish_speech.models.vqgan import load_codec
+from fish_speech.tokenizer import FishTokenizer
+from fish_speech.training.merge import merge
+from fish_speech.training.runs import Checkpoint
+from tests.conftest import golden_tensors
+
+
+@pytest.fixture
+def checkpoint(tmp_path, base_dir):
+    """A checkpoint that holds the adapters that the reference trained over the golden model."""
+
+    def write(state=None, base=base_dir, **record):
+        run = {
+            "base": str(base),
+            "base_digest": file_digest(base / "model.pth"),
+            "lora": {"r": 8, "alpha": 16, "dropout": 0.0,
+                     "targets": [*LINEAR_TARGETS, *EMBEDDING_TARGETS]},
+            **record,
+        }  # fmt: skip
+        path = tmp_path / "step_000000007.ckpt"
+        state = state or golden_tensors("lora.pt")["lora_ckpt"]["state_dict"]
+        torch.save({"state_dict": state, "run": run}, path)
+        return Checkpoint(path, 7)
+
+    return write
+
+
+def test_adapters_of_the_reference_merge_to_its_weights(checkpoint, tmp_path):
+    merged = merge(checkpoint(), tmp_path / "merged")
+    state = load_model(merged.folder).state_dict()
+    golden = golden_tensors("lora.pt")["merged"]
+    every_16th = golden.pop("codebook_embeddings.weight")
+    torch.testing.assert_close(state["codebook_embeddings.weight"][::16], every_16th)
+    for name, weight in golden.items():
+        torch.testing.assert_close(state[name], weight, atol=1e-4, rtol=1e-4)
+    assert merged.error < 1e-5
+    assert merged.change > 0.1
+
+
+def test_the_merged_directory_stands_by_itself(checkpoint, tmp_path, base_dir):
+    folder = merge(checkpoint(), tmp_path / "merged").folder
+    assert {file.name for file in folder.iterdir()} == {file.name for file in base_dir.iterdir()}
+    assert load_codec(folder).frame_length == 2048
+    original, written = (json.loads((d / "config.json").read_text()) for d in (base_dir, folder))
+    assert original.items() <= written.items()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_base_keeps_its_dtype(checkpoint, tmp_path, base_dir, dtype):
+    base = tmp_path / "base"
+    model = load_model(base_dir)
+    save_model(
+        model.state_dict(),
+        base,
+        config=model.config,
+        tokenizer=FishTokenizer.from_pretrained(base_dir),
+        dtype=dtype,
+    )
+    for name in ("firefly-gan-vq-golden.pth", "codec_config.json"):
+        (base / name).write_bytes((base_dir / name).read_bytes())
+    merged = merge(checkpoint(base=base), tmp_path / "merged")
+    assert load_model(merged.folder).dtype == dtype
+    assert 0 < merged.error < 0.02
+
+
+def test_a_merged_model_that_would_be_the_base_is_an_error(checkpoint, tmp_path):
+    state = golden_tensors("lora.pt")["lora_ckpt"]["state_dict"]
+    nothing = {key: torch.zeros_like(value) for key, value in state.items()}
+    with pytest.raises(ValueError, match="its adapters change nothing"):
+        merge(checkpoint(nothing), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merging_over_another_base_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="not the base that"):
+        merge(checkpoint(base_digest="0" * 64), tmp_path / "merged")
+
+
+def test_a_base_that_has_gone_is_asked_for(checkpoint, tmp_path, base_dir):
+    made = checkpoint()
+    content = torch.load(made.path, weights_only=True)
+    content["run"]["base"] = str(tmp_path / "gone")
+    torch.save(content, made.path)
+    with pytest.raises(FileNotFoundError, match="--pretrained-ckpt-path"):
+        merge(made, tmp_path / "merged")
+    assert merge(made, tmp_path / "merged", base_dir=base_dir).change > 0.1
+
+
+def test_merging_again_replaces_the_folder_whole(checkpoint, tmp_path):
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    (folder / "stale.bin").write_bytes(b"x")
+    merge(checkpoint(), folder)
+    assert not (folder / "stale.bin").exists()
+    assert [item for item in tmp_path.iterdir() if item.name.startswith(".tmp")] == []

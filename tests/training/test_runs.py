@@ -1,0 +1,120 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fish_speech.training.runs import Run, choose_start, describe_checkpoints, real_path
+
+
+def make_checkpoints(project, *steps, data_dir="data", parent=None, root="results"):
+    run = Run.of(project, root)
+    run.checkpoint_folder.mkdir(parents=True, exist_ok=True)
+    record = {"data_dir": str(Path(data_dir).resolve()), "parent": parent}
+    for step in steps:
+        torch.save({"state_dict": {}, "run": record}, run.checkpoint_path(step))
+    return run
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_list_is_in_the_guides_format(tmp_path):
+    run = make_checkpoints("note_lm_step2", 100, 200, parent="results/a/x.ckpt")
+    log = run.logs / "run_001"
+    log.mkdir(parents=True)
+    (log / "metrics.csv").write_text("step,validation/loss\n99,7.25\n150,\n")
+    lines = describe_checkpoints(run).splitlines()
+    assert lines[0] == "📂 Available checkpoints for project 'note_lm_step2':"
+    form = r"📄 step_000000100\.ckpt \(\d+\.\d MB, \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\)"
+    assert re.match(form, lines[1])
+    assert lines[1].endswith(" step 100, validation loss 7.250, from results/a/x.ckpt")
+    assert lines[3] == "🎯 Latest: step_000000200.ckpt"
+
+
+def test_a_project_without_checkpoints_has_a_list_too():
+    assert describe_checkpoints(Run.of("new")) == "📂 No checkpoints for project 'new' yet."
+
+
+def test_a_damaged_checkpoint_is_listed_as_such():
+    run = make_checkpoints("p", 100)
+    run.checkpoint_path(100).write_bytes(b"half")
+    assert "step 100, damaged" in describe_checkpoints(run)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", ".hidden", "a b", "a\\b"])
+def test_project_names_that_are_no_folder_are_refused(name):
+    with pytest.raises(ValueError, match="--project"):
+        Run.of(name)
+
+
+def test_a_step_that_is_not_there_lists_those_that_are():
+    run = make_checkpoints("p", 100, 200)
+    assert run.checkpoint().step == 200
+    assert run.checkpoint(100).step == 100
+    with pytest.raises(FileNotFoundError, match=r"no such step, only 100, 200"):
+        run.checkpoint(150)
+
+
+def test_own_checkpoints_are_resumed_exactly():
+    run = make_checkpoints("p", 100, 200)
+    start = choose_start(run, Path("data"), resume_latest=True)
+    assert (start.checkpoint.step, start.exact) == (200, True)
+    named = choose_start(run, Path("data"), resume_from=str(run.checkpoint_path(100)))
+    assert (named.checkpoint.step, named.exact) == (100, True)
+
+
+def test_the_guides_spelling_of_results_means_the_same():
+    first = make_checkpoints("first", 100)
+    path = f"fish-speech/{first.checkpoint_path(100)}"
+    start = choose_start(Run.of("second"), Path("data"), resume_from=path)
+    assert (start.checkpoint.path, start.exact) == (first.checkpoint_path(100), False)
+    assert real_path("fish-speech/results/x") == Path("results/x")
+
+
+def test_a_new_project_starts_from_the_newest_on_the_same_data():
+    make_checkpoints("other_data", 900, data_dir="elsewhere")
+    make_checkpoints("stage1", 100, 200)
+    start = choose_start(Run.of("stage2"), Path("data"), resume_latest=True)
+    assert start.checkpoint.path == Run.of("stage1").checkpoint_path(200)
+    assert not start.exact
+    assert "stage2" in start.reason
+    assert "stage1" in start.reason
+
+
+def test_a_folder_of_checkpoints_means_its_newest():
+    stage1 = make_checkpoints("stage1", 100, 300)
+    for path in (stage1.checkpoint_folder, stage1.folder):
+        start = choose_start(Run.of("stage2"), Path("data"), checkpoint_path=str(path))
+        assert (start.checkpoint.step, start.exact) == (300, False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"resume_latest": True}, r"--resume-latest: no checkpoint"),
+        ({"resume_latest": True, "resume_from": "x"}, "exclude each other"),
+        ({"resume_from": "results/no/step_000000100.ckpt"}, r"no such checkpoint \(in that folder"),
+        ({"checkpoint_path": "."}, r"no step_\*\.ckpt"),
+    ],
+)
+def test_a_start_that_is_not_there_is_an_error(flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        choose_start(Run.of("p"), Path("data"), **flags)
+
+
+def test_a_project_is_never_silently_started_over():
+    run = make_checkpoints("p", 100)
+    with pytest.raises(ValueError, match="go on with --resume-latest"):
+        choose_start(run, Path("data"))
+    make_checkpoints("other", 50)
+    with pytest.raises(ValueError, match="go on with --resume-latest"):
+        choose_start(run, Path("data"), checkpoint_path="results/other")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model\.pth: not a checkpoint"):
+        choose_start(Run.of("p"), Path("data"), resume_from=str(tmp_path / "model.pth"))

@@ -1,0 +1,232 @@
+"""Properties of a run, on the golden model and made-up codes."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from fish_speech.datasets.shards import build_shards
+from fish_speech.files import file_digest
+from fish_speech.models.text2semantic import load_model
+from fish_speech.training.config import compose_config
+from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
+from fish_speech.training.runs import Run, choose_start
+from fish_speech.training.train import train
+from tests.made_data import make_data_set
+
+
+@pytest.fixture
+def trainer(tmp_path, base_dir, monkeypatch):
+    """`trainer(project, *overrides, resume...)` trains on ten clips and returns its `Trained`."""
+    monkeypatch.chdir(tmp_path)
+    data = make_data_set(tmp_path / "data", {"Ann": 10})
+
+    def run(project, *overrides, base=base_dir, data=data, said=None, **resume):
+        manifest, _ = build_shards(data, num_codebooks=8, codebook_size=1024)
+        config = compose_config(
+            [
+                f"project={project}",
+                "model=tiny",
+                "data.batch_size=2",
+                "optimizer.learning_rate=1e-3",
+                "train.log_every=1",
+                "train.save_every=100",
+                *overrides,
+            ]
+        )
+        config.data.dir = str(data)
+        start = choose_start(Run.of(project), data, **resume)
+        said = said if said is not None else []
+        return train(config, base_dir=base, manifest=manifest, start=start, say=said.append)
+
+    return run
+
+
+def adapters(trained):
+    return trained.checkpoint.read()["state_dict"]
+
+
+def losses(project):
+    return {
+        row["step"]: row["train/loss"] for row in Run.of(project).metrics() if row["train/loss"]
+    }
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer):
+    options = ("train.gradient_accumulation_steps=2", "lora.dropout=0.1")
+    whole = trainer("whole", "train.max_steps=6", *options)
+    trainer("parts", "train.max_steps=3", *options)
+    parts = trainer("parts", "train.max_steps=6", *options, resume_latest=True)
+    assert parts.checkpoint.step == 6
+    torch.testing.assert_close(adapters(parts), adapters(whole), atol=0, rtol=0)
+    assert losses("parts") == losses("whole")
+    moments = [t.checkpoint.read()["optimizer_states"][0]["state"] for t in (parts, whole)]
+    torch.testing.assert_close(*moments, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(
+    trainer, monkeypatch, number
+):
+    whole = trainer("whole", "train.max_steps=5")
+    step = TextToSemantic.training_step
+
+    def interrupted(module, batch, index):
+        if module.global_step == 2:
+            os.kill(os.getpid(), number)
+        return step(module, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextToSemantic, "training_step", interrupted)
+        stopped = trainer("stopped", "train.max_steps=5")
+    assert stopped.stopped_by == number
+    assert stopped.checkpoint.step == 3
+    resumed = trainer("stopped", "train.max_steps=5", resume_latest=True)
+    torch.testing.assert_close(adapters(resumed), adapters(whole), atol=0, rtol=0)
+
+
+def test_the_base_never_changes_and_only_adapters_are_stored(trainer, base_dir):
+    before = file_digest(base_dir / "model.pth")
+    trained = trainer("p", "train.max_steps=3", "train.val_every=1")
+    assert file_digest(base_dir / "model.pth") == before
+    assert all(key.endswith(("lora_A", "lora_B")) for key in adapters(trained))
+    assert {value.dtype for value in adapters(trained).values()} == {torch.float32}
+
+
+def test_accumulated_batches_are_one_batch(trainer):
+    options = ("train.max_steps=3", "lora.dropout=0", "data.reference_share=0")
+    together = trainer("together", "data.batch_size=4", *options)
+    apart = trainer("apart", "data.batch_size=2", "train.gradient_accumulation_steps=2", *options)
+    torch.testing.assert_close(adapters(apart), adapters(together), atol=1e-5, rtol=1e-4)
+
+
+def test_it_learns(trainer):
+    trainer("p", "train.max_steps=60", "optimizer.learning_rate=2e-2", "data.reference_share=0")
+    values = [float(value) for value in losses("p").values()]
+    assert sum(values[-5:]) / 5 < 0.6 * values[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_adapter_entry_with_a_gradient_moves(trainer, precision):
+    rate = "optimizer.learning_rate=1e-5"
+    options = (rate, f"precision={precision}", "optimizer.warmup_steps=0")
+    first = adapters(trainer("one", "train.max_steps=1", *options))
+    second = adapters(trainer("two", "train.max_steps=2", *options))
+    moved = total = 0
+    for name, value in second.items():
+        # Rows of embeddings that no batch used have no gradient.
+        used = (first[name] != 0) & (value != 0)
+        total += int(used.sum())
+        moved += int((used & (value != first[name])).sum())
+    assert total > 10_000
+    assert moved / total > 0.85
+
+
+@pytest.mark.parametrize("clips", [1, 2, 3])
+def test_small_data_sets_train(trainer, tmp_path, clips):
+    said = []
+    data = make_data_set(tmp_path / "small", {"Ann": clips})
+    trained = trainer("small", "data.batch_size=4", "train.max_steps=2", data=data, said=said)
+    assert trained.checkpoint.step == 2
+    assert any("nothing is held out" in line for line in said) == (clips == 1)
+
+
+def test_validation_loss_is_logged_by_step_and_the_curve_is_drawn(trainer):
+    trainer("p", "train.max_steps=4", "train.save_every=2")
+    run = Run.of("p")
+    assert sorted(run.validation_losses()) == [2, 4]
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [2, 4]
+    assert (run.logs / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_the_newest_checkpoints_are_kept_when_asked(trainer):
+    trainer("p", "train.max_steps=5", "train.save_every=1", "train.keep_checkpoints=2")
+    assert [checkpoint.step for checkpoint in Run.of("p").checkpoints()] == [4, 5]
+
+
+def test_another_project_starts_from_the_adapters_and_remembers_its_parent(trainer):
+    first = trainer("stage1", "train.max_steps=3")
+    second = trainer("stage2", "train.max_steps=1", resume_latest=True)
+    assert second.checkpoint.step == 1
+    record = second.checkpoint.read()["run"]
+    assert record["parent"] == str(first.checkpoint.path)
+    moved = [(adapters(second)[key] - value).abs().max() for key, value in adapters(first).items()]
+    assert max(moved) < 3e-4  # one warm-up step away from stage 1, not from fresh adapters
+
+
+def test_a_finished_run_is_not_trained_again(trainer):
+    said = []
+    done = trainer("p", "train.max_steps=2")
+    again = trainer("p", "train.max_steps=2", resume_latest=True, said=said)
+    assert again.checkpoint == done.checkpoint
+    assert "at step 2 of 2 already" in said[-1]
+
+
+def test_resuming_over_another_base_or_lora_config_is_refused(trainer, base_dir, tmp_path):
+    trainer("p", "train.max_steps=1")
+    with pytest.raises(ValueError, match="trained with --lora-config r_8_alpha_16, not r_4"):
+        trainer("p", "lora=r_4_alpha_8", resume_latest=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in base_dir.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    state = load_model(base_dir).state_dict()
+    torch.save({key: value * 1.01 for key, value in state.items()}, other / "model.pth")
+    with pytest.raises(ValueError, match="--pretrained-ckpt-path"):
+        trainer("p", base=other, resume_latest=True)
+
+
+def test_a_diverged_loss_stops_with_the_clips_named_and_keeps_the_good_checkpoint(
+    trainer, monkeypatch
+):
+    trainer("p", "train.max_steps=2")
+    good = adapters(trainer("p", "train.max_steps=2", resume_latest=True))
+    with pytest.raises(ValueError, match=r"the loss is nan at step \d+, in Ann/clip_000"):
+        trainer("p", "train.max_steps=9", "optimizer.learning_rate=1e30", resume_latest=True)
+    kept = Run.of("p").checkpoint()
+    assert all(torch.isfinite(value).all() for value in adapters_of(kept).values())
+    assert good.keys() == adapters_of(kept).keys()
+
+
+def adapters_of(checkpoint):
+    return checkpoint.read()["state_dict"]
+
+
+def test_running_out_of_memory_says_what_to_change_and_saves(trainer, monkeypatch):
+    step = TextToSemantic.training_step
+
+    def hungry(module, batch, index):
+        if module.global_step == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 TB")
+        return step(module, batch, index)
+
+    monkeypatch.setattr(TextToSemantic, "training_step", hungry)
+    with pytest.raises(MemoryError, match="--batch-size 1"):
+        trainer("p", "train.max_steps=9")
+    assert Run.of("p").checkpoint().step == 2
+
+
+def test_two_runs_of_one_project_exclude_each_other(trainer):
+    from fish_speech.files import exclusive
+
+    with exclusive(Run.of("p").folder, "project 'p'"), pytest.raises(ValueError, match="in use by"):
+        trainer("p", "train.max_steps=1")
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    constant = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
+    assert [constant.rate(step) for step in (0, 1, 3, 100)] == [0.25, 0.5, 1.0, 1.0]
+    cosine = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=0, schedule="cosine", max_steps=100, final_share=0.1
+    )
+    assert cosine.rate(0) == pytest.approx(1.0)
+    assert cosine.rate(50) == pytest.approx(0.55)
+    assert cosine.rate(100) == pytest.approx(0.1)
+
+
+def test_unknown_config_keys_are_refused():
+    with pytest.raises(ValueError, match="learning_rat"):
+        compose_config(["project=p", "optimizer.learning_rat=1"])
+    with pytest.raises(ValueError, match="r_9"):
+        compose_config(["project=p", "lora=r_9"])
