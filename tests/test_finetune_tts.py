@@ -24,7 +24,7 @@ def script(name, *arguments, cwd):
 
 @pytest.mark.slow
 def test_three_scripts_make_recordings_a_voice_that_speaks(tmp_path):
-    """samples/ -> prepare -> extract -> pack -> train -> merge -> a WAV, with the embedded model."""
+    """samples/ -> prepare -> extract -> pack -> train -> merge -> a WAV, on the embedded model."""
     prepared = script(
         "prepare_dataset", "--input", ROOT / "samples", "--output", "training_data/demo",
         "--speaker", "rms", "--normalize", "--split-long", cwd=tmp_path,

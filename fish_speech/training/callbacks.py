@@ -177,10 +177,11 @@ def plot_losses(rows: list[dict[str, str]], file: Path) -> None:
     axes = figure.subplots()
     for name, style in (("train/loss", "-"), ("validation/loss", "o-")):
         points = {int(float(row["step"])) + 1: float(row[name]) for row in rows if row.get(name)}
-        if points:
+        if points:  # a run that ended in its first step has none
             axes.plot(sorted(points), [points[s] for s in sorted(points)], style, label=name)
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     with atomic_path(file) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
