@@ -28,7 +28,8 @@ from recipes.tiny.corpus import read_corpus
 from recipes.tiny.model import new_model, tiny_tokenizer
 from recipes.tiny.texts import CACHE
 
-PEAK_RATE, LAST_RATE, WARM_UP = 1.2e-3, 1e-5, 300
+ADAM_RATE, MUON_RATE = 1.5e-3, 0.02  # peaks
+WARM_UP, LAST_SHARE = 200, 0.01
 FAST_FRAMES = 120  # of about 460 in a batch: the fast transformer learns from a share of them
 VALIDATION = 256  # utterances at the end of the corpus, never trained on
 CHECKPOINT = "train.ckpt"
@@ -56,10 +57,10 @@ def loss(
     return token_loss, F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
 
-def learning_rate(step: int, progress: float) -> float:
-    """Linear warm-up, then a cosine from the peak to the last rate as progress goes to 1."""
+def rate_share(step: int, progress: float) -> float:
+    """Share of the peak rate: linear warm-up, then a cosine to the last as progress goes to 1."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return min(1.0, (step + 1) / WARM_UP) * (LAST_RATE + (PEAK_RATE - LAST_RATE) * cosine)
+    return min(1.0, (step + 1) / WARM_UP) * (LAST_SHARE + (1 - LAST_SHARE) * cosine)
 
 
 @torch.no_grad()
@@ -93,14 +94,22 @@ class Run:
         self.gradients = torch.zeros(sum(sizes) + 3, device=device)
         for parameter, piece in zip(parameters, self.gradients.split([*sizes, 3]), strict=False):
             parameter.grad = piece.view_as(parameter)
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        # Muon learns the matrices of the blocks in fewer steps; each process computes its share.
+        matrices = [
+            p for name, p in self.model.named_parameters() if "layers." in name and p.dim() == 2
+        ]
+        chosen = {id(matrix) for matrix in matrices}
+        others = [p for p in parameters if id(p) not in chosen]
+        self.shares = [matrices[owner :: world_size()] for owner in range(world_size())]
+        self.muon = torch.optim.Muon(self.shares[rank()], lr=MUON_RATE, weight_decay=0.01)
+        self.adam = torch.optim.AdamW(
+            others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
         self.step, self.seconds = 0, 0.0
         if self.file.exists():
             state = torch.load(self.file, map_location=device, weights_only=True)
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.adam.load_state_dict(state["adam"])
             self.step, self.seconds = state["step"], state["seconds"]
         # A new order after each resume: nothing is repeated from where the last part began.
         self.generator = torch.Generator().manual_seed((seed + self.step) * 64 + rank())
@@ -108,17 +117,21 @@ class Run:
     def save(self) -> None:
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            # Muon's momentum, spread over the processes, is back within twenty steps.
+            "adam": self.adam.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
         }
         with atomic_path(self.file) as temporary:
             torch.save(state, temporary)
 
-    def update(self, tokens: Tensor, labels: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-        """One step. Returns losses [2] (token, codebook) and seconds trained, mean over ranks."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    def update(self, tokens: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """One step at a share of the peak rates.
+
+        Returns losses [2] (token, codebook) and the seconds trained, means over the processes.
+        """
+        self.adam.param_groups[0]["lr"] = ADAM_RATE * share
+        self.muon.param_groups[0]["lr"] = MUON_RATE * share
         self.gradients.zero_()
         tokens, labels = tokens.to(self.device), labels.to(self.device)
         losses = torch.stack(loss(self.model, tokens, labels, self.generator))
@@ -126,11 +139,20 @@ class Run:
         self.gradients[-3:-1], self.gradients[-1] = losses.detach(), self.seconds
         if dist.is_initialized():
             dist.all_reduce(self.gradients)
-            self.gradients /= dist.get_world_size()
+            self.gradients /= world_size()
         figures = self.gradients[-3:].cpu()
         norm = self.gradients[:-3].norm()
         self.gradients[:-3] *= torch.clamp(1.0 / (norm + 1e-6), max=1.0)
-        self.optimizer.step()
+        self.adam.step()
+        self.muon.step()
+        if dist.is_initialized():
+            sent = [
+                dist.broadcast(matrix.data, owner, async_op=True)
+                for owner, matrices in enumerate(self.shares)
+                for matrix in matrices
+            ]
+            for message in sent:
+                message.wait()
         self.step += 1
         return figures[:2], figures[2]
 
@@ -138,6 +160,11 @@ class Run:
 def rank() -> int:
     """The number of this process; 0 writes and reports."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def train(run: Run, corpus: list, args: argparse.Namespace) -> None:
@@ -153,7 +180,7 @@ def train(run: Run, corpus: list, args: argparse.Namespace) -> None:
     while (progress := max(run.step / args.steps, seconds / (60 * args.minutes))) < 1:
         # Single utterances first: the alignment of letters and frames is found on them.
         tokens, labels = next(sources[progress > 0.3])
-        losses, mean_seconds = run.update(tokens, labels, learning_rate(run.step, progress))
+        losses, mean_seconds = run.update(tokens, labels, rate_share(run.step, progress))
         seconds, run.seconds = float(mean_seconds), time.monotonic() - began
         means = losses if not means.any() else 0.98 * means + 0.02 * losses
         bar.update()

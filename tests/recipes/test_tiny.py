@@ -1,0 +1,115 @@
+"""The recipe of the embedded model, where it is cheap to check, and the model that it made."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fish_speech.conversation import IGNORED, Utterance
+from fish_speech.models.text2semantic import load_model
+from fish_speech.models.vqgan import load_codec
+from fish_speech.tokenizer import FishTokenizer
+from recipes.tiny.batches import BUCKETS, COLUMNS, Mixture, add_noise, batches
+from recipes.tiny.evaluate import normalise
+from recipes.tiny.model import tiny_tokenizer
+from recipes.tiny.speech import trim
+from recipes.tiny.texts import clean_sentence, collect, from_templates, spell_number
+from recipes.tiny.train import rate_share
+
+TINY = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny"
+
+
+def test_numbers_are_spelled_out():
+    assert spell_number(1984) == "one thousand nine hundred eighty-four"
+    assert clean_sentence("I have 21 cats (and 3 dogs).") == (
+        "I have twenty-one cats and three dogs."
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Too short.", "no end of a sentence here", "See http://a.b for more.", "The FBI was here."],
+)
+def test_what_is_not_spoken_english_is_skipped(text):
+    assert clean_sentence(text) is None
+
+
+def test_texts_are_deterministic_and_held_out_ones_are_never_trained_on():
+    def texts():
+        drawn = from_templates(500, random.Random(3))
+        return collect([*drawn, "The Same one.", "the same, one!"], held_out=100, seed=3)
+
+    train, held_out = texts()
+    assert (train, held_out) == texts()
+    assert len(held_out) == 100
+
+    def words(sentences):
+        return {normalise(sentence) for sentence in sentences}
+
+    assert not words(train) & words(held_out)
+    assert len(words(train)) == len(train)
+    assert all(3 <= len(sentence.split()) <= 20 for sentence in train)
+
+
+def test_speech_is_trimmed_to_50_ms_before_and_100_ms_after():
+    samples = np.zeros(16000, np.float32)
+    samples[4000:8000] = 0.5
+    assert len(trim(samples)) == pytest.approx(800 + 4000 + 1600, abs=1)
+
+
+def corpus(count: int = 60) -> list[tuple[str, Utterance]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            "AB"[index % 2],
+            Utterance(f"Sentence {index}.", torch.randint(1000, (8, 20), generator=generator)),
+        )
+        for index in range(count)
+    ]
+
+
+def test_batches_are_deterministic_and_fill_a_bucket():
+    def first(seed):
+        generator = torch.Generator().manual_seed(seed)
+        source = batches(corpus(), tiny_tokenizer(), Mixture(), generator)
+        return [next(source) for _ in range(4)]
+
+    for (tokens, labels), (again, _) in zip(first(1), first(1), strict=True):
+        assert torch.equal(tokens, again)
+        assert tokens.shape == labels.shape
+        assert tokens.shape[2] in BUCKETS
+        assert tokens.shape[0] * tokens.shape[2] == COLUMNS
+    assert not torch.equal(first(1)[0][0], first(2)[0][0])
+
+
+def test_noise_changes_frames_only_and_row_0_follows():
+    tokenizer = tiny_tokenizer()
+    generator = torch.Generator().manual_seed(0)
+    quiet = Mixture(joined=0, referenced=0, noise=0)
+    tokens, labels = next(batches(corpus(), tokenizer, quiet, generator))
+    noisy = add_noise(tokens, tokenizer, 0.25, generator)
+    frames = tokens[:, 0] >= tokenizer.semantic_begin_id
+    assert torch.equal(noisy[:, 0][~frames], tokens[:, 0][~frames])
+    assert torch.equal(noisy[:, 0][frames], noisy[:, 1][frames] + tokenizer.semantic_begin_id)
+    changed = (noisy != tokens)[:, 1:].transpose(1, 2)[frames].float().mean()
+    assert 0.2 < changed < 0.3
+    assert (labels[:, 1] != IGNORED).sum() == frames.sum()
+
+
+def test_rate_rises_and_falls():
+    assert rate_share(0, 0.0) < 0.01
+    assert rate_share(1000, 0.0) == pytest.approx(1.0)
+    assert rate_share(1000, 1.0) == pytest.approx(0.01)
+
+
+def test_embedded_model_loads_and_is_small_enough_to_ship():
+    assert sum(file.stat().st_size for file in TINY.iterdir()) < 32e6
+    model, codec = load_model(TINY), load_codec(TINY)
+    tokenizer = FishTokenizer.from_pretrained(TINY)
+    assert tokenizer.special_tokens == tiny_tokenizer().special_tokens
+    assert model.config.num_codebooks == codec.num_codebooks == 8
+    assert (codec.sample_rate, codec.frame_rate) == (16000, 20)
