@@ -156,11 +156,16 @@ def resample(samples: np.ndarray, source_rate: int, target_rate: int) -> np.ndar
 
 @dataclass(frozen=True)
 class Leveling:
-    """What `level` did: the mean `offset` it removed, `gain` in dB; `limited` by the peak."""
+    """What `level` did.
+
+    It removed an `offset` of that mean and gave a `gain` in dB (`limited`: less than wanted, for
+    the peaks), which made a `loudness` in LUFS (-inf for silence).
+    """
 
     offset: float
     gain: float
     limited: bool
+    loudness: float
 
 
 def loudness(samples: np.ndarray, sample_rate: int) -> float:
@@ -199,10 +204,11 @@ def level(
     samples = _without_offset(samples, sample_rate)
     measured = loudness(samples, sample_rate)
     if not np.isfinite(measured):
-        return samples, Leveling(offset, 0.0, False)
+        return samples, Leveling(offset, 0.0, False, measured)
     wanted, room = target - measured, ceiling - true_peak(samples, sample_rate)
     gain = min(wanted, room)
-    return samples * np.float32(10 ** (gain / 20)), Leveling(offset, gain, room < wanted)
+    done = Leveling(offset, gain, room < wanted, measured + gain)
+    return samples * np.float32(10 ** (gain / 20)), done
 
 
 def _without_offset(samples: np.ndarray, sample_rate: int) -> np.ndarray:

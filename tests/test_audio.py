@@ -129,6 +129,7 @@ def test_loudness_and_true_peak_agree_with_the_standard():
 def test_levelled_speech_has_the_target_loudness(seconds, amplitude):
     samples, done = audio.level(sine(300, seconds, 44_100, amplitude), 44_100)
     assert audio.loudness(samples, 44_100) == pytest.approx(-23, abs=0.15)
+    assert done.loudness == pytest.approx(-23, abs=0.01)
     assert not done.limited
     assert (done.gain > 0) == (amplitude < 0.1)
 

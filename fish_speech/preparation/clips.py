@@ -168,8 +168,10 @@ def write_clips(job: Job, plan: Plan, speech: Speech) -> Iterator[dict[str, Any]
         samples = resample(samples, rate, SAMPLE_RATE)
         if options.normalize:
             samples, leveling = level(samples, SAMPLE_RATE)
+            clip["loudness"] = round(max(-99.9, leveling.loudness), 1)
             clip["gain"], clip["dc_offset"] = round(leveling.gain, 1), round(leveling.offset, 4)
-        clip["loudness"] = quality.loudness(samples, SAMPLE_RATE)
+        else:
+            clip["loudness"] = quality.loudness(samples, SAMPLE_RATE)
         samples = segment.fade(samples, SAMPLE_RATE) if options.split_long else samples
         path = Path(options.output, file)
         save_audio(path, samples, SAMPLE_RATE)

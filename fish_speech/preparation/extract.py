@@ -18,7 +18,7 @@ from fish_speech.datasets.shards import read_codes
 from fish_speech.files import atomic_path, file_digest, read_json, write_json
 from fish_speech.models.vqgan import Codec, find_codec
 
-RECORD_FILE = "codes.json"
+RECORD_FILE = "codes.json"  # of further processes: codes.1.json, ...
 _SAVE_RECORD_EVERY = 20  # batches
 
 
@@ -45,14 +45,16 @@ def extract_codes(
 
     What codes were made of is recorded in `codes.json`, so that they are made again when the audio
     or the codec changes. Codes without a record (made elsewhere) are kept where they fit the audio.
+    Of several processes each takes its share of the clips.
     """
     clips = find_clips(data_dir)[rank::world_size]
-    record_file = data_dir / (RECORD_FILE if world_size == 1 else f"{rank}-{RECORD_FILE}")
-    identity = file_digest(find_codec(model_dir))
-    record = read_json(record_file) if record_file.is_file() else {"codec": None, "clips": {}}
-    foreign = not record["clips"]
-    if record["codec"] != identity:
-        record = {"codec": identity, "clips": {}}
+    record_file = data_dir / (f"codes.{rank}.json" if rank else RECORD_FILE)
+    records = [read_json(file) for file in sorted(data_dir.glob("codes*.json"))]
+    foreign = not any(record["clips"] for record in records)
+    record = {"codec": file_digest(find_codec(model_dir)), "clips": {}}
+    for earlier in records:
+        if earlier["codec"] == record["codec"]:
+            record["clips"].update(earlier["clips"])
 
     result = Extraction()
     work = []
