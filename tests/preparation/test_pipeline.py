@@ -17,7 +17,9 @@ import soundfile
 
 from fish_speech import files
 from fish_speech.preparation import clips
+from fish_speech.preparation.align import Word
 from fish_speech.preparation.pipeline import Options, Thresholds, prepare
+from fish_speech.preparation.transcribe import Heard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -227,6 +229,34 @@ def test_a_long_recording_gets_its_script_without_a_recogniser(take, options):
     assert all(clip["estimated"] for clip in summary.clips)
 
 
+@pytest.mark.slow
+def test_real_recognition_of_real_speech_puts_no_word_into_a_wrong_clip(take, options):
+    pocketsphinx = pytest.importorskip("pocketsphinx")
+
+    class Sphinx:
+        identity = "pocketsphinx"
+        decoder = pocketsphinx.Decoder(samprate=16_000, loglevel="FATAL")
+
+        def hear(self, samples):
+            self.decoder.start_utt()
+            sound = (32767 * np.clip(samples, -1, 1)).astype("<i2").tobytes()
+            self.decoder.process_raw(sound, full_utt=True)
+            self.decoder.end_utt()
+            words = tuple(
+                Word(part.word.split("(")[0], part.start_frame / 100, part.end_frame / 100)
+                for part in self.decoder.seg()
+                if part.word[0] not in "<["
+            )
+            return Heard(" ".join(word.text for word in words), words)
+
+    recording = take(7, (0.35, 0.6))
+    recording.path.with_suffix(".txt").write_text(" ".join(recording.texts))
+    options = replace(options, input=str(recording.path), auto_transcribe=True)
+    summary = prepare(replace(options, segment_duration=5.0), recogniser=Sphinx())
+    check_texts(summary, recording)
+    assert np.mean([clip["disagreement"] for clip in summary.clips]) < 0.25
+
+
 def check_texts(summary, recording) -> None:
     assert len(summary.clips) > 3
     assert " ".join(clip["text"] for clip in summary.clips) == " ".join(recording.texts)
@@ -268,7 +298,7 @@ def test_clips_of_a_data_set_are_compared_with_the_recogniser(folder, options, t
         identity = "deaf"
 
         def hear(self, samples):
-            return clips.transcribe.Heard("Something else entirely.")
+            return Heard("Something else entirely.")
 
     prepare(replace(options, input=str(folder(2))))
     copy = replace(options, input=str(tmp_path / "data"), output=tmp_path / "check_data")
