@@ -75,7 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="exactly, or its adapters if not this project's",
     )
-    add("--checkpoint-path", metavar="PATH", help="only the adapters of a file or folder's newest")
+    add(
+        "--checkpoint-path",
+        metavar="PATH",
+        help="only the adapters of a file or folder's newest; with --merge-weights, what to merge",
+    )
     add("--checkpoint-step", type=int, metavar="STEP", help="which to merge (default: the latest)")
 
     add = parser.add_argument_group("machine").add_argument
@@ -117,7 +121,7 @@ _POSITIVE = (
 )
 
 
-def make_config(args: argparse.Namespace, data_dir: Path) -> DictConfig:
+def make_config(args: argparse.Namespace, data_dir: Path | None) -> DictConfig:
     """The run's config: flags become overrides. Raises `ValueError` for what can't be meant."""
     from fish_speech.training.config import compose_config, lora_presets
 
@@ -127,7 +131,7 @@ def make_config(args: argparse.Namespace, data_dir: Path) -> DictConfig:
     given = {key: getattr(args, name) for name, key in _CONFIG_KEYS.items()}
     overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
     config = compose_config([*overrides, *args.override])
-    config.data.dir = str(data_dir)
+    config.data.dir = data_dir and str(data_dir)
     if args.pretrained_ckpt_path is not None:
         config.base_model = str(args.pretrained_ckpt_path)
     return config
@@ -178,8 +182,10 @@ def prepare_stage(args: argparse.Namespace) -> Path:
     return output
 
 
-def extract_stage(args: argparse.Namespace, config: DictConfig, base_dir: Path) -> None:
-    """Clips -> codes beside them."""
+def extract_stage(
+    args: argparse.Namespace, config: DictConfig, base_dir: Path, rank: int, world_size: int
+) -> None:
+    """Clips -> codes beside them; of several processes each encodes its share."""
     from fish_speech.devices import resolve_device
     from fish_speech.models.vqgan import load_codec
     from fish_speech.preparation.extract import extract_codes
@@ -192,6 +198,8 @@ def extract_stage(args: argparse.Namespace, config: DictConfig, base_dir: Path) 
         base_dir,
         batch_size=args.batch_size_extract,
         num_workers=args.num_workers_extract,
+        rank=rank,
+        world_size=world_size,
     )
     say(f"codes: {result.made} clips encoded, {result.kept} had theirs")
     for name, reason in result.failed.items():
@@ -250,10 +258,21 @@ def merge_stage(args: argparse.Namespace, run: Run) -> Path:
     """Checkpoint -> `checkpoints/<project>-merged`."""
     from fish_speech.training.merge import merge
 
-    checkpoint = run.checkpoint(args.checkpoint_step)
+    base_dir, lora = args.pretrained_ckpt_path, None
+    if args.checkpoint_path and not (args.train or args.full_pipeline):
+        from fish_speech.hub import find_model
+        from fish_speech.training.runs import named_checkpoint
+        from fish_speech.training.train import lora_config
+
+        checkpoint = named_checkpoint(args.checkpoint_path)
+        if not checkpoint.is_ours():
+            base_dir = find_model(base_dir or args.model_version)
+            lora = lora_config(make_config(args, None))
+    else:
+        checkpoint = run.checkpoint(args.checkpoint_step)
     folder = Path("checkpoints") / f"{run.project}-merged"
     say(f"merging {checkpoint.path}")
-    merged = merge(checkpoint, folder, base_dir=args.pretrained_ckpt_path)
+    merged = merge(checkpoint, folder, base_dir=base_dir, lora=lora)
     say(
         f"merged: {folder}; the adapters move the logits by {merged.change:.2%}, "
         f"the written model is within {merged.error:.3%} of base + adapters"
@@ -269,26 +288,40 @@ def run_stages(args: argparse.Namespace) -> int:
     if args.list_checkpoints:
         print(describe_checkpoints(run))
     everything = args.full_pipeline
-    data_dir = args.data_dir
-    if args.prepare_data or (everything and is_raw(data_dir)):
-        data_dir = prepare_stage(args)
-    if everything or args.extract_tokens or args.build_dataset or args.train:
-        from fish_speech.hub import find_model
-
-        config = make_config(args, data_dir)
-        base_dir = find_model(config.base_model or args.model_version)
-        if everything or args.extract_tokens or args.train:
-            extract_stage(args, config, base_dir)
-        if everything or args.build_dataset or args.train:
-            manifest = build_stage(args, config, base_dir)
-        if everything or args.train:
-            stopped_by = train_stage(args, config, base_dir, run, manifest)
-            if stopped_by is not None:
-                say("stopped; the same command with --resume-latest goes on from here")
-                return INTERRUPTED if stopped_by == signal.SIGINT else 128 + stopped_by
+    if everything or args.prepare_data or args.extract_tokens or args.build_dataset or args.train:
+        stopped_by = data_and_training(args, run)
+        if stopped_by is not None:
+            say("stopped; the same command with --resume-latest goes on from here")
+            return INTERRUPTED if stopped_by == signal.SIGINT else 128 + stopped_by
     if everything or args.merge_weights:
         merge_stage(args, run)
     return FAILED if args.failures else OK
+
+
+def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
+    """The stages up to training. Returns the signal that stopped it early, if one did."""
+    from fish_speech.training.processes import data_processes, first_then_all, wait_for_all
+
+    everything, data_dir = args.full_pipeline, args.data_dir
+    with data_processes() as (rank, world_size):
+        if args.prepare_data or (everything and is_raw(data_dir)):
+            data_dir = first_then_all(lambda: prepare_stage(args))
+        if not (everything or args.extract_tokens or args.build_dataset or args.train):
+            return None
+        from fish_speech.hub import find_model
+
+        config = make_config(args, data_dir)
+        # The first process downloads or packs, the others then find what it made.
+        base_dir = first_then_all(lambda: find_model(config.base_model or args.model_version))
+        if everything or args.extract_tokens or args.train:
+            extract_stage(args, config, base_dir, rank, world_size)
+            wait_for_all()
+        manifest = None
+        if everything or args.build_dataset or args.train:
+            manifest = first_then_all(lambda: build_stage(args, config, base_dir))
+    if not (everything or args.train):
+        return None
+    return train_stage(args, config, base_dir, run, manifest)
 
 
 def is_raw(data_dir: Path) -> bool:
@@ -299,7 +332,10 @@ def is_raw(data_dir: Path) -> bool:
 
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    from fish_speech.training.processes import is_first
+
+    if is_first():
+        print(message, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

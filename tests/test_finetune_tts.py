@@ -1,5 +1,6 @@
 """finetune_tts.py as its users run it."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 import finetune_tts
-from tests.conftest import ROOT
+from tests.conftest import ROOT, golden_tensors
 from tests.made_data import make_data_set
 
 PYTHON = sys.executable
@@ -192,3 +193,71 @@ def test_a_killed_run_resumes_to_the_same_adapters(project, tmp_path, base_dir):
     ]
     torch.testing.assert_close(states[0]["state_dict"], states[1]["state_dict"], atol=0, rtol=0)
     shutil.rmtree(tmp_path / "results")
+
+
+def test_adapters_trained_by_the_reference_merge(project, tmp_path, capsys):
+    import torch
+
+    torch.save(golden_tensors("lora.pt")["lora_ckpt"], tmp_path / "theirs.ckpt")
+    assert project("--merge-weights", "--checkpoint-path", "theirs.ckpt") == 0
+    assert (tmp_path / "checkpoints/p-merged/model.pth").is_file()
+    assert project("--merge-weights", "--checkpoint-path", "theirs.ckpt",
+                   "--lora-config", "r_4_alpha_8") == 2  # fmt: skip
+    assert "do not fit the base model and LoRA config" in capsys.readouterr().err
+
+
+def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_last_good_one(
+    project, tmp_path, monkeypatch, capsys
+):
+    import torch
+
+    keep_codes(tmp_path)
+    save = torch.save
+
+    def full(content, path):
+        if isinstance(content, dict) and content.get("global_step") == 4:
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device", str(path))
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert project(*TRAIN, "--max-steps", 6, "--save-every", 2) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    names = [path.name for path in (tmp_path / "results/p/checkpoints").iterdir()]
+    assert names == ["step_000000002.ckpt"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert project(*TRAIN, "--max-steps", 6, "--resume-latest") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_two_processes_are_one_with_twice_the_batch(project, tmp_path, base_dir, launcher):
+    import torch
+
+    keep_codes(tmp_path)
+    flags = [
+        "--data-dir", "data", "--train", "--max-steps", "3", "--learning-rate", "1e-3",
+        "--save-every", "2", "--override", "lora.dropout=0", "--device", "cpu",
+    ]  # fmt: skip
+    assert project(*flags, "--batch-size", 2, name="one") == 0
+    shutil.rmtree(tmp_path / "data" / "protos")
+    start = [PYTHON] if launcher == "lightning" else [
+        PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    ]  # fmt: skip
+    two = subprocess.run(
+        [*start, str(ROOT / "finetune_tts.py"), "--project", "two", "--pretrained-ckpt-path",
+         str(base_dir), *flags, "--batch-size", "1", "--devices", "2"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    names = [p.name for p in sorted((tmp_path / "results/two/checkpoints").iterdir())]
+    assert names == ["step_000000002.ckpt", "step_000000003.ckpt"]
+    states = [
+        torch.load(f"results/{name}/checkpoints/step_000000003.ckpt", weights_only=True)
+        for name in ("one", "two")
+    ]
+    torch.testing.assert_close(
+        states[1]["state_dict"], states[0]["state_dict"], atol=1e-5, rtol=1e-4
+    )

@@ -35,6 +35,7 @@ class SaveCheckpoints(L.Callback):
 
     def __init__(self, run: Run, every: int, keep: int | None) -> None:
         self.run, self.every, self.keep = run, every, keep
+        self._saved_step = 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
         if step_finished(trainer, batch_index) and trainer.global_step % self.every == 0:
@@ -46,13 +47,15 @@ class SaveCheckpoints(L.Callback):
     def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:
         # Between two steps the adapters are what the last one left, so a run that ran out of
         # memory loses nothing. A diverged run (ValueError) must not replace good checkpoints.
-        if isinstance(exception, RuntimeError | MemoryError) and trainer.global_step:
+        if isinstance(exception, RuntimeError | MemoryError):
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        path = self.run.checkpoint_path(trainer.global_step)
-        if trainer.global_step == 0 or path.exists():
+        # All processes take part in saving, so all must decide alike: not by what is on disk.
+        if trainer.global_step == self._saved_step:
             return
+        self._saved_step = trainer.global_step
+        path = self.run.checkpoint_path(trainer.global_step)
         trainer.save_checkpoint(path, weights_only=False)  # with the optimizer
         if self.keep and trainer.is_global_zero:
             for checkpoint in self.run.checkpoints()[: -self.keep]:
@@ -75,8 +78,11 @@ class StopCleanly(L.Callback):
             self._before[number] = signal.signal(number, self._note)
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
-        if self.signal is not None and step_finished(trainer, batch_index):
-            trainer.should_stop = True
+        if step_finished(trainer, batch_index):
+            # One process that was told to stop stops all.
+            noted = self.signal is not None
+            if trainer.strategy.reduce_boolean_decision(noted, all=False):
+                trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, module) -> None:
         self.restore()

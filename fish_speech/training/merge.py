@@ -16,8 +16,9 @@ from fish_speech.models.text2semantic import DualARTransformer, load_model, save
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora, merge_lora
 from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, find_codec
+from fish_speech.models.weights import read_checkpoint
 from fish_speech.tokenizer import FishTokenizer
-from fish_speech.training.runs import Checkpoint
+from fish_speech.training.runs import Checkpoint, recorded_lora
 
 _PROMPT = "The quick brown fox jumps over the lazy dog."
 # Rounding the merged weights moves the logits by about this share of their size.
@@ -34,33 +35,30 @@ class Merged:
     change: float
 
 
-def merge(checkpoint: Checkpoint, folder: Path, *, base_dir: Path | None = None) -> Merged:
+def merge(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    base_dir: Path | None = None,
+    lora: LoRAConfig | None = None,
+) -> Merged:
     """Write `folder`: base and adapters merged in fp32, saved in the base's dtype, and verified.
 
-    `base_dir` replaces the base's recorded place. Raises `ValueError` where the base is another one
-    than the adapters were trained on, the adapters change nothing, or the written model does not do
-    what base and adapters do.
+    A checkpoint of ours says what it needs, and `base_dir` is only for a base that has moved; one of
+    the reference says nothing, so it needs `base_dir` and `lora`. Raises `ValueError` where the base
+    is another one than the adapters were trained on, the adapters change nothing, or the written
+    model does not do what base and adapters do.
     """
-    content = checkpoint.read()
-    record = content["run"]
-    base_dir = Path(base_dir or record["base"])
-    if not base_dir.is_dir():
-        raise FileNotFoundError(
-            f"{base_dir}: the base model of {checkpoint.path} is not there any more; "
-            "give its place with --pretrained-ckpt-path"
-        )
-    if file_digest(base_dir / MODEL_FILE) != record["base_digest"]:
-        raise ValueError(
-            f"{base_dir}: not the base that {checkpoint.path} was trained on ({record['base']})"
-        )
+    content = read_checkpoint(checkpoint.path)
+    adapters = content.get("state_dict", content)
+    base_dir, lora = _needed(checkpoint, content.get("run"), base_dir, lora)
     dtype = load_model(base_dir).dtype  # mapped: costs nothing
     model = load_model(base_dir, dtype=torch.float32)
     tokenizer = FishTokenizer.from_pretrained(base_dir)
     prompt = build_prompt(tokenizer, _PROMPT, num_codebooks=model.config.num_codebooks)
     base_logits = _logits(model, prompt)
-    lora = LoRAConfig(**{**record["lora"], "targets": tuple(record["lora"]["targets"])})
     add_lora(model, lora)
-    load_lora(model, content["state_dict"], checkpoint.path)
+    load_lora(model, adapters, checkpoint.path)
     adapted_logits = _logits(model, prompt)
     merge_lora(model)
 
@@ -83,6 +81,31 @@ def merge(checkpoint: Checkpoint, folder: Path, *, base_dir: Path | None = None)
                 "of its logits, more than rounding explains; nothing was written"
             )
     return Merged(folder, error, _distance(adapted_logits, base_logits))
+
+
+def _needed(
+    checkpoint: Checkpoint, record: dict | None, base_dir: Path | None, lora: LoRAConfig | None
+) -> tuple[Path, LoRAConfig]:
+    """The base and the LoRA config of a checkpoint: its own record, or what the caller knows."""
+    if record is None:
+        if base_dir is None or lora is None:
+            raise ValueError(
+                f"{checkpoint.path}: does not say what it was trained on; name it with "
+                "--checkpoint-path, and its base and LoRA config with --pretrained-ckpt-path or "
+                "--model-version and --lora-config"
+            )
+        return base_dir, lora
+    base_dir = Path(base_dir or record["base"])
+    if not base_dir.is_dir():
+        raise FileNotFoundError(
+            f"{base_dir}: the base model of {checkpoint.path} is not there any more; "
+            "give its place with --pretrained-ckpt-path"
+        )
+    if file_digest(base_dir / MODEL_FILE) != record["base_digest"]:
+        raise ValueError(
+            f"{base_dir}: not the base that {checkpoint.path} was trained on ({record['base']})"
+        )
+    return base_dir, recorded_lora(record)
 
 
 @torch.inference_mode()

@@ -7,9 +7,12 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fish_speech.files import safe_name
+
+if TYPE_CHECKING:
+    from fish_speech.models.text2semantic.lora import LoRAConfig
 
 _CHECKPOINT = re.compile(r"step_(\d{9})\.ckpt")
 
@@ -23,12 +26,19 @@ class Checkpoint:
 
     def read(self) -> dict[str, Any]:
         """Its content, mapped. Raises `ValueError` that names the file where it is damaged."""
-        from fish_speech.models.weights import read_checkpoint
-
-        content = read_checkpoint(self.path)
-        if "state_dict" not in content or "run" not in content:
+        content = self._content()
+        if not ("state_dict" in content and "run" in content):
             raise ValueError(f"{self.path}: not a checkpoint of finetune_tts.py")
         return content
+
+    def is_ours(self) -> bool:
+        """Whether it says what it was trained on; the reference's checkpoints do not."""
+        return "run" in self._content()
+
+    def _content(self) -> dict[str, Any]:
+        from fish_speech.models.weights import read_checkpoint
+
+        return read_checkpoint(self.path)
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,28 @@ class Run:
         return rows
 
 
+def recorded_lora(record: dict[str, Any]) -> LoRAConfig:
+    """The LoRA config that a checkpoint's record holds."""
+    from fish_speech.models.text2semantic.lora import LoRAConfig
+
+    return LoRAConfig(**{**record["lora"], "targets": tuple(record["lora"]["targets"])})
+
+
+def named_checkpoint(path: str | Path) -> Checkpoint:
+    """A checkpoint by its file, or the newest of a folder. Raises `FileNotFoundError`."""
+    file = real_path(path)
+    if file.is_dir():
+        found = checkpoints_in(file) or checkpoints_in(file / "checkpoints")
+        if not found:
+            raise FileNotFoundError(f"{path}: no step_*.ckpt in this folder")
+        return found[-1]
+    if not file.is_file():
+        there = ", ".join(c.path.name for c in checkpoints_in(file.parent)) or "none"
+        raise FileNotFoundError(f"{path}: no such checkpoint (in that folder: {there})")
+    match = _CHECKPOINT.fullmatch(file.name)
+    return Checkpoint(file, int(match[1]) if match else 0)
+
+
 def checkpoints_in(folder: Path) -> list[Checkpoint]:
     """The checkpoints of a folder, by step."""
     found = []
@@ -169,7 +201,7 @@ def choose_start(
     own = run.checkpoints()
     if resume_latest and own:
         return Start(own[-1], True, f"resuming {own[-1].path} exactly")
-    if resume_from and _belongs_to(checkpoint := _named_checkpoint(resume_from), run):
+    if resume_from and _belongs_to(checkpoint := named_checkpoint(resume_from), run):
         return Start(checkpoint, True, f"resuming {checkpoint.path} exactly")
     if own:
         raise ValueError(
@@ -177,7 +209,8 @@ def choose_start(
             "go on with --resume-latest, or choose another --project"
         )
     if resume_from or checkpoint_path:
-        checkpoint = _named_checkpoint(resume_from or checkpoint_path)
+        checkpoint = named_checkpoint(resume_from or checkpoint_path)
+        checkpoint.read()
         return Start(checkpoint, False, f"starting from the adapters of {checkpoint.path}")
     if not resume_latest:
         return Start(None, False, "starting from the base model")
@@ -201,22 +234,6 @@ def real_path(path: str | Path) -> Path:
     if not path.exists() and path.parts[:1] == ("fish-speech",):
         return Path(*path.parts[1:])
     return path
-
-
-def _named_checkpoint(path: str) -> Checkpoint:
-    file = real_path(path)
-    if file.is_dir():
-        found = checkpoints_in(file) or checkpoints_in(file / "checkpoints")
-        if not found:
-            raise FileNotFoundError(f"{path}: no step_*.ckpt in this folder")
-        return found[-1]
-    if not file.is_file():
-        there = ", ".join(c.path.name for c in checkpoints_in(file.parent)) or "none"
-        raise FileNotFoundError(f"{path}: no such checkpoint (in that folder: {there})")
-    match = _CHECKPOINT.fullmatch(file.name)
-    checkpoint = Checkpoint(file, int(match[1]) if match else 0)
-    checkpoint.read()
-    return checkpoint
 
 
 def _belongs_to(checkpoint: Checkpoint, run: Run) -> bool:

@@ -32,7 +32,8 @@ from fish_speech.training.callbacks import (
     plot_losses,
 )
 from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
-from fish_speech.training.runs import Checkpoint, Run, Start
+from fish_speech.training.processes import is_first
+from fish_speech.training.runs import Checkpoint, Run, Start, recorded_lora
 
 OUT_OF_MEMORY = (
     "out of memory; try --batch-size 1 with --gradient-accumulation-steps, "
@@ -63,6 +64,8 @@ def train(
     loss diverges; running out of memory ends in a `MemoryError` that says what to change.
     """
     run = Run.of(config.project, config.results_dir)
+    if not is_first():  # a further process of a run whose first one holds the lock
+        return _train(config, run, base_dir, manifest, start, lambda message: None)
     with exclusive(run.folder, f"project '{run.project}'"):
         remove_temporaries(run.folder)
         return _train(config, run, base_dir, manifest, start, say)
@@ -99,7 +102,8 @@ def _train(config, run, base_dir, manifest, start, say) -> Trained:
     )
     model.train()  # Lightning leaves the mode as it finds it
     _preflight(config, model, data, device, say)
-    _save_config(config, run)
+    if is_first():
+        _save_config(config, run)
     stop = StopCleanly()
     try:
         with _quiet_lightning():
@@ -135,7 +139,7 @@ def _optimizer_config(config: DictConfig) -> OptimizerConfig:
 def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_dir: Path) -> None:
     """Raise `ValueError` where a checkpoint was trained over another base or LoRA config."""
     run = checkpoint.read()["run"]
-    theirs = LoRAConfig(**{**run["lora"], "targets": tuple(run["lora"]["targets"])})
+    theirs = recorded_lora(run)
     if (theirs.r, theirs.alpha, set(theirs.targets)) != (lora.r, lora.alpha, set(lora.targets)):
         raise ValueError(
             f"{checkpoint.path}: trained with --lora-config r_{theirs.r}_alpha_{theirs.alpha:g}, "

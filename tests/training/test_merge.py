@@ -5,7 +5,7 @@ import torch
 
 from fish_speech.files import file_digest
 from fish_speech.models.text2semantic import load_model, save_model
-from fish_speech.models.text2semantic.lora import EMBEDDING_TARGETS, LINEAR_TARGETS
+from fish_speech.models.text2semantic.lora import EMBEDDING_TARGETS, LINEAR_TARGETS, LoRAConfig
 from fish_speech.models.vqgan import load_codec
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.merge import merge
@@ -101,3 +101,12 @@ def test_merging_again_replaces_the_folder_whole(checkpoint, tmp_path):
     merge(checkpoint(), folder)
     assert not (folder / "stale.bin").exists()
     assert [item for item in tmp_path.iterdir() if item.name.startswith(".tmp")] == []
+
+
+def test_a_checkpoint_of_the_reference_needs_its_base_and_config_named(tmp_path, base_dir):
+    path = tmp_path / "reference.ckpt"
+    torch.save(golden_tensors("lora.pt")["lora_ckpt"], path)
+    with pytest.raises(ValueError, match="--lora-config"):
+        merge(Checkpoint(path, 0), tmp_path / "merged")
+    merged = merge(Checkpoint(path, 0), tmp_path / "merged", base_dir=base_dir, lora=LoRAConfig())
+    assert merged.error < 1e-5 < merged.change
