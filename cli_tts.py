@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="the same seed gives the same speech (default: 0)"
     )
     sampling.add_argument(
-        "--num-samples", type=int, default=1, metavar="N", help="N takes, of seed, seed+1, ..."
+        "--num-samples", type=int, default=1, metavar="N", help="N takes: seed, seed+1, ..."
     )
     sampling.add_argument(
         "--max-new-tokens",
@@ -118,11 +118,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the language model (default: bf16 on CUDA that has it, else fp32)",
     )
     machine.add_argument(
+        "--quantize",
+        choices=("int8",),
+        help="weights in a byte each: faster on a CPU with a large model, a little less exact",
+    )
+    machine.add_argument(
         "--threads",
         type=int,
         metavar="N",
-        help="processor threads (default: one a core; a single one for a small model, where they"
-        " cost more than they bring)",
+        help="processor threads (default: one a core, but a single one for a small model)",
     )
     return parser
 
@@ -247,9 +251,10 @@ def made_of(args: argparse.Namespace, model_dir: Path) -> list:
     """All that decides how a line sounds, but the line and its seed."""
     weights = (model_dir / "model.pth").stat()
     references = [file_digest(file) for file in args.reference_audio]
-    names = "speaker reference_text temperature top_p repetition_penalty max_new_tokens retries"
-    options = [getattr(args, name) for name in names.split()]
-    return [weights.st_size, weights.st_mtime, args.trim_silence, references, options]
+    sampling = [args.temperature, args.top_p, args.repetition_penalty]
+    limits = [args.max_new_tokens, args.retries, args.trim_silence]
+    voice = [args.speaker, references, args.reference_text, args.precision, args.quantize]
+    return [weights.st_size, weights.st_mtime, voice, sampling, limits]
 
 
 def read_text(args: argparse.Namespace) -> str:
@@ -273,33 +278,26 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
     from fish_speech.inference import TextToSpeech
 
     small = (model_dir / "model.pth").stat().st_size < SMALL_MODEL
-    if threads := args.threads or (1 if small else None):
-        torch.set_num_threads(threads)
+    if small or args.threads:  # more threads only wait for each other in a small model
+        torch.set_num_threads(args.threads or 1)
     device = resolve_device(args.device)
-    dtype = resolve_precision(args.precision, device)
-    return TextToSpeech.from_pretrained(model_dir, device=device, dtype=dtype)
+    dtype = None if args.precision == "auto" else resolve_precision(args.precision, device)
+    return TextToSpeech.from_pretrained(
+        model_dir, device=device, dtype=dtype, quantize=args.quantize
+    )
 
 
 def read_references(args: argparse.Namespace, tts: TextToSpeech) -> list[Utterance]:
+    from fish_speech.inference.voices import text_beside
+
     audio, texts = args.reference_audio, args.reference_text
     if texts and len(texts) != len(audio):
         raise ValueError(
             f"{len(audio)} --reference-audio, but {len(texts)} --reference-text: give one for each,"
             " or none where a .lab or .txt file lies beside the recording"
         )
-    texts = texts or [_text_beside(Path(file)) for file in audio]
+    texts = texts or [text_beside(file) for file in audio]
     return [tts.encode_reference(file, words) for file, words in zip(audio, texts, strict=True)]
-
-
-def _text_beside(audio: Path) -> str:
-    for suffix in (".lab", ".txt"):
-        if (file := audio.with_suffix(suffix)).is_file():
-            return file.read_text(encoding="utf-8-sig")
-    if not audio.is_file():
-        raise FileNotFoundError(f"{audio}: no such audio file")
-    raise ValueError(
-        f"{audio}: what does it say? Give --reference-text, or a .lab or .txt beside it"
-    )
 
 
 def settings_of(args: argparse.Namespace, seed: int) -> Settings:

@@ -154,6 +154,12 @@ def test_a_line_that_fails_is_counted_and_the_others_are_spoken(run, capsys, mon
     assert not Path("takes/0002.wav").exists()
 
 
+def test_precision_and_quantization_still_speak(run):
+    assert run("Hello.", "-o", "a.wav", "--precision", "bf16", "--quantize", "int8") == 0
+    assert run("Hello.", "-o", "b.wav", "--precision", "fp32") == 0
+    assert files() == ["a.wav", "b.wav"]
+
+
 def test_trimmed_speech_is_shorter_by_its_silence(run, monkeypatch):
     speech = [torch.zeros(1, 8000), torch.full((1, 8000), 0.5), torch.zeros(1, 8000)]
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The models on this machine that can speak."""
+"""The voices on this machine: models that can speak, and recordings to be cloned."""
 
 from __future__ import annotations
 
@@ -35,6 +35,22 @@ def local_voices(root: Path) -> list[tuple[Path, str]]:
             " embedded one, '--model-path 1.5' downloads the published one"
         )
     return found
+
+
+def text_beside(audio: str | Path) -> str:
+    """What a recording says, from the `.lab` or `.txt` file beside it.
+
+    Raises `FileNotFoundError` where the recording is missing, `ValueError` where its text is.
+    """
+    audio = Path(audio)
+    for suffix in (".lab", ".txt"):
+        if (file := audio.with_suffix(suffix)).is_file():
+            return file.read_text(encoding="utf-8-sig")
+    if not audio.is_file():
+        raise FileNotFoundError(f"{audio}: no such audio file")
+    raise ValueError(
+        f"{audio}: what does it say? Give --reference-text, or a .lab or .txt beside it"
+    )
 
 
 def _date(file: Path) -> str:
