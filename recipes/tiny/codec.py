@@ -1,4 +1,4 @@
-"""Stage 3: train the codec from nothing on speech of the training sentences.
+"""Stage 2: train the codec from nothing on speech of the training sentences.
 
 Reconstruction only: log-mel distance at four scales and a little linear spectrum. A stopped run
 goes on from its last checkpoint; at the end the codec is written as a model directory holds it.

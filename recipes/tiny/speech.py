@@ -1,4 +1,4 @@
-"""Stage 2: speak every training sentence with flite and keep only text and codes, in shards.
+"""Stage 3: speak every training sentence with flite and keep only text and codes, in shards.
 
 A shard holds `BLOCK` sentences; a shard that exists is done, so that a stopped run goes on where it
 was. The voice `rms` is left out on purpose: the demo teaches it.
