@@ -63,14 +63,16 @@ def rate_share(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARM_UP) * (LAST_SHARE + (1 - LAST_SHARE) * cosine)
 
 
-@torch.no_grad()
 def validate(model: DualARTransformer, held_out: list, device: str) -> tuple[float, float]:
-    """Mean token and codebook loss on batches that no step trains on, without noise."""
+    """Mean token and codebook loss on batches that no step trains on, without noise.
+
+    Gradients stay enabled: what was compiled for training is used again.
+    """
     generator = torch.Generator().manual_seed(0)
     plain = Mixture(joined=0, referenced=0, unnamed=0, noise=0)
     source = batches(held_out, tiny_tokenizer(), plain, generator)
     losses = [
-        torch.stack(loss(model, tokens.to(device), labels.to(device), generator))
+        torch.stack(loss(model, tokens.to(device), labels.to(device), generator)).detach()
         for tokens, labels in (next(source) for _ in range(12))
     ]
     token_loss, codebook_loss = torch.stack(losses).mean(0).tolist()
@@ -139,10 +141,9 @@ class Run:
         self.gradients[-3:-1], self.gradients[-1] = losses.detach(), self.seconds
         if dist.is_initialized():
             dist.all_reduce(self.gradients)
-            self.gradients /= world_size()
-        figures = self.gradients[-3:].cpu()
-        norm = self.gradients[:-3].norm()
-        self.gradients[:-3] *= torch.clamp(1.0 / (norm + 1e-6), max=1.0)
+        figures = self.gradients[-3:].cpu() / world_size()
+        norm = self.gradients[:-3].norm() / world_size()
+        self.gradients *= torch.clamp(1.0 / (norm + 1e-6), max=1.0) / world_size()
         self.adam.step()
         self.muon.step()
         if dist.is_initialized():
