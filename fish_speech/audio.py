@@ -114,25 +114,31 @@ def audio_writer(
     """Yield a function that appends a waveform [1, n] or [n] to the file, clipped at 0 dBFS.
 
     For audio that is saved while it is made. The file is there, whole, when the block succeeds.
-    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS`.
+    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS`, `OSError` where the disk is
+    full.
     """
     import soundfile
 
     path = Path(path)
     file_format = save_format(path)
     subtype = f"PCM_{bits}" if file_format in ("WAV", "FLAC") else None
-    with (
-        atomic_path(path) as temporary,
-        soundfile.SoundFile(temporary, "w", sample_rate, 1, subtype, format=file_format) as file,
-    ):
 
-        def write(waveform: torch.Tensor | np.ndarray) -> None:
-            samples = np.asarray(waveform, dtype=np.float32).reshape(-1)
-            # In slices: libsndfile's Ogg encoder keeps its whole input of one call on the stack.
-            for start in range(0, len(samples), 1 << 16):
-                file.write(samples[start : start + (1 << 16)].clip(-1, 1))
+    def write(waveform: torch.Tensor | np.ndarray) -> None:
+        samples = np.asarray(waveform, dtype=np.float32).reshape(-1)
+        # In slices: libsndfile's Ogg encoder keeps its whole input of one call on the stack.
+        for start in range(0, len(samples), 1 << 16):
+            file.write(samples[start : start + (1 << 16)].clip(-1, 1))
 
-        yield write
+    try:
+        with (
+            atomic_path(path) as temporary,
+            soundfile.SoundFile(
+                temporary, "w", sample_rate, 1, subtype, format=file_format
+            ) as file,
+        ):
+            yield write
+    except soundfile.LibsndfileError as error:  # it doesn't tell which system error it met
+        raise OSError(f"{path}: can't be written; is the disk full? ({error})") from error
 
 
 def save_format(path: str | Path) -> str:

@@ -115,6 +115,16 @@ def test_saving_keeps_the_wave_and_scales_what_would_clip(tmp_path):
         audio.save_audio(tmp_path / "a.xyz", tone, SECOND)
 
 
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise soundfile.LibsndfileError(2)
+
+    monkeypatch.setattr(soundfile.SoundFile, "write", fail)
+    with pytest.raises(OSError, match=r"a\.wav: can't be written; is the disk full\?"):
+        audio.save_audio(tmp_path / "a.wav", np.zeros(10), SECOND)
+    assert not list(tmp_path.iterdir())
+
+
 def test_loudness_and_true_peak_agree_with_the_standard():
     assert audio.loudness(sine(997, 2, 48_000, 1.0), 48_000) == pytest.approx(-3.01, abs=0.05)
     assert audio.loudness(np.zeros(48_000, np.float32), 48_000) == float("-inf")
@@ -155,3 +165,23 @@ def test_an_offset_goes_and_silence_stays_silent():
     silence, done = audio.level(np.zeros(100, np.float32), 44_100)
     assert not silence.any()
     assert done.gain == 0
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".ogg"])
+def test_audio_saved_while_it_is_made_is_whole_and_clipped_at_full_scale(tmp_path, suffix):
+    tone = (2 * np.sin(np.arange(44100) * 0.03)).astype(np.float32)
+    with audio_writer(tmp_path / f"a{suffix}", 44100) as write:
+        for part in np.split(tone, 9):
+            write(part)
+    samples, _ = load_audio(tmp_path / f"a{suffix}")
+    assert samples.shape == (1, 44100)
+    assert 0.95 < samples.abs().max() < 1.3  # a lossy format swings over the edges
+
+
+def test_audio_that_breaks_off_while_it_is_made_leaves_what_was_there(tmp_path):
+    (tmp_path / "a.wav").write_text("before")
+    with suppress(KeyboardInterrupt), audio_writer(tmp_path / "a.wav", 44100) as write:
+        write(np.zeros(100))
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+    assert (tmp_path / "a.wav").read_text() == "before"
