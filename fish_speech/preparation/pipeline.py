@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from tqdm import tqdm
@@ -186,7 +188,7 @@ def in_processes(
                 yield function(job)
                 progress.update()
             return
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_ignore_interrupt)
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_die_with_parent)
         try:
             for future in as_completed([pool.submit(function, job) for job in work]):
                 yield future.result()
@@ -207,8 +209,12 @@ def _listen(work: list[Job], recogniser: Recogniser | None) -> Iterator[Record]:
             yield carry_out(job, recogniser, progress.update)
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl+C reaches the whole process group: only the parent answers it."""
-    import signal
+def _die_with_parent() -> None:
+    """Make a worker end at once with the run that started it: by Ctrl+C, or however it dies."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
