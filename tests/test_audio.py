@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import soundfile
@@ -170,17 +172,17 @@ def test_an_offset_goes_and_silence_stays_silent():
 @pytest.mark.parametrize("suffix", [".wav", ".ogg"])
 def test_audio_saved_while_it_is_made_is_whole_and_clipped_at_full_scale(tmp_path, suffix):
     tone = (2 * np.sin(np.arange(44100) * 0.03)).astype(np.float32)
-    with audio_writer(tmp_path / f"a{suffix}", 44100) as write:
+    with audio.audio_writer(tmp_path / f"a{suffix}", 44100) as write:
         for part in np.split(tone, 9):
             write(part)
-    samples, _ = load_audio(tmp_path / f"a{suffix}")
+    samples, _ = audio.load_audio(tmp_path / f"a{suffix}")
     assert samples.shape == (1, 44100)
     assert 0.95 < samples.abs().max() < 1.3  # a lossy format swings over the edges
 
 
 def test_audio_that_breaks_off_while_it_is_made_leaves_what_was_there(tmp_path):
     (tmp_path / "a.wav").write_text("before")
-    with suppress(KeyboardInterrupt), audio_writer(tmp_path / "a.wav", 44100) as write:
+    with suppress(KeyboardInterrupt), audio.audio_writer(tmp_path / "a.wav", 44100) as write:
         write(np.zeros(100))
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]

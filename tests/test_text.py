@@ -69,8 +69,20 @@ def test_chunks_keep_every_word_within_the_limit(text):
 
 
 def test_a_chunk_never_starts_inside_a_grapheme():
-    for chunk in split_text("e\u0301" * 300):
+    for chunk in split_text("e\u0301" * 300, max_bytes=100):
         assert chunk.startswith("e")
+
+
+@pytest.mark.parametrize("words", ["See No. 5 there", "Ask Dr. Who there", "In the U.S. it is so"])
+def test_no_chunk_ends_with_an_abbreviation(words):
+    text = f"It is long enough now. {words}. And it goes on for a while."
+    for limit in range(20, 60):
+        chunks = split_text(text, min_bytes=1, max_bytes=limit)
+        assert not [chunk for chunk in chunks if chunk.endswith(("No.", "Dr.", "U.S."))]
+
+
+def test_a_label_that_no_number_follows_is_a_word():
+    assert split_text("He said no. Then he left.", min_bytes=1, max_bytes=16)[0] == "He said no."
 
 
 def test_numbers_and_addresses_stay_whole_beyond_the_limit():

@@ -39,7 +39,8 @@ def test_the_first_block_comes_before_the_frames_have_ended(tts):
 def test_silence_goes_at_both_ends_and_stays_in_the_middle():
     tone, silence = torch.full((1, RATE), 0.5), torch.zeros(1, RATE)
     trimmer = SilenceTrimmer(RATE)
-    parts = [trimmer(part) for part in (silence, silence, tone, silence, silence, tone, silence)]
+    order = (silence, silence, tone, silence, silence, tone, silence, silence)
+    parts = [trimmer(part) for part in order]
     margin = RATE // 20
     assert torch.cat(parts, dim=1).shape[1] == 4 * RATE + 2 * margin
     assert [part.shape[1] for part in parts[:2]] == [0, 0]
