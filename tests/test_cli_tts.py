@@ -217,6 +217,23 @@ def test_the_newest_trained_voice_is_preferred_and_said_to_be(place, monkeypatch
     assert listed == ["checkpoints/new-merged", "checkpoints/old-merged", "checkpoints/tiny"]
 
 
+def test_the_lines_that_the_guide_adds_prefer_a_voice(place, capsys):
+    added = """
+    custom_model_path = "checkpoints/my_custom_voice-merged"
+    if Path(custom_model_path).exists():
+        print(f"🎤 Using trained model: {custom_model_path}")
+        return fish_speech_dir, Path(custom_model_path)
+"""
+    source = Path(cli_tts.__file__).read_text(encoding="utf-8")
+    before, mark, after = source.partition("\n    # A voice of your own can be preferred here")
+    edited = {"__name__": "edited", "__file__": cli_tts.__file__}
+    exec(compile(before + added + mark + after, "cli_tts.py", "exec"), edited)
+    a_model(place / "checkpoints" / "my_custom_voice-merged", 1e9)
+    chosen = Path("checkpoints/my_custom_voice-merged")
+    assert edited["setup_fish_speech"]() == (ROOT, chosen)
+    assert "Using trained model" in capsys.readouterr().out
+
+
 # Playing
 
 
