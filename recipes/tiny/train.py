@@ -43,8 +43,10 @@ def loss(
     The package's `loss_sums` for batches whose every shape is known, so that kernels are prepared
     once and not at every step.
     """
-    hidden = model.hidden_states(tokens)  # [B, T, D]
-    token_logits = model.token_logits(hidden).float()
+    # Entered at every step: autocast keeps its copies of the weights until it is left.
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        hidden = model.hidden_states(tokens)  # [B, T, D]
+        token_logits = model.token_logits(hidden).float()
     token_loss = F.cross_entropy(
         token_logits.flatten(0, 1), labels[:, 0].flatten(), ignore_index=IGNORED
     )
@@ -53,7 +55,8 @@ def loss(
     draws = torch.rand(max(FAST_FRAMES, len(frames)), generator=generator).argsort()
     chosen = frames[draws[:FAST_FRAMES] % len(frames)].to(tokens.device)
     codes = labels[:, 1:].transpose(1, 2).flatten(0, 1)[chosen]  # [N, K]
-    logits = model.codebook_logits(hidden.flatten(0, 1)[chosen], codes).float()  # [N, K, C]
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        logits = model.codebook_logits(hidden.flatten(0, 1)[chosen], codes).float()  # [N, K, C]
     return token_loss, F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
 
@@ -213,7 +216,7 @@ def work(process: int, args: argparse.Namespace, rendezvous: str) -> None:
     kind = torch.device(args.device).type
     # Flash attention's backward is slow at these lengths on a CPU.
     backends = [SDPBackend.MATH] if kind == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    with torch.autocast(kind, torch.bfloat16), sdpa_kernel(backends):
+    with sdpa_kernel(backends):
         train(run, read_corpus(args.cache), args)
 
 
