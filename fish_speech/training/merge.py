@@ -44,10 +44,10 @@ def merge(
 ) -> Merged:
     """Write `folder`: base and adapters merged in fp32, saved in the base's dtype, and verified.
 
-    A checkpoint of ours says what it needs, and `base_dir` is only for a base that has moved; one of
-    the reference says nothing, so it needs `base_dir` and `lora`. Raises `ValueError` where the base
-    is another one than the adapters were trained on, the adapters change nothing, or the written
-    model does not do what base and adapters do.
+    A checkpoint of ours says what it needs; `base_dir` is only for a base that has moved. One of
+    the reference says nothing, so it needs `base_dir` and `lora`. Raises `ValueError` where the
+    base is another one than the adapters were trained on, the adapters change nothing, or the
+    written model does not do what base and adapters do.
     """
     content = read_checkpoint(checkpoint.path)
     adapters = content.get("state_dict", content)
