@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fish_speech.audio import SAVE_FORMATS, audio_writer
-from fish_speech.devices import PRECISIONS, resolve_device, resolve_precision
+from fish_speech.devices import PRECISIONS, resolve_device, resolve_precision, set_threads
 from fish_speech.files import atomic_path, exclusive, file_digest
 
 if TYPE_CHECKING:
@@ -273,13 +273,11 @@ def read_text(args: argparse.Namespace) -> str:
 
 
 def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
-    import torch
-
     from fish_speech.inference import TextToSpeech
 
     small = (model_dir / "model.pth").stat().st_size < SMALL_MODEL
     if small or args.threads:  # more threads only wait for each other in a small model
-        torch.set_num_threads(args.threads or 1)
+        set_threads(args.threads or 1)
     device = resolve_device(args.device)
     dtype = None if args.precision == "auto" else resolve_precision(args.precision, device)
     return TextToSpeech.from_pretrained(

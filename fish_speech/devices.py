@@ -51,6 +51,13 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
+def set_threads(count: int) -> None:
+    """Threads that one operation may use on the CPU."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had on a device (for the CPU: of main memory)."""
     import torch
