@@ -85,8 +85,8 @@ def align_lengths(
     missed_pause = np.concatenate([[0.0], np.cumsum(np.clip(4 * (pauses - 0.15), 0, 3))])
     most_units = max(12, 3 * len(units) // len(islands) + 1)
     most_islands = max(10, 3 * len(islands) // len(units) + 1)
-    reach = max(15.0, 0.05 * spoken[-1]) if band is None else band
-    rows, came_from = _Rows(), {}
+    reach = float(np.clip(0.05 * spoken[-1], 15, 600)) if band is None else band
+    rows, steps = _Rows(), [(0, np.zeros(1, np.int32))]
     rows.add(0, np.zeros(1))
     for unit, (_, strength) in enumerate(units, 1):
         low, high = np.searchsorted(spoken, (said[unit] - reach, said[unit] + reach))
@@ -106,12 +106,12 @@ def align_lengths(
         best = total.argmin(axis=1)
         row = total.min(axis=1) + _pause_cost(strength, pauses[here - 1])
         rows.add(low, row)
-        backs = zip(*np.unravel_index(best, (unit - u, most_islands)), strict=True)
-        for island, (back, step) in zip(here.tolist(), backs, strict=True):
-            came_from[unit, island] = u + int(back), island - most_islands + int(step)
+        back, aside = np.divmod(best, most_islands)  # the step that led here, as one number
+        step = (unit - u - back) * (most_islands + 1) + most_islands - aside
+        steps.append((low, step.astype(np.int32)))
     if not np.isfinite(row[-1]):  # no way through the band
         return align_lengths(script, islands, band=np.inf)
-    return _pieces_of_path(units, islands, came_from)
+    return _pieces_of_path(units, islands, steps, most_islands)
 
 
 def _pause_cost(strength: int, pauses: np.ndarray) -> np.ndarray:
@@ -248,12 +248,15 @@ class _Rows:
 def _pieces_of_path(
     units: list[tuple[str, int]],
     islands: Sequence[Island],
-    came_from: dict[tuple[int, int], tuple[int, int]],
+    steps: list[tuple[int, np.ndarray]],
+    most_islands: int,
 ) -> list[Piece]:
+    """Walk back from the end; a step is units * (most_islands + 1) + islands."""
     pieces, (unit, island) = [], (len(units), len(islands))
     while unit or island:
-        u, i = came_from[unit, island]
-        text = "".join(text for text, _ in units[u:unit])
-        pieces.append(Piece(islands[i][0], islands[island - 1][1], text))
-        unit, island = u, i
+        low, row = steps[unit]
+        back, aside = divmod(int(row[island - low]), most_islands + 1)
+        text = "".join(text for text, _ in units[unit - back : unit])
+        pieces.append(Piece(islands[island - aside][0], islands[island - 1][1], text))
+        unit, island = unit - back, island - aside
     return pieces[::-1]

@@ -45,11 +45,11 @@ def test_cuts_lie_in_true_pauses_close_to_the_speech(take, noise):
     assert np.mean(np.array(starts + ends) < 0.15) >= 0.95
 
 
-def test_speech_from_the_very_first_sample_is_kept(tmp_path, utterances):
-    for index, utterance in enumerate(utterances[:12]):
-        soundfile.write(tmp_path / f"{index}.wav", utterance.samples[800:], 16_000)
-        (first, *_) = segment.find_speech(tmp_path / f"{index}.wav").islands
-        assert first[0] < 0.1
+def test_a_soft_onset_that_the_vad_is_late_for_is_kept(tmp_path, utterances):
+    for utterance in utterances[12:16]:  # the VAD finds one of them 200 ms late
+        soundfile.write(tmp_path / "a.wav", utterance.samples, 16_000)
+        (first, *_) = segment.find_speech(tmp_path / "a.wav").islands
+        assert first[0] < 0.12
 
 
 def test_segments_have_the_wanted_length(take):
@@ -61,10 +61,10 @@ def test_segments_have_the_wanted_length(take):
 
 
 def test_longer_pauses_are_preferred():
-    pieces = [Piece(0, 3), Piece(3.2, 6), Piece(7, 10), Piece(10.2, 13)]
-    first, second = segment.plan_segments(pieces, 13.5, target=6, shortest=1)
+    pieces = [Piece(0, 3), Piece(3.2, 6), Piece(6.7, 9.5)]
+    first, second = segment.plan_segments(pieces, 10, target=6, shortest=1)
     assert (first.start, first.end) == (0.0, 6.2)
-    assert (second.start, second.end) == (6.8, 13.2)
+    assert (second.start, second.end) == (6.5, 9.7)
 
 
 def test_margins_share_a_short_pause():
