@@ -167,7 +167,7 @@ class TextToSpeech:
         self,
         text: str,
         *,
-        reference: Utterance | Sequence[Utterance] = (),
+        reference: Utterance | Sequence[Utterance] | None = None,
         speaker: str | None = None,
         temperature: float = Sampling.temperature,
         top_p: float = Sampling.top_p,
@@ -192,7 +192,7 @@ class TextToSpeech:
         self,
         text: str,
         *,
-        reference: Utterance | Sequence[Utterance] = (),
+        reference: Utterance | Sequence[Utterance] | None = None,
         speaker: str | None = None,
         temperature: float = Sampling.temperature,
         top_p: float = Sampling.top_p,
@@ -213,13 +213,13 @@ class TextToSpeech:
     def pieces(
         self,
         text: str,
-        reference: Utterance | Sequence[Utterance] = (),
+        reference: Utterance | Sequence[Utterance] | None = None,
         speaker: str | None = None,
         settings: Settings | None = None,
     ) -> Iterator[Piece]:
         """What `synthesize` and `stream` are made of: the speech with its progress and problems."""
         settings = settings or Settings()
-        references = [reference] if isinstance(reference, Utterance) else list(reference)
+        references = [reference] if isinstance(reference, Utterance) else list(reference or ())
         chunks = split_text(text)
         if not chunks:
             raise ValueError(f"there is nothing to speak in {text[:40]!r}: no letter and no number")
