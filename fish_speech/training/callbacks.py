@@ -18,6 +18,8 @@ from fish_speech.files import atomic_path
 from fish_speech.models.weights import read_checkpoint
 from fish_speech.training.runs import Run
 
+_STEPS_TO_FORECAST = 10
+
 
 class AtomicCheckpoints(TorchCheckpointIO):
     """Checkpoint files that are whole or not there, and hold tensors and plain values only."""
@@ -109,9 +111,10 @@ class Progress(L.Callback):
         self.max_steps = max_steps
         self._bar: tqdm | None = None
         self._since, self._tokens = 0.0, 0
+        self._first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, module) -> None:
-        self._since = time.monotonic()
+        self._since, self._first_step = time.monotonic(), trainer.global_step
         self._bar = tqdm(
             total=self.max_steps,
             initial=trainer.global_step,
@@ -136,6 +139,18 @@ class Progress(L.Callback):
                 refresh=False,
             )
             self._bar.update()
+            self._forecast(trainer)
+
+    def _forecast(self, trainer: L.Trainer) -> None:
+        """Say once, after a few steps, how long the rest will take; a pipe has no progress bar."""
+        done = trainer.global_step - self._first_step
+        if done == _STEPS_TO_FORECAST and trainer.is_global_zero:
+            seconds = (time.monotonic() - self._since) / done
+            minutes = (self.max_steps - trainer.global_step) * seconds / 60
+            tqdm.write(
+                f"{seconds:.2f} s a step: about {minutes:.0f} minutes to step {self.max_steps}",
+                sys.stderr,
+            )
 
     def on_validation_end(self, trainer: L.Trainer, module) -> None:
         metrics = trainer.callback_metrics

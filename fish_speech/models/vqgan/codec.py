@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from fish_speech.files import read_json
+from fish_speech.hub import CODEC_PATTERN
 from fish_speech.models.vqgan.firefly import ConvNeXtEncoder, HiFiGANHead
 from fish_speech.models.vqgan.fsq import DownsampleFiniteScalarQuantizer
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 from fish_speech.models.weights import assign_strictly, empty_modules, read_state_dict
 
-CODEC_PATTERN = "firefly-gan-vq-*.pth"
 CODEC_CONFIG_FILE = "codec_config.json"
 
 

@@ -20,6 +20,13 @@ def test_the_spectrogram_equals_the_reference(codec, golden):
     torch.testing.assert_close(codec.spec_transform(golden["audio"]), golden["mel"], **TOLERANCE)
 
 
+def test_a_waveform_has_the_same_spectrogram_in_a_batch_as_alone(codec, golden):
+    lengths = golden["audio_lengths"]
+    together = codec.spec_transform(golden["audio"], lengths)
+    alone = codec.spec_transform(golden["audio"][1:, :, : lengths[1]])[0]
+    torch.testing.assert_close(together[1, :, : alone.shape[1]], alone, **TOLERANCE)
+
+
 def test_codes_equal_the_reference(codec, golden):
     codes, lengths = codec.encode(golden["audio"], golden["audio_lengths"])
     assert torch.equal(lengths, golden["code_lengths"])
