@@ -80,19 +80,23 @@ def make_options(arguments: argparse.Namespace):
 def run(arguments: argparse.Namespace) -> int:
     from fish_speech.preparation.check import check, spoils
     from fish_speech.preparation.pipeline import prepare
+    from fish_speech.preparation.sources import is_data_set
 
     options = make_options(arguments)
     if arguments.check is not None:
         summary = check(options, say=say)
         show(summary, arguments)
-        return 1 if spoils(summary) or not summary.clips else 0
+        return 1 if summary.failed or spoils(summary) or not summary.clips else 0
     summary = prepare(options, say=say)
     show(summary, arguments)
     last = f"{options.output}: {len(summary.clips)} clips, {summary.minutes} minutes"
     if summary.failed:
         last += f"; {summary.failed} inputs failed, named above with the reason"
     print(last)
-    return 1 if summary.failed or not summary.clips else 0
+    if summary.failed or not summary.clips:
+        return 1
+    # A data set that is prepared once more is being checked.
+    return 1 if is_data_set(options.input) and spoils(summary) else 0
 
 
 def show(summary, arguments: argparse.Namespace) -> None:

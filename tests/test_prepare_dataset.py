@@ -97,6 +97,15 @@ def test_the_guides_check_commands(home, capsys, monkeypatch):
     assert "first_0001.wav: has no transcript" in capsys.readouterr().out
 
 
+def test_a_data_set_that_would_spoil_training_is_a_problem(home, capsys):
+    add(home / "samples" / "second.flac", text="far too many words for a sentence so short " * 9)
+    assert run("--input", "samples", "--output", "training_data/voice") == 0
+    assert "some of this would spoil training" in capsys.readouterr().out
+    assert run("--check", "training_data/voice") == 1
+    assert run("--input", "training_data", "--output", "check_data") == 1
+    assert "fast_text" in capsys.readouterr().out
+
+
 def test_two_speakers_in_one_data_set(home, capsys):
     add(home / "others" / "second.wav")
     assert run("--input", "samples/", "--output", "data", "--speaker", "Speaker1") == 0

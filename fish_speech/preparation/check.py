@@ -61,10 +61,8 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
 
 
 def spoils(summary: Summary) -> bool:
-    """Whether training on this data set would suffer: broken pairs, bad sound or wrong texts."""
-    return bool(summary.skipped) or any(
-        quality.SPOILING & set(clip["flags"]) for clip in summary.clips
-    )
+    """Whether a voice would learn something wrong from this data set: bad sound or wrong texts."""
+    return any(quality.SPOILING & set(clip["flags"]) for clip in summary.clips)
 
 
 def describe(summary: Summary) -> str:
@@ -91,10 +89,21 @@ def describe(summary: Summary) -> str:
         worst = sorted(clips, key=lambda clip: -len(clip["flags"]))[:WORST]
         lines += [f"  {c['file']}: {', '.join(c['flags'])}" for c in worst if c["flags"]]
     if summary.skipped:
-        lines += ["", "Unusable"]
-        lines += [f"  {entry['source']}: {entry['reason']}" for entry in summary.skipped]
-    verdict = "some of this would spoil training" if spoils(summary) else "fit to train on"
-    return "\n".join([*lines, "", f"Verdict: {verdict if clips else 'nothing to train on'}"])
+        lines += ["", "Left out"]
+        lines += [f"  {e['source']}{_span(e)}: {e['reason']}" for e in summary.skipped]
+    return "\n".join([*lines, "", f"Verdict: {_verdict(summary)}"])
+
+
+def _verdict(summary: Summary) -> str:
+    if not summary.clips:
+        return "nothing to train on"
+    if spoils(summary):
+        return "some of this would spoil training"
+    return "fit to train on, without what is left out" if summary.skipped else "fit to train on"
+
+
+def _span(entry: dict[str, Any]) -> str:
+    return f" {entry['start']:.1f}-{entry['end']:.1f} s" if "start" in entry else ""
 
 
 def _histogram(durations: list[float], width: int = 40) -> list[str]:

@@ -71,6 +71,12 @@ def find_local(
     return found
 
 
+def is_data_set(folder: str | Path) -> bool:
+    """Whether `folder` is a data set that was prepared before, or holds some."""
+    pattern = Path(folder).glob
+    return any(pattern(SUMMARY_NAME)) or any(pattern(f"*/{SUMMARY_NAME}"))
+
+
 def refuse_overlap(source: str, output: Path) -> None:
     """Raise `ValueError` where the recordings would be read from the data set to be written."""
     if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):

@@ -63,6 +63,8 @@ def test_everything_that_is_wrong_is_named(by_hand, utterances):
     text = check.describe(summary)
     assert "alone.lab: has no recording" in text
     assert "Anna/loud.wav: clipping" in text
+    assert summary.failed == 4
+    assert "little_speech" in next(c for c in summary.clips if "silent" in c["file"])["flags"]
     assert "spoil training" in text
 
 
