@@ -1,6 +1,7 @@
 """Properties of a run, on the golden model and made-up codes."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -108,6 +109,22 @@ def test_it_learns(trainer):
     trainer("p", "train.max_steps=60", "optimizer.learning_rate=2e-2", "data.reference_share=0")
     values = [float(value) for value in losses("p").values()]
     assert sum(values[-5:]) / 5 < 0.6 * values[0]
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_combination_of_base_and_precision_ends_in_a_dtype_error(
+    trainer, base_dir, tmp_path, stored, precision
+):
+    base = tmp_path / "base"
+    shutil.copytree(base_dir, base)
+    state = load_model(base_dir).state_dict()
+    torch.save({key: value.to(stored) for key, value in state.items()}, base / "model.pth")
+    options = ("train.max_steps=2", "train.save_every=1", f"precision={precision}")
+    trainer("p", *options, "train.gradient_checkpointing=true", base=base)
+    losses = Run.of("p").validation_losses()
+    assert losses[1] == pytest.approx(15.8, abs=0.8)
+    assert losses[2] < losses[1] + 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
