@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -209,19 +207,6 @@ class Journal:
                 file.write(json.dumps({"key": key, **self.known[key]}, ensure_ascii=False) + "\n")
         entry = self.known[key]
         return Heard(**{**entry, "words": tuple(Word(**word) for word in entry["words"])})
-
-
-@contextmanager
-def working_threads(count: int) -> Iterator[None]:
-    """Let torch use `count` threads meanwhile."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _heard(text: str, parts: list[tuple[float, float]], words: list[Word]) -> Heard:
