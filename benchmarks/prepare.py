@@ -1,4 +1,4 @@
-"""Rows `prepare` and `prepare-long`: recordings become a data set, everything but recognition."""
+"""Rows `prepare` and `prepare_long`: recordings become a data set, everything but recognition."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def prepare_row(device: str) -> Row:
 
 def prepare_long_row(device: str) -> Row:
     """One long recording with its script, cut and aligned: its memory is that of any length."""
-    return _row("prepare-long", _long_recording(), f"one recording of {_LONG_MINUTES} minutes")
+    return _row("prepare_long", _long_recording(), f"one recording of {_LONG_MINUTES} minutes")
 
 
 def _row(name: str, folder: Path, what: str) -> Row:

@@ -11,10 +11,16 @@ from tqdm import tqdm
 
 from benchmarks.load import load_row
 from benchmarks.measure import Row
+from benchmarks.prepare import prepare_long_row, prepare_row
 from benchmarks.startup import startup_row
 from fish_speech.files import write_json
 
-ROWS: dict[str, Callable[[str], Row]] = {"load": load_row, "startup": startup_row}
+ROWS: dict[str, Callable[[str], Row]] = {
+    "load": load_row,
+    "startup": startup_row,
+    "prepare": prepare_row,
+    "prepare_long": prepare_long_row,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
