@@ -23,13 +23,15 @@ class Mixture:
     `joined`: two utterances spoken as one text, so that longer texts are known. `referenced`:
     another utterance of the voice comes first, as in cloning and in the chunks of a long text.
     `unnamed`: the speaker's name is left out. `noise`: input codes replaced at random, so that the
-    model listens to the text and not only to itself.
+    model listens to the text and not only to itself. Items of more than `longest` columns are left
+    out.
     """
 
     joined: float = 0.15
     referenced: float = 0.1
     unnamed: float = 0.15
     noise: float = 0.22
+    longest: int = BUCKETS[-1]
 
 
 Corpus = list[tuple[str, Utterance]]  # speaker and utterance
@@ -47,9 +49,9 @@ def batches(
         for index in torch.randperm(len(corpus), generator=generator).tolist():
             speaker, utterance = corpus[index]
             item = _item(utterance, speaker, by_speaker[speaker], tokenizer, mixture, generator)
-            size = next((size for size in BUCKETS if size >= item[0].shape[1]), None)
-            if size is None:
+            if item[0].shape[1] > mixture.longest:
                 continue
+            size = next(size for size in BUCKETS if size >= item[0].shape[1])
             waiting[size].append(item)
             if len(waiting[size]) == COLUMNS // size:
                 tokens, labels = collate(waiting[size], size, tokenizer.end_of_text_id)

@@ -30,6 +30,7 @@ from recipes.tiny.texts import CACHE
 
 ADAM_RATE, MUON_RATE = 1.5e-3, 0.02  # peaks
 WARM_UP, LAST_SHARE = 200, 0.01
+SHORT_PART = 0.85  # of the schedule has single, short utterances only
 FAST_FRAMES = 120  # of about 460 in a batch: the fast transformer learns from a share of them
 VALIDATION = 256  # utterances at the end of the corpus, never trained on
 CHECKPOINT = "train.ckpt"
@@ -176,14 +177,14 @@ def train(run: Run, corpus: list, args: argparse.Namespace) -> None:
     training, held_out = corpus[:-VALIDATION], corpus[-VALIDATION:]
     sources = [
         batches(training, tiny_tokenizer(), mixture, run.generator)
-        for mixture in (Mixture(joined=0, referenced=0), Mixture())
+        for mixture in (Mixture(joined=0, referenced=0, longest=128), Mixture())
     ]
     bar = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=5, disable=rank() > 0)
     seconds = saved = run.seconds
     began, means = time.monotonic() - run.seconds, torch.zeros(2)
     while (progress := max(run.step / args.steps, seconds / (60 * args.minutes))) < 1:
-        # Single utterances first: the alignment of letters and frames is found on them.
-        tokens, labels = next(sources[progress > 0.3])
+        # Short utterances first: the alignment of letters and frames is found on them.
+        tokens, labels = next(sources[progress > SHORT_PART])
         losses, mean_seconds = run.update(tokens, labels, rate_share(run.step, progress))
         seconds, run.seconds = float(mean_seconds), time.monotonic() - began
         means = losses if not means.any() else 0.98 * means + 0.02 * losses
