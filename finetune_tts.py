@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from fish_speech.datasets.shards import Manifest
-    from fish_speech.training.runs import Run
+    from fish_speech.training.config import RunConfig
+    from fish_speech.training.runs import Run, Start
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 EPILOG = """\
@@ -50,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--list-checkpoints", action="store_true", help="what this project has")
 
     add = parser.add_argument_group("base model").add_argument
-    add("--model-version", default="1.5", help="1.5 (default, downloaded once) or tiny (embedded)")
+    add("--model-version", help="1.5 (default, downloaded once) or tiny (embedded)")
     add("--pretrained-ckpt-path", type=Path, metavar="DIR", help="a model directory instead")
 
     add = parser.add_argument_group("training").add_argument
@@ -103,7 +102,6 @@ _CONFIG_KEYS = {
     "batch_size": "data.batch_size",
     "learning_rate": "optimizer.learning_rate",
     "gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "lora_config": "lora",
     "save_every": "train.save_every",
     "val_every": "train.val_every",
     "keep_checkpoints": "train.keep_checkpoints",
@@ -115,26 +113,36 @@ _CONFIG_KEYS = {
     "num_nodes": "train.num_nodes",
     "strategy": "train.strategy",
 }
+_GROUPS = {"model_version": "model", "lora_config": "lora"}
 _POSITIVE = (
     *("max_steps", "batch_size", "learning_rate", "gradient_accumulation_steps", "save_every"),
     *("val_every", "keep_checkpoints", "devices", "num_nodes", "batch_size_extract"),
 )
 
 
-def make_config(args: argparse.Namespace, data_dir: Path | None) -> DictConfig:
-    """The run's config: flags become overrides. Raises `ValueError` for what can't be meant."""
+def make_config(
+    args: argparse.Namespace, data_dir: Path | None, remembered: Path | None = None
+) -> RunConfig:
+    """The run's config: what is given here over what is `remembered`, else over the defaults."""
+    from fish_speech.hub import model_versions
     from fish_speech.training.config import compose_config, lora_presets
 
-    if args.lora_config is not None and args.lora_config not in lora_presets():
-        raise ValueError(f"--lora-config {args.lora_config}: one of {', '.join(lora_presets())}")
-    overrides = [f"project={args.project}", f"model='{args.model_version}'"]
-    given = {key: getattr(args, name) for name, key in _CONFIG_KEYS.items()}
-    overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
-    config = compose_config([*overrides, *args.override])
-    config.data.dir = data_dir and str(data_dir)
+    for flag, value, known in (
+        ("--lora-config", args.lora_config, lora_presets()),
+        ("--model-version", args.model_version, list(model_versions())),
+    ):
+        if value is not None and value not in known:
+            raise ValueError(f"{flag} {value}: one of {', '.join(known)}")
+    groups = {group: getattr(args, name) for name, group in _GROUPS.items()}
+    overrides = [f"{group}='{value}'" for group, value in groups.items() if value is not None]
+    flags = {key: getattr(args, name) for name, key in _CONFIG_KEYS.items()}
+    values = {key: value for key, value in flags.items() if value is not None}
+    values |= {"project": args.project, "data.dir": data_dir and str(data_dir)}
     if args.pretrained_ckpt_path is not None:
-        config.base_model = str(args.pretrained_ckpt_path)
-    return config
+        values["base_model"] = str(args.pretrained_ckpt_path)
+    elif args.model_version is not None:
+        values["base_model"] = None
+    return compose_config([*overrides, *args.override], values, remembered=remembered)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -157,11 +165,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--data-dir is missing: the data set, or the raw recordings")
 
 
-def prepare_stage(args: argparse.Namespace) -> Path:
-    """Recordings -> `training_data/<project>`, which is returned."""
+def prepare_stage(args: argparse.Namespace) -> None:
+    """Recordings -> `training_data/<project>`."""
     from fish_speech.preparation.pipeline import Options, prepare
 
-    output = Path("training_data") / args.project
+    output = prepared_dir(args)
     say(f"preparing {args.data_dir} -> {output}")
     summary = prepare(
         Options(
@@ -172,6 +180,7 @@ def prepare_stage(args: argparse.Namespace) -> Path:
             split_long=True,
             auto_transcribe=True,
             whisper_model=args.whisper_model,
+            device=args.device or "auto",
         ),
         say=say,
     )
@@ -179,35 +188,43 @@ def prepare_stage(args: argparse.Namespace) -> Path:
         raise ValueError(f"{args.data_dir}: no clip came out; see {output}/dataset_summary.json")
     say(f"{output}: {len(summary.clips)} clips, {summary.minutes} minutes")
     args.failures += summary.failed
-    return output
 
 
 def extract_stage(
-    args: argparse.Namespace, config: DictConfig, base_dir: Path, rank: int, world_size: int
+    args: argparse.Namespace, config: RunConfig, base_dir: Path, rank: int, world_size: int
 ) -> None:
     """Clips -> codes beside them; of several processes each encodes its share."""
-    from fish_speech.devices import resolve_device
+    from fish_speech.devices import is_out_of_memory, resolve_device
     from fish_speech.models.vqgan import load_codec
     from fish_speech.preparation.extract import extract_codes
+    from fish_speech.training.processes import gather, local_rank
 
-    data_dir = Path(config.data.dir)
-    codec = load_codec(base_dir, resolve_device(config.device))
-    result = extract_codes(
-        data_dir,
-        codec,
-        base_dir,
-        batch_size=args.batch_size_extract,
-        num_workers=args.num_workers_extract,
-        rank=rank,
-        world_size=world_size,
-    )
-    say(f"codes: {result.made} clips encoded, {result.kept} had theirs")
-    for name, reason in result.failed.items():
+    device = resolve_device(config.device)
+    if world_size > 1 and str(device) == "cuda":
+        device = resolve_device(f"cuda:{local_rank()}")
+    try:
+        result = extract_codes(
+            Path(config.data.dir),
+            load_codec(base_dir, device),
+            base_dir,
+            batch_size=args.batch_size_extract,
+            num_workers=args.num_workers_extract,
+            rank=rank,
+            world_size=world_size,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError("out of memory; try --batch-size-extract 1") from error
+    share = f" (this process's share of {world_size})" if world_size > 1 else ""
+    say(f"codes: {result.made} clips encoded, {result.kept} had theirs{share}")
+    failed = gather(result.failed)
+    for name, reason in failed.items():
         say(f"failed: {name}: {reason}")
-    args.failures += len(result.failed)
+    args.failures += len(failed)
 
 
-def build_stage(args: argparse.Namespace, config: DictConfig, base_dir: Path) -> Manifest:
+def build_stage(args: argparse.Namespace, config: RunConfig, base_dir: Path) -> Manifest:
     """Codes -> shards."""
     from tqdm import tqdm
 
@@ -220,7 +237,6 @@ def build_stage(args: argparse.Namespace, config: DictConfig, base_dir: Path) ->
         num_codebooks=model.num_codebooks,
         codebook_size=model.codebook_size,
         validation_share=config.data.validation_share,
-        seed=config.seed,
         progress=lambda clips: tqdm(clips, desc="packing", unit="clip", disable=None),
     )
     for reason in manifest.skipped.values():
@@ -233,21 +249,36 @@ def build_stage(args: argparse.Namespace, config: DictConfig, base_dir: Path) ->
     return manifest
 
 
-def train_stage(
-    args: argparse.Namespace, config: DictConfig, base_dir: Path, run: Run, manifest: Manifest
-) -> int | None:
-    """Shards -> checkpoints. Returns the signal that stopped it early, if one did."""
-    from fish_speech.training.runs import choose_start
-    from fish_speech.training.train import train
+def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
+    """Where training goes on, or begins."""
+    from fish_speech.hub import find_model
+    from fish_speech.training.runs import choose_start, recorded_lora
 
-    start = choose_start(
+    def fits(record: dict) -> bool:
+        ours, theirs = config.adapters, recorded_lora(record)
+        same = (ours.r, ours.alpha, set(ours.targets)) == (
+            theirs.r,
+            theirs.alpha,
+            set(theirs.targets),
+        )
+        return same and Path(record["base"]) == find_model(config.base).resolve()
+
+    return choose_start(
         run,
         Path(config.data.dir),
-        # The whole pipeline goes on where it was stopped.
-        resume_latest=args.resume_latest or (args.full_pipeline and bool(run.checkpoints())),
+        resume_latest=args.resume_latest,
         resume_from=args.resume_from_checkpoint,
         checkpoint_path=args.checkpoint_path,
+        fits=fits,
     )
+
+
+def train_stage(
+    config: RunConfig, base_dir: Path, run: Run, start: Start, manifest: Manifest
+) -> int | None:
+    """Shards -> checkpoints. Returns the signal that stopped it early, if one did."""
+    from fish_speech.training.train import train
+
     say(start.reason)
     done = train(config, base_dir=base_dir, manifest=manifest, start=start, say=say)
     say(f"trained: {done.checkpoint.path}; losses: {run.logs / 'loss.png'}")
@@ -262,12 +293,11 @@ def merge_stage(args: argparse.Namespace, run: Run) -> Path:
     if args.checkpoint_path and not (args.train or args.full_pipeline):
         from fish_speech.hub import find_model
         from fish_speech.training.runs import named_checkpoint
-        from fish_speech.training.train import lora_config
 
         checkpoint = named_checkpoint(args.checkpoint_path)
         if not checkpoint.is_ours():
-            base_dir = find_model(base_dir or args.model_version)
-            lora = lora_config(make_config(args, None))
+            config = make_config(args, None)
+            base_dir, lora = find_model(config.base), config.adapters
     else:
         checkpoint = run.checkpoint(args.checkpoint_step)
     folder = Path("checkpoints") / f"{run.project}-merged"
@@ -282,6 +312,7 @@ def merge_stage(args: argparse.Namespace, run: Run) -> Path:
 
 
 def run_stages(args: argparse.Namespace) -> int:
+    from fish_speech.training.processes import is_first
     from fish_speech.training.runs import Run, describe_checkpoints
 
     run = Run.of(args.project)
@@ -290,8 +321,10 @@ def run_stages(args: argparse.Namespace) -> int:
     everything = args.full_pipeline
     if everything or args.prepare_data or args.extract_tokens or args.build_dataset or args.train:
         stopped_by = data_and_training(args, run)
+        if not is_first():
+            return OK  # the first process goes on, and answers for all
         if stopped_by is not None:
-            say("stopped; the same command with --resume-latest goes on from here")
+            say("stopped; the same command goes on from here")
             return INTERRUPTED if stopped_by == signal.SIGINT else 128 + stopped_by
     if everything or args.merge_weights:
         merge_stage(args, run)
@@ -300,28 +333,42 @@ def run_stages(args: argparse.Namespace) -> int:
 
 def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
     """The stages up to training. Returns the signal that stopped it early, if one did."""
-    from fish_speech.training.processes import data_processes, first_then_all, wait_for_all
+    from fish_speech.hub import find_model
+    from fish_speech.training.processes import (
+        data_processes,
+        first_then_all,
+        is_first,
+        wait_for_all,
+    )
 
     everything, data_dir = args.full_pipeline, args.data_dir
+    training = everything or args.train
     with data_processes() as (rank, world_size):
         if args.prepare_data or (everything and is_raw(data_dir)):
-            data_dir = first_then_all(lambda: prepare_stage(args))
-        if not (everything or args.extract_tokens or args.build_dataset or args.train):
+            if is_first():
+                prepare_stage(args)
+            wait_for_all()
+            data_dir = prepared_dir(args)
+        if not (training or args.extract_tokens or args.build_dataset):
             return None
-        from fish_speech.hub import find_model
-
         config = make_config(args, data_dir)
+        if training:
+            start = find_start(args, config, run)
+            if start.exact and run.remembered_config.is_file():
+                config = make_config(args, data_dir, remembered=run.remembered_config)
         # The first process downloads or packs, the others then find what it made.
-        base_dir = first_then_all(lambda: find_model(config.base_model or args.model_version))
-        if everything or args.extract_tokens or args.train:
+        base_dir = first_then_all(lambda: find_model(config.base))
+        if training or args.extract_tokens:
             extract_stage(args, config, base_dir, rank, world_size)
             wait_for_all()
-        manifest = None
-        if everything or args.build_dataset or args.train:
+        if training or args.build_dataset:
             manifest = first_then_all(lambda: build_stage(args, config, base_dir))
-    if not (everything or args.train):
-        return None
-    return train_stage(args, config, base_dir, run, manifest)
+    return train_stage(config, base_dir, run, start, manifest) if training else None
+
+
+def prepared_dir(args: argparse.Namespace) -> Path:
+    """Where `--prepare-data` puts the data set."""
+    return Path("training_data") / args.project
 
 
 def is_raw(data_dir: Path) -> bool:
@@ -347,10 +394,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; what is finished stays, the same command goes on from there")
         return INTERRUPTED
-    except (ValueError, OSError, MemoryError) as error:
+    except Exception as error:
         if args.debug:
             raise
-        say(f"error: {error}")
+        expected = isinstance(error, ValueError | OSError | MemoryError)
+        what = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
+        print(f"error: {what}", file=sys.stderr)  # of every process, not only the first
         return BAD_INPUT
 
 

@@ -21,16 +21,17 @@ def resolve_device(name: str = "auto") -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = name.split(":")[0]
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
     }
-    if kind not in there:
+    kind, _, index = name.partition(":")
+    if kind not in count or (index and not index.isdecimal()):
         raise ValueError(f"--device {name}: unknown; use one of {', '.join(DEVICES)}")
-    if not there[kind]:
-        raise ValueError(f"--device {name}: this machine has none; leave the flag out, or use cpu")
+    if int(index or 0) >= count[kind]:
+        there = f"{count[kind]} of this kind" if count[kind] else "none"
+        raise ValueError(f"--device {name}: this machine has {there}; leave the flag out")
     return torch.device(name)
 
 
@@ -63,7 +64,8 @@ def free_memory(device: torch.device) -> int:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:
@@ -72,3 +74,13 @@ def free_memory(device: torch.device) -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of a device or of the allocator means that memory ran out."""
+    import torch
+
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        sign in str(error) for sign in signs
+    )

@@ -53,6 +53,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a new folder beside `path` that takes its place when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{_TEMPORARY}*-{path.name}"):  # by a killed run
+        shutil.rmtree(left, ignore_errors=True)
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     old = path.with_name(f"{_TEMPORARY}{os.getpid()}-old-{path.name}")
     temporary.mkdir()
@@ -67,9 +69,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: str | Path) -> None:
-    """Remove what a killed run left of `atomic_path` anywhere under `folder` (hold its lock)."""
-    for path in Path(folder).rglob(f"{_TEMPORARY}*"):
-        if path.is_file():
+    """Remove what killed runs left of `atomic_path` and `atomic_folder` anywhere under `folder`.
+
+    Hold the lock of what is written there.
+    """
+    for path in list(Path(folder).rglob(f"{_TEMPORARY}*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 

@@ -1,6 +1,7 @@
 """finetune_tts.py as its users run it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_the_whole_pipeline_goes_on_where_it_was_and_does_nothing_twice(project,
     said = capsys.readouterr().err
     assert "6 had theirs" in said
     assert "(unchanged)" in said
-    assert "resuming results/p/checkpoints/step_000000002.ckpt exactly" in said
+    assert "going on from results/p/checkpoints/step_000000002.ckpt exactly" in said
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,20 @@ def test_the_whole_pipeline_goes_on_where_it_was_and_does_nothing_twice(project,
         ((*TRAIN, "--max-steps", 0), "--max-steps 0: must be above 0"),
         ((*TRAIN, "--lora-config", "r_9"), "one of r_16_alpha_32, r_4_alpha_8, r_8_alpha_16"),
         ((*TRAIN, "--override", "train.max_stepz=3"), "max_stepz"),
-        ((*TRAIN, "--override", "optimizer.learning_rate=fast"), "fast"),
+        ((*TRAIN[:3], "--override", "optimizer.learning_rate=fast"), "optimizer.learning_rate: "),
+        ((*TRAIN, "--override", "train.max_steps=abc"), "abc"),
+        ((*TRAIN, "--override", "train.save_every=0"), "train.save_every is 0"),
+        ((*TRAIN[:3], "--override", "data.batch_size=0"), "data.batch_size is 0"),
+        ((*TRAIN, "--override", "seed=null"), "seed"),
+        ((*TRAIN, "--override", "train=3"), "config: "),
+        ((*TRAIN, "--override", "lora.r=x"), "config: "),
+        ((*TRAIN, "--override", "+train.foo=1"), "foo"),
+        ((*TRAIN, "--override", "train.gradient_checkpointing=maybe"), "auto, true or false"),
+        ((*TRAIN, "--override", "(("), "config: "),
+        ((*TRAIN, "--model-version", "9"), "one of 1.5, tiny"),
+        ((*TRAIN, "--device", "cpu:3"), "--device cpu:3: this machine has 1 of this kind"),
+        ((*TRAIN, "--device", "cuda:abc"), "--device cuda:abc: unknown"),
+        ((*TRAIN, "--strategy", "deepspeeed"), "deepspeeed"),
         ((*TRAIN, "--resume-latest", "--resume-from-checkpoint", "x"), "exclude each other"),
         ((*TRAIN, "--resume-latest"), "--resume-latest: no checkpoint"),
         ((*TRAIN, "--force-mps", "--device", "cpu"), "exclude each other"),
@@ -163,7 +177,8 @@ def test_unwritable_results_are_named(project, tmp_path, capsys):
     keep_codes(tmp_path)
     (tmp_path / "results").write_text("a file in the way")
     assert project(*TRAIN, "--max-steps", 1) == 2
-    assert "results" in capsys.readouterr().err
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"error: .*(File exists|Not a directory).*results", last)
 
 
 def test_a_killed_run_resumes_to_the_same_adapters(project, tmp_path, base_dir):
@@ -206,28 +221,70 @@ def test_adapters_trained_by_the_reference_merge(project, tmp_path, capsys):
     assert "do not fit the base model and LoRA config" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_full_disk_while_a_checkpoint_is_written_leaves_the_last_good_one(
-    project, tmp_path, monkeypatch, capsys
+    project, tmp_path, base_dir
 ):
+    keep_codes(tmp_path)
+    flags = [*map(str, TRAIN), "--max-steps", "6", "--save-every", "2"]
+    code = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv[1]); import finetune_tts\n"
+        "from fish_speech.training.lit_module import TextToSemantic as M\n"
+        "step = M.training_step\n"
+        "def then_full(self, batch, index):\n"
+        "    if self.global_step == 3:\n"
+        "        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n"
+        "    return step(self, batch, index)\n"
+        "M.training_step = then_full\n"
+        "sys.exit(finetune_tts.main(sys.argv[2:]))\n"
+    )
+    arguments = ["--project", "p", "--pretrained-ckpt-path", str(base_dir), *flags]
+    full = subprocess.run(
+        [PYTHON, "-c", code, str(ROOT), *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert full.returncode == 2
+    last = full.stderr.strip().splitlines()[-1]
+    assert "step_000000004.ckpt: could not be written" in last
+    names = [path.name for path in (tmp_path / "results/p/checkpoints").iterdir()]
+    assert names == ["step_000000002.ckpt"]
+    assert project(*flags) == 0
+
+
+def test_a_resumed_run_remembers_what_is_not_said_again(project, tmp_path):
     import torch
 
     keep_codes(tmp_path)
-    save = torch.save
+    flags = ("--data-dir", "data", "--train", "--save-every", 2)
+    settings = ("--batch-size", 2, "--learning-rate", "1e-3", "--seed", 7, "--lora-config",
+                "r_4_alpha_8")  # fmt: skip
+    assert project(*flags, *settings, "--max-steps", 4, name="whole") == 0
+    assert project(*flags, *settings, "--max-steps", 2, name="parts") == 0
+    assert project("--data-dir", "data", "--train", "--max-steps", 4, name="parts") == 0
+    states = [
+        torch.load(f"results/{name}/checkpoints/step_000000004.ckpt", weights_only=True)
+        for name in ("whole", "parts")
+    ]
+    torch.testing.assert_close(states[0]["state_dict"], states[1]["state_dict"], atol=0, rtol=0)
 
-    def full(content, path):
-        if isinstance(content, dict) and content.get("global_step") == 4:
-            path.write_bytes(b"half of it")
-            raise OSError(28, "No space left on device", str(path))
-        save(content, path)
 
-    monkeypatch.setattr(torch, "save", full)
-    assert project(*TRAIN, "--max-steps", 6, "--save-every", 2) == 2
-    assert "No space left on device" in capsys.readouterr().err
-    names = [path.name for path in (tmp_path / "results/p/checkpoints").iterdir()]
-    assert names == ["step_000000002.ckpt"]
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    assert project(*TRAIN, "--max-steps", 6, "--resume-latest") == 0
+@pytest.mark.parametrize("name", ["2024", "1e5", "true", "голос"])
+def test_any_folder_name_is_a_project(project, tmp_path, name):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 1, name=name) == 0
+    assert (tmp_path / "results" / name / "checkpoints/step_000000001.ckpt").is_file()
+
+
+def test_an_unexpected_error_is_one_line_and_a_traceback_only_when_asked_for(
+    project, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("fish_speech.datasets.shards.build_shards", lambda *a, **k: 1 / 0)
+    flags = ("--data-dir", "data", "--build-dataset")
+    assert project(*flags) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "error: ZeroDivisionError: division by zero (--debug shows where)"
+    with pytest.raises(ZeroDivisionError):
+        project(*flags, "--debug")
 
 
 @pytest.mark.slow
@@ -236,11 +293,12 @@ def test_two_processes_are_one_with_twice_the_batch(project, tmp_path, base_dir,
     import torch
 
     keep_codes(tmp_path)
+    (tmp_path / "data/Ann/clip_0005.lab").write_text("")  # named and left out, in both runs
     flags = [
-        "--data-dir", "data", "--train", "--max-steps", "3", "--learning-rate", "1e-3",
+        "--data-dir", "data", "--full-pipeline", "--max-steps", "3", "--learning-rate", "1e-3",
         "--save-every", "2", "--override", "lora.dropout=0", "--device", "cpu",
     ]  # fmt: skip
-    assert project(*flags, "--batch-size", 2, name="one") == 0
+    assert project(*flags, "--batch-size", 2, name="one") == 1
     shutil.rmtree(tmp_path / "data" / "protos")
     start = [PYTHON] if launcher == "lightning" else [
         PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
@@ -251,7 +309,8 @@ def test_two_processes_are_one_with_twice_the_batch(project, tmp_path, base_dir,
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert two.returncode == 0, two.stderr
+    assert two.returncode == 1, two.stderr
+    assert (tmp_path / "checkpoints/two-merged/model.pth").is_file()
     names = [p.name for p in sorted((tmp_path / "results/two/checkpoints").iterdir())]
     assert names == ["step_000000002.ckpt", "step_000000003.ckpt"]
     states = [

@@ -7,8 +7,10 @@ loader state: it starts at the position of its step.
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import partial
+from itertools import compress
 from typing import NamedTuple
 
 import lightning as L
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fish_speech.conversation import IGNORED, Utterance, build_item
+from fish_speech.conversation import IGNORED, Utterance, build_item, with_speaker
 from fish_speech.datasets.shards import Sample
 from fish_speech.tokenizer import FishTokenizer
 
@@ -50,15 +52,19 @@ class SemanticDataset(Dataset):
         *,
         max_length: int,
         name_speakers: bool = False,
-        name_share: float = 1.0,
         reference_share: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
-        self.name_speakers, self.name_share = name_speakers, name_share
+        self.name_speakers = name_speakers
         self.reference_share = reference_share
-        self.samples = [s for s in samples if self._columns(s) <= max_length]
-        self.too_long = [s.name for s in samples if self._columns(s) > max_length]
+        nothing = Utterance("", torch.zeros(1, 0, dtype=torch.long))
+        self._overhead = build_item(tokenizer, nothing)[0].shape[1] + 1
+        columns = [self._count_columns(sample) for sample in samples]
+        fits = [count <= max_length for count in columns]
+        self.samples = list(compress(samples, fits))
+        self._columns = list(compress(columns, fits))
+        self.too_long = [s.name for s, short in zip(samples, fits, strict=True) if not short]
         self.by_speaker: dict[str, list[int]] = {}
         for index, sample in enumerate(self.samples):
             self.by_speaker.setdefault(sample.speaker, []).append(index)
@@ -72,41 +78,34 @@ class SemanticDataset(Dataset):
 
     def columns(self, index: int) -> int:
         """Columns of a sample's item without a reference, at most."""
-        return self._columns(self.samples[index])
+        return self._columns[index]
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor | Draw]:
         """`tokens` and `labels` [K+1, T] (int64) of a draw."""
         rng = random.Random(f"{self.seed} {draw.epoch} {draw.index}")
         sample = self.samples[draw.index]
-        named = self.name_speakers and rng.random() < self.name_share
         tokens, labels = build_item(
             self.tokenizer,
             _utterance(sample),
-            references=self._references(sample, draw.index, rng),
-            speaker=sample.speaker if named else None,
+            references=self._references(draw.index, rng),
+            speaker=sample.speaker if self.name_speakers else None,
         )
         return {"tokens": tokens, "labels": labels, "draw": draw}
 
-    def _references(self, sample: Sample, index: int, rng: random.Random) -> list[Utterance]:
-        others = self.by_speaker[sample.speaker]
+    def _references(self, index: int, rng: random.Random) -> list[Utterance]:
+        others = self.by_speaker[self.samples[index].speaker]
         if rng.random() >= self.reference_share or len(others) < 2:
             return []
         other = rng.choice(others)
         if other == index:
             other = others[(others.index(other) + 1) % len(others)]
-        reference = self.samples[other]
-        if self._columns(sample) + self._columns(reference) > self.max_length:
+        if self._columns[index] + self._columns[other] > self.max_length:
             return []
-        return [_utterance(reference)]
+        return [_utterance(self.samples[other])]
 
-    def _columns(self, sample: Sample) -> int:
-        text = len(self.tokenizer.encode(sample.text)) + len(sample.speaker.encode()) + 3
-        return sample.codes.shape[1] + text + self._overhead()
-
-    @lru_cache(maxsize=1)  # noqa: B019 (one data set lives as long as its run)
-    def _overhead(self) -> int:
-        nothing = Utterance("", torch.zeros(1, 0, dtype=torch.long))
-        return build_item(self.tokenizer, nothing)[0].shape[1] + 1
+    def _count_columns(self, sample: Sample) -> int:
+        text = with_speaker(sample.text, sample.speaker if self.name_speakers else None)
+        return len(self.tokenizer.encode(text)) + sample.codes.shape[1] + self._overhead
 
 
 def _utterance(sample: Sample) -> Utterance:
@@ -160,12 +159,17 @@ class StepBatches:
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
         step_size = self.batch_size * self.accumulate * self.world_size
-        chunks = []
-        for begin in range(0, len(order), _POOL * step_size):
+        # The step that the last epoch began is filled up first, so that the chunks of items of
+        # about the same length fall on whole steps.
+        head = -epoch * len(order) % step_size
+        chunks, short = [], []
+        for begin in range(head, len(order), _POOL * step_size):
             pool = sorted(order[begin : begin + _POOL * step_size], key=self.lengths.__getitem__)
-            chunks += [pool[i : i + step_size] for i in range(0, len(pool), step_size)]
+            whole = len(pool) - len(pool) % step_size
+            chunks += [pool[i : i + step_size] for i in range(0, whole, step_size)]
+            short = pool[whole:]
         rng.shuffle(chunks)
-        return [index for chunk in chunks for index in chunk]
+        return [*order[:head], *(index for chunk in chunks for index in chunk), *short]
 
 
 def collate(items: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
@@ -246,7 +250,13 @@ class SemanticDataModule(L.LightningDataModule):
         return DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=lambda items: collate(items, pad_id),
+            collate_fn=partial(collate, pad_id=pad_id),
+            worker_init_fn=_ignore_interrupt,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl+C reaches the workers too, but the step at hand still needs their batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

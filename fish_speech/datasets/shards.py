@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -58,7 +57,6 @@ def build_shards(
     num_codebooks: int,
     codebook_size: int,
     validation_share: float = 0.05,
-    seed: int = 0,
     progress: Callable[[Iterable[Clip]], Iterable[Clip]] = iter,
 ) -> tuple[Manifest, bool]:
     """Pack a data set whose codes are extracted; returns the manifest and whether it was rebuilt.
@@ -67,7 +65,7 @@ def build_shards(
     where none is left.
     """
     clips = find_clips(data_dir)
-    settings = (num_codebooks, codebook_size, validation_share, seed)
+    settings = (num_codebooks, codebook_size, validation_share)
     source = _source_digest(clips, settings)
     folder = Path(data_dir) / SHARD_FOLDER
     current = _current_manifest(folder, source)
@@ -86,7 +84,7 @@ def build_shards(
     if not usable:
         reason = next(iter(manifest.skipped.values()))
         raise ValueError(f"{data_dir}: no clip can be used; the first: {reason}")
-    held_out = _choose_validation(usable, validation_share, seed)
+    held_out = _choose_validation(usable, validation_share)
     for split in ("train", "validation"):
         chosen = [clip for clip in usable if (clip.name in held_out) == (split == "validation")]
         chosen.sort(key=lambda clip: clip.speaker)  # so that names and shards run alike
@@ -157,13 +155,17 @@ def _messages(clips: list[Clip], data_dir: str | Path, speaker: str) -> Iterator
     return text_data(samples, Path(data_dir).name)
 
 
-def _choose_validation(clips: list[Clip], share: float, seed: int) -> set[str]:
-    """Names of the held-out clips: a share, at least one where there are two, drawn at random."""
+def _choose_validation(clips: list[Clip], share: float) -> set[str]:
+    """Names of the held-out clips: a share, at least one where there are two.
+
+    A digest of the name decides, so that a clip stays on its side when others are added, and a
+    second stage never validates on what the first one learned.
+    """
     if len(clips) < 2 or share <= 0:
         return set()
     count = min(max(1, round(share * len(clips))), len(clips) - 1)
     names = [clip.name for clip in clips]
-    return set(random.Random(seed).sample(names, count))
+    return set(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
 
 
 def _source_digest(clips: list[Clip], settings: tuple) -> str:

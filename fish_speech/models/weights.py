@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from fish_speech.files import atomic_path
 
 _SHOWN = 5
 
@@ -26,15 +28,27 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file}: no such file")
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as error:
+    except Exception as error:  # a few flipped bytes raise almost anything
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
             f"{file}: damaged, cut short or no PyTorch weight file ({first_line}); "
-            "download or write it again"
+            "get or make it again"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not a state dict")
     return content
+
+
+def save_tensors(content: dict[str, Any], file: str | Path) -> None:
+    """Write a dict as `torch.save` does, atomically. Raises `OSError` where the disk is full."""
+    with atomic_path(file) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's writer does not say what went wrong
+            free = shutil.disk_usage(temporary.parent).free
+            raise OSError(
+                f"{file}: could not be written, {free / 1e6:.0f} MB are free there ({error})"
+            ) from error
 
 
 def read_state_dict(file: str | Path, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor]:

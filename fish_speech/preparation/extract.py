@@ -47,29 +47,26 @@ def extract_codes(
     or the codec changes. Codes without a record (made elsewhere) are kept where they fit the audio.
     Of several processes each takes its share of the clips.
     """
-    clips = find_clips(data_dir)[rank::world_size]
     record_file = data_dir / (f"codes.{rank}.json" if rank else RECORD_FILE)
-    records = [read_json(file) for file in sorted(data_dir.glob("codes*.json"))]
-    foreign = not any(record["clips"] for record in records)
-    record = {"codec": file_digest(find_codec(model_dir)), "clips": {}}
-    for earlier in records:
-        if earlier["codec"] == record["codec"]:
-            record["clips"].update(earlier["clips"])
-
+    digest = file_digest(find_codec(model_dir))
+    records = _read_records(data_dir)
+    stamps: dict[str, list[int]] = {}  # of the clips that this process has seen to
+    record = {"codec": digest, "clips": stamps}
     result = Extraction()
     work = []
-    for clip in clips:
+    for clip in find_clips(data_dir)[rank::world_size]:
         stamp = _stamp(clip.audio)
-        known = record["clips"].get(clip.name) == stamp and clip.codes.is_file()
-        if known or (foreign and _fits(clip, codec)):
-            record["clips"][clip.name] = stamp
+        current = any(r["codec"] == digest and r["clips"].get(clip.name) == stamp for r in records)
+        foreign = all(clip.name not in r["clips"] for r in records)
+        if (current and clip.codes.is_file()) or (foreign and _fits(clip, codec)):
+            stamps[clip.name] = stamp
             result.kept += 1
         else:
             work.append(clip)
     try:
         with tqdm(total=len(work), desc="extracting", unit="clip", disable=None) as progress:
             for number, batch in enumerate(_loader(work, codec, batch_size, num_workers)):
-                _encode(batch, codec, record["clips"], result)
+                _encode(batch, codec, stamps, result)
                 progress.update(len(batch))
                 if number % _SAVE_RECORD_EVERY == 0:
                     write_json(record_file, record)
@@ -85,10 +82,24 @@ class _Loaded:
     problem: str | None = None
 
 
+def _read_records(data_dir: Path) -> list[dict]:
+    """What earlier runs recorded; a file that is no record (any more) counts for nothing."""
+    records = []
+    for file in sorted(data_dir.glob("codes*.json")):
+        try:
+            record = read_json(file)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("clips"), dict) and "codec" in record:
+            records.append(record)
+    return records
+
+
 def _encode(batch: list[_Loaded], codec: Codec, stamps: dict, result: Extraction) -> None:
     for item in batch:
         if item.problem is not None:
             result.failed[item.clip.name] = item.problem
+            item.clip.codes.unlink(missing_ok=True)  # of audio that there is no more
     whole = [item for item in batch if item.waveform is not None]
     if not whole:
         return

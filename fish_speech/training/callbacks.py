@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import sys
 import time
@@ -14,8 +13,9 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
+from fish_speech.devices import is_out_of_memory
 from fish_speech.files import atomic_path
-from fish_speech.models.weights import read_checkpoint
+from fish_speech.models.weights import read_checkpoint, save_tensors
 from fish_speech.training.runs import Run
 
 _STEPS_TO_FORECAST = 10
@@ -25,8 +25,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """Checkpoint files that are whole or not there, and hold tensors and plain values only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options=None) -> None:
-        with atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
+        save_tensors(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location=None, weights_only=None) -> dict[str, Any]:
         return read_checkpoint(path)
@@ -37,7 +36,10 @@ class SaveCheckpoints(L.Callback):
 
     def __init__(self, run: Run, every: int, keep: int | None) -> None:
         self.run, self.every, self.keep = run, every, keep
-        self._saved_step = 0
+        self._saved_step = -1  # until training starts there is nothing to save
+
+    def on_train_start(self, trainer: L.Trainer, module) -> None:
+        self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
         if step_finished(trainer, batch_index) and trainer.global_step % self.every == 0:
@@ -48,8 +50,9 @@ class SaveCheckpoints(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:
         # Between two steps the adapters are what the last one left, so a run that ran out of
-        # memory loses nothing. A diverged run (ValueError) must not replace good checkpoints.
-        if isinstance(exception, RuntimeError | MemoryError):
+        # memory loses nothing. (Not among several processes: the others are elsewhere, and saving
+        # waits for them.)
+        if is_out_of_memory(exception) and trainer.world_size == 1 and self._saved_step >= 0:
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
@@ -81,9 +84,10 @@ class StopCleanly(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
         if step_finished(trainer, batch_index):
-            # One process that was told to stop stops all.
+            # One process that was told to stop stops all, and all say so.
             noted = self.signal is not None
             if trainer.strategy.reduce_boolean_decision(noted, all=False):
+                self.signal = self.signal or signal.SIGTERM
                 trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, module) -> None:
@@ -185,6 +189,10 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that was allocated on a CUDA card, else that the process has had."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

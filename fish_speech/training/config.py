@@ -1,29 +1,139 @@
-"""Composing a run's config from `configs/` and the overrides of a command line."""
+"""A run's config: composed from `configs/`, typed, checked, and remembered by the run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, OmegaConf
+
+from fish_speech.models.text2semantic.lora import LoRAConfig
+from fish_speech.training.lit_module import OptimizerConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def compose_config(overrides: list[str], name: str = "text2semantic_finetune") -> DictConfig:
-    """Compose `configs/<name>.yaml` with hydra overrides (`key=value`).
+@dataclass
+class DataConfig:
+    dir: str | None = None
+    validation_share: float = MISSING
+    reference_share: float = MISSING
+    max_length: int = MISSING
+    batch_size: int = MISSING
+    num_workers: int = MISSING
 
-    Raises `ValueError` for a key that the config does not have.
+
+@dataclass
+class TrainConfig:
+    max_steps: int = MISSING
+    gradient_accumulation_steps: int = MISSING
+    gradient_clip: float = MISSING
+    gradient_checkpointing: Any = MISSING  # auto, true or false
+    dropout: float = MISSING
+    save_every: int = MISSING
+    val_every: int | None = None
+    keep_checkpoints: int | None = None
+    log_every: int = MISSING
+    devices: int = MISSING
+    num_nodes: int = MISSING
+    strategy: str = MISSING
+
+
+@dataclass
+class AdapterConfig:
+    r: int = MISSING
+    alpha: float = MISSING
+    dropout: float = MISSING
+    targets: list[str] = MISSING
+
+
+@dataclass
+class RunConfig:
+    """`configs/text2semantic_finetune.yaml`, whose comments say what each key means."""
+
+    project: str = MISSING
+    seed: int = MISSING
+    device: str = MISSING
+    precision: str = MISSING
+    base_model: str | None = None
+    model: dict[str, Any] = MISSING
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def base(self) -> str:
+        """The base model: a directory, or the name of a registered version."""
+        return self.base_model or self.model["name"]
+
+    @property
+    def adapters(self) -> LoRAConfig:
+        lora = self.lora
+        return LoRAConfig(lora.r, lora.alpha, lora.dropout, tuple(lora.targets))
+
+    def to_yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.structured(self))
+
+
+def compose_config(
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+    *,
+    remembered: Path | None = None,
+) -> RunConfig:
+    """Compose `configs/text2semantic_finetune.yaml` with hydra `overrides` and plain `values`.
+
+    With `remembered`, the config that a run kept, everything that is not given here is as it was
+    there. Raises `ValueError` for a key that there is not and a value that can't be meant.
     """
+    values = values or {}
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose(name, overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"config: {str(error).splitlines()[0]}") from error
+            composed = compose("text2semantic_finetune", overrides=list(overrides))
+        for key, value in values.items():
+            OmegaConf.update(composed, key, value)
+        if remembered is not None:
+            given = [*(text.partition("=")[0].lstrip("+") for text in overrides), *values]
+            known = OmegaConf.load(remembered)
+            for key in given:
+                OmegaConf.update(known, key, OmegaConf.select(composed, key), merge=False)
+            composed = known
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
+    except Exception as error:  # hydra's grammar raises half a dozen unrelated kinds
+        key = getattr(error, "full_key", None)
+        what = str(error).strip().splitlines()[0]
+        raise ValueError(f"config: {key}: {what}" if key else f"config: {what}") from error
+    _check_ranges(config)
+    return config
 
 
 def lora_presets() -> list[str]:
     """Names of the LoRA configs."""
     return sorted(file.stem for file in (CONFIGS / "lora").glob("*.yaml"))
+
+
+_AT_LEAST_ONE = (
+    *("max_steps", "gradient_accumulation_steps", "save_every", "val_every", "log_every"),
+    *("keep_checkpoints", "devices", "num_nodes", "batch_size", "max_length"),
+)
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for name, section in (("data", config.data), ("train", config.train)):
+        for item in fields(section):
+            value = getattr(section, item.name)
+            if item.name in _AT_LEAST_ONE and value is not None and value < 1:
+                raise ValueError(f"config: {name}.{item.name} is {value}; it must be at least 1")
+    for name in ("validation_share", "reference_share"):
+        if not 0 <= getattr(config.data, name) <= 1:
+            raise ValueError(f"config: data.{name} is {getattr(config.data, name)}, not 0 to 1")
+    if str(config.train.gradient_checkpointing).lower() not in ("auto", "true", "false"):
+        raise ValueError(
+            f"config: train.gradient_checkpointing is {config.train.gradient_checkpointing!r}; "
+            "use auto, true or false"
+        )
+    config.adapters  # noqa: B018 (its own checks)

@@ -16,7 +16,7 @@ from fish_speech.models.text2semantic.lora import load_lora, lora_state_dict
 from fish_speech.training.loss import LossSums, loss_sums
 
 
-@dataclass(frozen=True)
+@dataclass
 class OptimizerConfig:
     """AdamW and its learning rate over the steps.
 
@@ -50,10 +50,8 @@ class TextToSemantic(L.LightningModule):
     """Trains what requires gradients: adapters over a frozen base, or every parameter.
 
     `run` is stored in every checkpoint (LoRA config, base, data, parent); `clip_names` are those of
-    the data set's samples.
-    `code_noise` replaces that share of the input codes by random ones; `frame_share` trains the
-    fast transformer on that share of the frames. All randomness of a step follows from `seed` and
-    the step, so a resumed run draws what an uninterrupted one would have drawn.
+    the data set's samples. All randomness of a step follows from `seed` and the step, so a resumed
+    run draws what an uninterrupted one would have drawn.
     """
 
     def __init__(
@@ -62,50 +60,65 @@ class TextToSemantic(L.LightningModule):
         optimizer: OptimizerConfig,
         *,
         seed: int = 0,
-        code_noise: float = 0.0,
-        frame_share: float = 1.0,
         run: dict[str, Any] | None = None,
         clip_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer_config = optimizer
-        self.seed, self.code_noise, self.frame_share = seed, code_noise, frame_share
+        self.seed = seed
         self.run, self.clip_names = run or {}, clip_names
         self.adapters_only = bool(lora_state_dict(model))
         self.strict_loading = not self.adapters_only
         self._validation: list[LossSums] = []
+        self._clips: list[str] = []  # of the step at hand
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        generator = self._seed_step(batch_index)
-        sums = loss_sums(
-            self.model,
-            self._with_noise(batch["tokens"], generator),
-            batch["labels"],
-            frame_share=self.frame_share,
-            generator=generator,
-        )
-        step_codes = batch["step_frames"] * self.model.config.num_codebooks * self.frame_share
+        micro = batch_index % self.trainer.accumulate_grad_batches
+        self._note_clips(batch, micro)
+        self._seed_step(micro)
+        sums = loss_sums(self.model, batch["tokens"], batch["labels"])
         # Lightning divides by the micro-batches and averages over processes; the sums are already
         # parts of the whole step's mean.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        step_codes = batch["step_frames"] * self.model.config.num_codebooks
         loss = sums.loss(batch["step_tokens"], step_codes) * parts
-        if not loss.isfinite():
-            names = self.clip_names or range(10**9)
-            clips = [str(names[i]) for i in batch["indices"].tolist()]
-            raise ValueError(
-                f"the loss is {loss.item()} at step {self.global_step}, in {', '.join(clips)}; "
-                "look at these clips, or lower --learning-rate; the last checkpoint is good"
-            )
+        token, codebook = sums.token.detach() / sums.tokens, sums.codebook.detach() / sums.codes
         self.log_dict(
             {
-                "train/loss": loss.detach(),
-                "train/token_loss": sums.token.detach() / max(1, sums.tokens),
-                "train/codebook_loss": sums.codebook.detach() / max(1, sums.codes),
-                "train/top5_accuracy": sums.top5 / max(1, sums.codes),
+                "train/loss": token + codebook,
+                "train/token_loss": token,
+                "train/codebook_loss": codebook,
+                "train/top5_accuracy": sums.top5 / sums.codes,
             }
         )
+        self._refuse_unless_finite(loss.detach(), "loss")
         return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm; a norm that is not finite would make every adapter NaN."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
+        self._refuse_unless_finite(norm, "gradient")
+
+    def _refuse_unless_finite(self, value: Tensor, what: str) -> None:
+        """All processes stop where one of them would go on with nonsense."""
+        fine = bool(value.isfinite())
+        if not self.trainer.strategy.reduce_boolean_decision(fine, all=True):
+            raise ValueError(
+                f"the {what} is {value.item()} at step {self.global_step}, in "
+                f"{', '.join(self._clips)}; look at these clips, or lower --learning-rate; "
+                "the last checkpoint is good"
+            )
+
+    def _note_clips(self, batch: dict[str, Tensor], micro: int) -> None:
+        indices = batch["indices"].tolist()
+        names = [self.clip_names[i] if self.clip_names else f"sample {i}" for i in indices]
+        self._clips = names if micro == 0 else self._clips + names
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         self._validation.append(loss_sums(self.model, batch["tokens"], batch["labels"]))
@@ -164,21 +177,13 @@ class TextToSemantic(L.LightningModule):
             return None
         return super().load_state_dict(state_dict, strict=True, assign=assign)
 
-    def _seed_step(self, batch_index: int) -> torch.Generator:
-        """Seed what the step draws: dropout from the global state, the rest from the generator."""
-        micro = batch_index % self.trainer.accumulate_grad_batches
-        place = (self.global_step * 64 + micro) * self.trainer.world_size + self.global_rank
-        seed = (self.seed * 1_000_003 + place) % (1 << 63)
-        torch.manual_seed(seed)
-        return torch.Generator().manual_seed(seed)
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on at the beginning of a step: it may be cut into other micro-batches than before."""
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["current"], progress["total"]):
+            counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), batches))
 
-    def _with_noise(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        if not self.code_noise:
-            return tokens
-        codes = tokens[:, 1:]
-        noise = torch.randint(self.model.config.codebook_size, codes.shape, generator=generator).to(
-            codes.device
-        )
-        hit = torch.rand(codes.shape, generator=generator).to(codes.device) < self.code_noise
-        hit &= self.model.is_frame(tokens[:, :1])
-        return torch.cat([tokens[:, :1], torch.where(hit, noise, codes)], dim=1)
+    def _seed_step(self, micro: int) -> None:
+        place = (self.global_step * 4096 + micro) * self.trainer.world_size + self.global_rank
+        torch.manual_seed((self.seed * 1_000_003 + place) % (1 << 63))

@@ -29,18 +29,10 @@ class LossSums:
         return self.token / step_tokens + self.codebook / step_codes
 
 
-def loss_sums(
-    model: DualARTransformer,
-    tokens: Tensor,
-    labels: Tensor,
-    *,
-    frame_share: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> LossSums:
+def loss_sums(model: DualARTransformer, tokens: Tensor, labels: Tensor) -> LossSums:
     """Losses of tokens and labels [B, K+1, T], padded on the right.
 
-    The output layer runs only on positions with a label, the fast transformer only on frames (with
-    `frame_share` below 1, on a random share of them).
+    The output layer runs only on positions with a label, the fast transformer only on frames.
     """
     x = model.hidden_states(tokens)  # [B, T, D]
     spoken = labels[:, 0] != IGNORED  # [B, T]
@@ -48,8 +40,6 @@ def loss_sums(
     token = F.cross_entropy(model.token_logits(x[spoken]).float(), targets, reduction="sum")
 
     frames = (labels[:, 1:] != IGNORED).all(dim=1)  # [B, T]
-    if frame_share < 1:
-        frames &= torch.rand(frames.shape, generator=generator).to(frames.device) < frame_share
     codes = labels[:, 1:].transpose(1, 2)[frames]  # [N, K]
     logits = model.codebook_logits(x[frames], codes).flatten(0, 1).float()  # [N·K, C]
     codes = codes.flatten()

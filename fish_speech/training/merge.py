@@ -52,6 +52,8 @@ def merge(
     content = read_checkpoint(checkpoint.path)
     adapters = content.get("state_dict", content)
     base_dir, lora = _needed(checkpoint, content.get("run"), base_dir, lora)
+    if folder.resolve() == base_dir.resolve():
+        raise ValueError(f"{folder}: is the base of this checkpoint; give it another --project")
     dtype = load_model(base_dir).dtype  # mapped: costs nothing
     model = load_model(base_dir, dtype=torch.float32)
     tokenizer = FishTokenizer.from_pretrained(base_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,21 +18,26 @@ def data_processes() -> Iterator[tuple[int, int]]:
     Those of torchrun and SLURM start together; until the block ends they are a group for
     `wait_for_all`. A process alone, or one that Lightning starts once the data is ready, is (0, 1).
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    if TorchElasticEnvironment.detect():
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address = "env://"
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
-        from lightning.fabric.plugins.environments import SLURMEnvironment
-
+    elif SLURMEnvironment.detect():
         slurm = SLURMEnvironment()
         rank, world_size = slurm.global_rank(), slurm.world_size()
         address = f"tcp://{slurm.main_address}:{slurm.main_port}"
     else:
+        rank, world_size, address = 0, 1, ""
+    if world_size == 1:
         yield 0, 1
         return
     from torch import distributed
 
-    distributed.init_process_group("gloo", address, rank=rank, world_size=world_size)
+    # The first process may download or transcribe for hours while the others wait.
+    distributed.init_process_group(
+        "gloo", address, timedelta(days=7), rank=rank, world_size=world_size
+    )
     try:
         yield rank, world_size
     finally:
@@ -56,7 +62,26 @@ def first_then_all(work: Callable[[], T]) -> T:
     return work()
 
 
+def gather(own: dict[str, str]) -> dict[str, str]:
+    """The entries of all processes of the group, in each of them."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return own
+    parts: list[dict[str, str]] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def local_rank() -> int:
+    """Which of the processes on this machine this is."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
 def is_first() -> bool:
     """Whether this process is the one that speaks and writes for all."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the first that is set decides
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    if "LOCAL_RANK" in os.environ:
+        return os.environ["LOCAL_RANK"] == os.environ.get("NODE_RANK", "0") == "0"
+    return os.environ.get("SLURM_PROCID", "0") == "0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -70,6 +71,16 @@ class Run:
         return self.folder / "training_configs"
 
     @property
+    def remembered_config(self) -> Path:
+        """The composed config of the latest start."""
+        return self.configs / "latest.yaml"
+
+    def new_log(self) -> str:
+        """A name for the log folder of a start: never one that was used."""
+        used = [int(path.name[4:]) for path in self.logs.glob("run_*") if path.name[4:].isdecimal()]
+        return f"run_{max(used, default=0) + 1:03d}"
+
+    @property
     def checkpoint_folder(self) -> Path:
         return self.folder / "checkpoints"
 
@@ -123,7 +134,7 @@ def recorded_lora(record: dict[str, Any]) -> LoRAConfig:
 
 
 def named_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint by its file, or the newest of a folder. Raises `FileNotFoundError`."""
+    """A checkpoint by its file, or the newest of a folder or run. Raises `FileNotFoundError`."""
     file = real_path(path)
     if file.is_dir():
         found = checkpoints_in(file) or checkpoints_in(file / "checkpoints")
@@ -158,10 +169,10 @@ def describe_checkpoints(run: Run) -> str:
         time = datetime.fromtimestamp(stat.st_mtime).strftime("%Y-%m-%d %H:%M:%S")
         notes = [f"step {checkpoint.step}"]
         try:
-            parent = checkpoint.read()["run"].get("parent")
+            parent = checkpoint.read()["run"]["parent"]
         except ValueError:
             parent = None
-            notes.append("damaged")
+            notes.append("damaged, or not of this program")
         if checkpoint.step in losses:
             notes.append(f"validation loss {losses[checkpoint.step]:.3f}")
         if parent:
@@ -189,36 +200,39 @@ def choose_start(
     resume_latest: bool = False,
     resume_from: str | None = None,
     checkpoint_path: str | None = None,
+    fits: Callable[[dict[str, Any]], bool] = lambda record: True,
 ) -> Start:
     """Apply the rules of resuming (README, "Going on from a checkpoint").
 
-    Raises `ValueError` or `FileNotFoundError` that says what there is to choose from.
+    What a project has is never started over: without a flag, too, it goes on. `fits` says whether
+    another project's record is of the base and LoRA config that are wanted here. Raises
+    `ValueError` or `FileNotFoundError` that says what there is to choose from.
     """
-    if sum(map(bool, (resume_latest, resume_from, checkpoint_path))) > 1:
-        raise ValueError(
-            "--resume-latest, --resume-from-checkpoint and --checkpoint-path exclude each other"
-        )
+    if resume_latest and resume_from:
+        raise ValueError("--resume-latest and --resume-from-checkpoint exclude each other")
     own = run.checkpoints()
-    if resume_latest and own:
-        return Start(own[-1], True, f"resuming {own[-1].path} exactly")
-    if resume_from and _belongs_to(checkpoint := named_checkpoint(resume_from), run):
-        return Start(checkpoint, True, f"resuming {checkpoint.path} exactly")
+    named = resume_from or checkpoint_path
+    other = named_checkpoint(named) if named else None
+    if resume_from and other.path.resolve().parent == run.checkpoint_folder.resolve():
+        return Start(other, True, f"going on from {other.path} exactly")
     if own:
-        raise ValueError(
-            f"project '{run.project}' has checkpoints up to step {own[-1].step} already; "
-            "go on with --resume-latest, or choose another --project"
-        )
-    if resume_from or checkpoint_path:
-        checkpoint = named_checkpoint(resume_from or checkpoint_path)
-        checkpoint.read()
-        return Start(checkpoint, False, f"starting from the adapters of {checkpoint.path}")
+        parent = own[-1].read()["run"]["parent"]
+        if resume_from and (parent is None or Path(parent).resolve() != other.path.resolve()):
+            raise ValueError(
+                f"project '{run.project}' has checkpoints of its own, up to step {own[-1].step}, "
+                f"that did not start from {resume_from}; choose another --project"
+            )
+        return Start(own[-1], True, f"going on from {own[-1].path} exactly")
+    if other is not None:
+        other.read()
+        return Start(other, False, f"starting from the adapters of {other.path}")
     if not resume_latest:
         return Start(None, False, "starting from the base model")
-    related = _latest_of_same_data(run, data_dir)
+    related = _latest_of_same_data(run, data_dir, fits)
     if related is None:
         raise FileNotFoundError(
             f"--resume-latest: no checkpoint, neither of project '{run.project}' nor of another "
-            f"one trained on {data_dir}; leave the flag out to start from the base model"
+            f"one trained on {data_dir} over this base; leave the flag out to start from the base"
         )
     return Start(
         related,
@@ -236,12 +250,10 @@ def real_path(path: str | Path) -> Path:
     return path
 
 
-def _belongs_to(checkpoint: Checkpoint, run: Run) -> bool:
-    return checkpoint.path.resolve().parent == run.checkpoint_folder.resolve()
-
-
-def _latest_of_same_data(run: Run, data_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint of another project that was trained on the same data."""
+def _latest_of_same_data(
+    run: Run, data_dir: Path, fits: Callable[[dict[str, Any]], bool]
+) -> Checkpoint | None:
+    """The newest checkpoint of another project that was trained on the same data and fits."""
     wanted = str(data_dir.resolve())
     candidates = []
     for folder in run.folder.parent.iterdir() if run.folder.parent.is_dir() else ():
@@ -249,6 +261,10 @@ def _latest_of_same_data(run: Run, data_dir: Path) -> Checkpoint | None:
             candidates.append(found[-1])
     candidates.sort(key=lambda c: c.path.stat().st_mtime, reverse=True)
     for checkpoint in candidates:
-        if checkpoint.read()["run"].get("data_dir") == wanted:
+        try:
+            record = checkpoint.read()["run"]
+        except ValueError:
+            continue  # another project's damage is not this one's
+        if record["data_dir"] == wanted and fits(record):
             return checkpoint
     return None

@@ -6,23 +6,28 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
 from fish_speech.datasets.shards import Manifest, Sample, read_samples
-from fish_speech.devices import free_memory, resolve_device, resolve_precision
+from fish_speech.devices import (
+    free_memory,
+    is_out_of_memory,
+    resolve_device,
+    resolve_precision,
+)
 from fish_speech.files import exclusive, file_digest, remove_temporaries, write_text
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora
+from fish_speech.models.vqgan import CodecConfig
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.callbacks import (
     AtomicCheckpoints,
@@ -31,7 +36,8 @@ from fish_speech.training.callbacks import (
     StopCleanly,
     plot_losses,
 )
-from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
+from fish_speech.training.config import RunConfig
+from fish_speech.training.lit_module import TextToSemantic
 from fish_speech.training.processes import is_first
 from fish_speech.training.runs import Checkpoint, Run, Start, recorded_lora
 
@@ -40,6 +46,9 @@ OUT_OF_MEMORY = (
     "--override train.gradient_checkpointing=true, --lora-config r_4_alpha_8, "
     "or shorter clips (--override data.max_length=512)"
 )
+
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -51,19 +60,19 @@ class Trained:
 
 
 def train(
-    config: DictConfig,
+    config: RunConfig,
     *,
     base_dir: Path,
     manifest: Manifest,
     start: Start,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Trained:
     """Train adapters over the model in `base_dir` on the packed data set.
 
     `say` is given what the user should know. Raises `ValueError` where something doesn't fit or the
     loss diverges; running out of memory ends in a `MemoryError` that says what to change.
     """
-    run = Run.of(config.project, config.results_dir)
+    run = Run.of(config.project)
     if not is_first():  # a further process of a run whose first one holds the lock
         return _train(config, run, base_dir, manifest, start, lambda message: None)
     with exclusive(run.folder, f"project '{run.project}'"):
@@ -71,7 +80,9 @@ def train(
         return _train(config, run, base_dir, manifest, start, say)
 
 
-def _train(config, run, base_dir, manifest, start, say) -> Trained:
+def _train(
+    config: RunConfig, run: Run, base_dir: Path, manifest: Manifest, start: Start, say: Say
+) -> Trained:
     max_steps = config.train.max_steps
     if start.exact and start.checkpoint.step >= max_steps:
         say(
@@ -81,7 +92,7 @@ def _train(config, run, base_dir, manifest, start, say) -> Trained:
         return Trained(start.checkpoint, None)
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
-    lora = lora_config(config)
+    lora = config.adapters
     base_digest = file_digest(base_dir / MODEL_FILE)
     if start.checkpoint is not None:
         check_fits(start.checkpoint, lora, base_digest, base_dir)
@@ -95,13 +106,14 @@ def _train(config, run, base_dir, manifest, start, say) -> Trained:
         load_lora(model, start.checkpoint.read()["state_dict"], start.checkpoint.path)
     module = TextToSemantic(
         model,
-        _optimizer_config(config),
+        replace(config.optimizer, max_steps=max_steps),
         seed=config.seed,
-        run=_run_record(config, run, base_dir, base_digest, lora, start),
+        run=_run_record(config, run, base_dir, base_digest, start),
         clip_names=[sample.name for sample in data.train.samples],
     )
     model.train()  # Lightning leaves the mode as it finds it
-    _preflight(config, model, data, device, say)
+    frame_rate = CodecConfig.from_pretrained(base_dir).frame_rate
+    _preflight(config, model, data, frame_rate, device, say)
     if is_first():
         _save_config(config, run)
     stop = StopCleanly()
@@ -112,7 +124,7 @@ def _train(config, run, base_dir, manifest, start, say) -> Trained:
     except SystemExit as error:  # Lightning's answer to a second Ctrl+C
         raise KeyboardInterrupt from error
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise MemoryError(OUT_OF_MEMORY) from error
     finally:
@@ -120,20 +132,6 @@ def _train(config, run, base_dir, manifest, start, say) -> Trained:
     if trainer.is_global_zero:
         plot_losses(run.metrics(), run.logs / "loss.png")
     return Trained(run.checkpoint(trainer.global_step), stop.signal)
-
-
-def lora_config(config: DictConfig) -> LoRAConfig:
-    """The LoRA section of a config."""
-    values = OmegaConf.to_container(config.lora)
-    return LoRAConfig(values["r"], values["alpha"], values["dropout"], tuple(values["targets"]))
-
-
-def _optimizer_config(config: DictConfig) -> OptimizerConfig:
-    try:
-        typed = OmegaConf.merge(OmegaConf.structured(OptimizerConfig), config.optimizer)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"config: optimizer: {str(error).splitlines()[0]}") from error
-    return replace(OmegaConf.to_object(typed), max_steps=config.train.max_steps)
 
 
 def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_dir: Path) -> None:
@@ -152,7 +150,9 @@ def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_
         )
 
 
-def _run_record(config, run, base_dir, base_digest, lora, start) -> dict:
+def _run_record(
+    config: RunConfig, run: Run, base_dir: Path, base_digest: str, start: Start
+) -> dict[str, Any]:
     """What every checkpoint of the run carries: all that merging and resuming must know."""
     parent = start.checkpoint.path if start.checkpoint is not None and not start.exact else None
     if start.exact:
@@ -162,24 +162,27 @@ def _run_record(config, run, base_dir, base_digest, lora, start) -> dict:
         "data_dir": str(Path(config.data.dir).resolve()),
         "base": str(base_dir.resolve()),
         "base_digest": base_digest,
-        "lora": {
-            "r": lora.r,
-            "alpha": lora.alpha,
-            "dropout": lora.dropout,
-            "targets": list(lora.targets),
-        },
+        "lora": asdict(config.lora),
         "parent": str(parent) if parent is not None else None,
     }
 
 
 def load_split(data_dir: Path, manifest: Manifest, split: str) -> list[Sample]:
-    """The samples of a split, each with the name of its clip."""
+    """The samples of a split, each with the name of its clip.
+
+    Raises `ValueError` where the shards are not those of the manifest any more.
+    """
+    for path in manifest.paths(data_dir, split):
+        if not path.is_file() or file_digest(path) != manifest.shards[path.name]:
+            raise ValueError(f"{path}: was packed again by another run; start this one again")
     samples = read_samples(manifest.paths(data_dir, split))
     names = getattr(manifest, split)
     return [replace(s, name=name) for s, name in zip(samples, names, strict=True)]
 
 
-def _data_module(config, base_dir, manifest, say) -> SemanticDataModule:
+def _data_module(
+    config: RunConfig, base_dir: Path, manifest: Manifest, say: Say
+) -> SemanticDataModule:
     data_dir = Path(config.data.dir)
     tokenizer = FishTokenizer.from_pretrained(base_dir)
     shared = {
@@ -211,58 +214,70 @@ def _data_module(config, base_dir, manifest, say) -> SemanticDataModule:
     )
 
 
-def _preflight(config, model, data, device, say) -> None:
+def _preflight(
+    config: RunConfig,
+    model: DualARTransformer,
+    data: SemanticDataModule,
+    frame_rate: float,
+    device: torch.device,
+    say: Say,
+) -> None:
     """Say what will be trained and what it needs; choose gradient checkpointing."""
-    frames = sum(data.train.frames(i) for i in range(len(data.train)))
+    minutes = sum(map(data.train.frames, range(len(data.train)))) / frame_rate / 60
     say(
-        f"{len(data.train)} utterances to learn from ({frames} frames), "
+        f"{len(data.train)} utterances to learn from ({minutes:.1f} minutes), "
         f"{len(data.validation)} held out, {len(data.train.by_speaker)} speaker(s); "
         f"batch {data.batch_size} x {data.accumulate}, device {device}, base in {model.dtype}"
     )
     if not len(data.validation):
         say("warning: one clip only, nothing is held out; the validation loss is left out")
-    columns = max(len_ for len_ in map(data.train.columns, range(len(data.train))))
-    needs = {c: expected_memory(model, data.batch_size * columns, c) for c in (False, True)}
+    lengths = sorted(map(data.train.columns, range(len(data.train))))
+    longest = lengths[-1] + (lengths[-1] if config.data.reference_share else 0)
+    columns = data.batch_size * min(longest, config.data.max_length)
+    needs = {chosen: expected_memory(model, columns, chosen) for chosen in (False, True)}
     free = free_memory(device)
-    chosen = config.train.gradient_checkpointing
-    if chosen == "auto":
-        chosen = needs[False] > 0.8 * free
-    model.gradient_checkpointing = bool(chosen)
-    need = needs[bool(chosen)]
-    how = "with" if chosen else "without"
+    setting = str(config.train.gradient_checkpointing).lower()
+    chosen = needs[False] > 0.8 * free if setting == "auto" else setting == "true"
+    model.gradient_checkpointing = chosen
     say(
-        f"memory: about {need / 1e9:.1f} GB {how} gradient checkpointing, "
-        f"{free / 1e9:.1f} GB are free"
+        f"memory: about {needs[chosen] / 1e9:.1f} GB {'with' if chosen else 'without'} gradient "
+        f"checkpointing, {free / 1e9:.1f} GB are free"
     )
-    if need > free:
+    if needs[chosen] > free:
         say(f"warning: this may not fit: {OUT_OF_MEMORY}")
 
 
 def expected_memory(model: DualARTransformer, columns: int, checkpointing: bool) -> int:
-    """A rough count of the bytes that training needs for batches of so many columns."""
+    """About how many bytes training needs for a batch of so many columns, all of them frames."""
     c = model.config
+    size = model.embeddings.weight.element_size()
+    # The shares were measured: what a block keeps for its backward, adapters included.
+    slow = columns * size * (10 * c.dim + 7 * c.intermediate_size)
+    fast = columns * c.num_codebooks * size * (10 * c.fast_dim + 7 * c.fast_intermediate_size)
+    if checkpointing:  # the inputs of all blocks, which autocast may keep in fp32, and one block
+        inputs = columns * 4 * (c.n_layer * c.dim + c.n_fast_layer * c.num_codebooks * c.fast_dim)
+        blocks = inputs + max(slow, fast)
+    else:
+        blocks = c.n_layer * slow + c.n_fast_layer * fast
+    logits = 3 * 4 * columns * (c.vocab_size + c.num_codebooks * c.codebook_size)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = model.embeddings.weight.element_size()
-    layer = columns * size * (8 * c.dim + 5 * c.intermediate_size)
-    stored = columns * size * c.dim if checkpointing else layer
-    fast = columns * c.num_codebooks * size * (8 * c.fast_dim + 5 * c.fast_intermediate_size)
-    logits = columns * 4 * 2 * (c.vocab_size + c.num_codebooks * c.codebook_size)
-    return (
-        weights
-        + trained * 12  # gradients and two moments; the adapters are among the weights
-        + c.n_layer * stored
-        + layer
-        + c.n_fast_layer * fast
-        + logits
-    )
+    return weights + trained * 12 + blocks + logits  # gradients and two moments in fp32
 
 
-def _trainer(config, run, device, dtype, data, stop) -> L.Trainer:
+def _trainer(
+    config: RunConfig,
+    run: Run,
+    device: torch.device,
+    dtype: torch.dtype,
+    data: SemanticDataModule,
+    stop: StopCleanly,
+) -> L.Trainer:
     settings = config.train
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
-    devices = [device.index] if device.index is not None else settings.devices
-    version = f"run_{len(list(run.logs.glob('run_*'))) + 1:03d}"
+    one_card = device.type == "cuda" and device.index is not None
+    devices = [device.index] if one_card else settings.devices
+    version = run.new_log()
     val_every = settings.val_every or settings.save_every
     has_validation = bool(len(data.validation))
     return L.Trainer(
@@ -281,6 +296,7 @@ def _trainer(config, run, device, dtype, data, stop) -> L.Trainer:
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if has_validation else 0,
         num_sanity_val_steps=0,
+        inference_mode=False,  # what validation caches must be usable in training
         log_every_n_steps=settings.log_every,
         logger=[
             CSVLogger(run.folder, name="logs", version=version),
@@ -313,15 +329,7 @@ def _quiet_lightning() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _save_config(config: DictConfig, run: Run) -> None:
+def _save_config(config: RunConfig, run: Run) -> None:
     time = datetime.now().strftime("%Y%m%d-%H%M%S")
-    text = OmegaConf.to_yaml(config)
-    write_text(run.configs / f"{time}.yaml", text)
-    write_text(run.configs / "latest.yaml", text)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        sign in str(error)
-        for sign in ("out of memory", "can't allocate memory", "not enough memory")
-    )
+    write_text(run.configs / f"{time}.yaml", config.to_yaml())
+    write_text(run.remembered_config, config.to_yaml())

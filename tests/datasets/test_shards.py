@@ -1,4 +1,5 @@
 import os
+import re
 
 import numpy as np
 import pytest
@@ -69,8 +70,7 @@ def test_a_clip_that_cannot_be_used_is_left_out_and_named(tmp_path, name, action
     manifest, _ = build(data)
     assert len(manifest.train) + len(manifest.validation) == 3
     assert list(manifest.skipped) == ["Ann/clip_0000"]
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(manifest.skipped["Ann/clip_0000"])
+    assert re.search(reason, manifest.skipped["Ann/clip_0000"])
 
 
 def test_a_data_set_without_any_usable_clip_is_an_error(tmp_path):

@@ -96,6 +96,7 @@ def test_a_folder_of_checkpoints_means_its_newest():
     [
         ({"resume_latest": True}, r"--resume-latest: no checkpoint"),
         ({"resume_latest": True, "resume_from": "x"}, "exclude each other"),
+        ({"checkpoint_path": "nowhere"}, "no such checkpoint"),
         ({"resume_from": "results/no/step_000000100.ckpt"}, r"no such checkpoint \(in that folder"),
         ({"checkpoint_path": "."}, r"no step_\*\.ckpt"),
     ],
@@ -105,13 +106,43 @@ def test_a_start_that_is_not_there_is_an_error(flags, message):
         choose_start(Run.of("p"), Path("data"), **flags)
 
 
-def test_a_project_is_never_silently_started_over():
+def test_a_project_is_never_started_over():
     run = make_checkpoints("p", 100)
-    with pytest.raises(ValueError, match="go on with --resume-latest"):
-        choose_start(run, Path("data"))
-    make_checkpoints("other", 50)
-    with pytest.raises(ValueError, match="go on with --resume-latest"):
-        choose_start(run, Path("data"), checkpoint_path="results/other")
+    start = choose_start(run, Path("data"))
+    assert (start.checkpoint.step, start.exact) == (100, True)
+    assert "going on from" in start.reason
+
+
+def test_the_same_command_goes_on_after_a_warm_start():
+    other = make_checkpoints("other", 50).checkpoint_path(50)
+    run = make_checkpoints("p", 100, parent=str(other))
+    for flags in ({"checkpoint_path": "results/other"}, {"resume_from": str(other)}):
+        start = choose_start(run, Path("data"), **flags)
+        assert (start.checkpoint.step, start.exact) == (100, True)
+
+
+def test_own_checkpoints_are_not_given_up_for_another_projects():
+    run = make_checkpoints("p", 100)
+    other = make_checkpoints("other", 50).checkpoint_path(50)
+    with pytest.raises(ValueError, match="choose another --project"):
+        choose_start(run, Path("data"), resume_from=str(other))
+
+
+def test_damage_and_other_bases_are_passed_over_in_the_search():
+    make_checkpoints("fits", 100)
+    make_checkpoints("damaged", 100).checkpoint_path(100).write_bytes(b"half")
+    make_checkpoints("later", 100, parent="other base")
+    start = choose_start(
+        Run.of("new"), Path("data"), resume_latest=True, fits=lambda r: r["parent"] is None
+    )
+    assert start.checkpoint.path == Run.of("fits").checkpoint_path(100)
+
+
+def test_a_log_folder_is_never_used_twice(tmp_path):
+    run = Run.of("p")
+    for name in ("run_001", "run_007", "run_x"):
+        (run.logs / name).mkdir(parents=True)
+    assert run.new_log() == "run_008"
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):

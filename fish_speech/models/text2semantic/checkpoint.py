@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic.config import ModelConfig
 from fish_speech.models.text2semantic.llama import DualARTransformer
-from fish_speech.models.weights import assign_strictly, empty_modules, read_state_dict
+from fish_speech.models.weights import assign_strictly, empty_modules, read_state_dict, save_tensors
 from fish_speech.tokenizer import FishTokenizer
 
 MODEL_FILE = "model.pth"
@@ -66,8 +65,7 @@ def save_model(
     tokenizer.save(directory)
     # `clone` so that a view is not saved with all of its storage.
     state = {key: value.detach().to("cpu", dtype).clone() for key, value in state.items()}
-    with atomic_path(directory / MODEL_FILE) as temporary:
-        torch.save(state, temporary)
+    save_tensors(state, directory / MODEL_FILE)
 
 
 def _join_qkv(state: dict[str, Tensor]) -> None:

@@ -223,14 +223,7 @@ class DualARTransformer(nn.Module):
         start = cache.length if cache is not None else 0
         rotary = self._rotary_table(start + x.shape[1], self.config.head_dim)[start:]
         mask = _attention_mask(start, x.shape[1], key_padding_mask, x.device)
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
-            else:
-                x = layer(x, rotary, mask, cache)
-        if cache is not None:
-            cache.length += x.shape[1]
-        return x
+        return self._run(self.layers, x, rotary, mask, cache)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [B, K+1, T] -> [B, T, D]: the codes are added only where row 0 is a frame."""
@@ -258,10 +251,7 @@ class DualARTransformer(nn.Module):
         start = cache.length if cache is not None else 0
         rotary = self._rotary_table(self.config.num_codebooks, self.config.fast_head_dim)
         rotary = rotary[start : start + x.shape[1]]
-        for layer in self.fast_layers:
-            x = layer(x, rotary, None, cache)
-        if cache is not None:
-            cache.length += x.shape[1]
+        x = self._run(self.fast_layers, x, rotary, None, cache)
         return self.fast_output(self.fast_norm(x))
 
     def new_cache(self, size: int, batch: int = 1) -> KeyValueCache:
@@ -276,11 +266,30 @@ class DualARTransformer(nn.Module):
         shape = (batch, c.fast_n_local_heads, c.num_codebooks, c.fast_head_dim)
         return KeyValueCache(c.n_fast_layer, shape, device=self.device, dtype=self.dtype)
 
+    def _run(
+        self,
+        layers: nn.ModuleList,
+        x: Tensor,
+        rotary: Tensor,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        for layer in layers:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask, cache)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return x
+
     def _rotary_table(self, length: int, head_dim: int) -> Tensor:
         key = (head_dim, self.device)
         if key not in self._rotary or len(self._rotary[key]) < length:
             size = 1 << (length - 1).bit_length()
-            self._rotary[key] = rotary_table(size, head_dim, self.config.rope_base, self.device)
+            # A table first made while generating must serve training too.
+            with torch.inference_mode(False):
+                self._rotary[key] = rotary_table(size, head_dim, self.config.rope_base, self.device)
         return self._rotary[key][:length]
 
 

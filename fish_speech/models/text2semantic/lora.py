@@ -59,7 +59,9 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         base = F.linear(x, self.weight, self.bias)
-        x = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
+        x = F.dropout(x, self.dropout, self.training)
+        if not torch.is_autocast_enabled(x.device.type):  # which casts by itself
+            x = x.to(self.lora_A.dtype)
         update = F.linear(F.linear(x, self.lora_A), self.lora_B * self.scaling)
         return base + update.to(base.dtype)
 

@@ -67,6 +67,16 @@ class CodecConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
+    @property
+    def frame_length(self) -> int:
+        """Samples per frame."""
+        return self.spec_transform.hop_length * math.prod(self.quantizer.downsample_factor)
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.spec_transform.sample_rate / self.frame_length
+
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> CodecConfig:
         """`codec_config.json` of a model directory; the published sizes where there is none."""
@@ -100,12 +110,7 @@ class Codec(nn.Module):
         self.num_codebooks = config.quantizer.n_groups
         self.codebook_size = math.prod(config.quantizer.levels)
         self._mels_per_frame = math.prod(config.quantizer.downsample_factor)
-        self.frame_length = config.spec_transform.hop_length * self._mels_per_frame
-
-    @property
-    def frame_rate(self) -> float:
-        """Frames per second."""
-        return self.sample_rate / self.frame_length
+        self.frame_length, self.frame_rate = config.frame_length, config.frame_rate
 
     @property
     def device(self) -> torch.device:

@@ -38,7 +38,14 @@ def test_losses_and_gradients_equal_the_reference(model, golden):
 
 def test_training_looks_at_labels_only_and_agrees_with_the_whole_output(model, golden):
     batch = golden["batch"]
+    rows = {}
+    for name in ("output", "fast_layers.0"):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: rows.update({name: len(args[0])})
+        )
     sums = loss_sums(model, batch["inputs"], batch["labels"])
+    assert rows["output"] == (batch["labels"][:, 0] != IGNORED).sum()
+    assert rows["fast_layers.0"] == (batch["labels"][:, 1] != IGNORED).sum()
     output = model(batch["inputs"], batch["attention_masks"])
     whole = torch.nn.functional.cross_entropy(
         output.token_logits.flatten(0, 1),
