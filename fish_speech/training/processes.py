@@ -34,14 +34,20 @@ def data_processes() -> Iterator[tuple[int, int]]:
         return
     from torch import distributed
 
-    # The first process may download or transcribe for hours while the others wait.
+    # The first process may download or transcribe for hours while the others wait. Lightning makes
+    # a group of its own later; under a prefix this one leaves nothing behind that it would find.
+    store, _, _ = next(distributed.rendezvous(address, rank, world_size))
     distributed.init_process_group(
-        "gloo", address, timedelta(days=7), rank=rank, world_size=world_size
+        "gloo",
+        store=distributed.PrefixStore("data_processes", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(days=7),
     )
     try:
         yield rank, world_size
     finally:
-        distributed.destroy_process_group()  # Lightning makes its own
+        distributed.destroy_process_group()
 
 
 def wait_for_all() -> None:
