@@ -85,7 +85,7 @@ class FishTokenizer:
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: missing; a model directory needs it")
         ranks: dict[bytes, int] = {}
-        for number, line in enumerate(ranks_file.read_text(encoding="ascii").splitlines(), 1):
+        for number, line in enumerate(ranks_file.read_bytes().splitlines(), 1):
             if not line.strip():
                 continue
             try:
@@ -93,8 +93,11 @@ class FishTokenizer:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except (ValueError, binascii.Error) as error:
                 raise ValueError(f"{ranks_file}, line {number}: not 'base64 rank'") from error
+        special_tokens = read_json(special_file)
+        if not isinstance(special_tokens, dict):
+            raise ValueError(f"{special_file}: not a map from token to id")
         try:
-            return cls(ranks, read_json(special_file))
+            return cls(ranks, special_tokens)
         except KeyError as error:
             raise ValueError(f"{special_file}: the token {error} is missing") from error
 

@@ -28,8 +28,13 @@ def test_imports_point_down(file):
         return
     imported = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fish_speech."):
-            imported.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and node.module == "fish_speech":
+            imported |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else node.names
+            for module in (getattr(name, "name", name) or "" for name in modules):
+                if module.startswith("fish_speech."):
+                    imported.add(module.split(".")[1])
     wrong = {part for part in imported if part != own and layer(part) <= layer(own)}
     assert not wrong, f"{own} reaches up or aside to {wrong}"
 

@@ -42,9 +42,10 @@ def test_special_ids_of_a_new_tokenizer_follow_the_last_rank():
 
 def test_a_damaged_tokenizer_is_named_with_its_line(tmp_path):
     (tmp_path / "special_tokens.json").write_text("{}")
-    (tmp_path / "tokenizer.tiktoken").write_text("AA== 0\nnot base64!\n")
-    with pytest.raises(ValueError, match=r"tokenizer\.tiktoken, line 2"):
-        FishTokenizer.from_pretrained(tmp_path)
+    for second in ("not base64!", "ÄÖÜ 1", "AA=="):
+        (tmp_path / "tokenizer.tiktoken").write_text(f"AA== 0\n{second}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"tokenizer\.tiktoken, line 2"):
+            FishTokenizer.from_pretrained(tmp_path)
 
 
 def test_a_missing_special_token_is_named(tokenizer, tmp_path):

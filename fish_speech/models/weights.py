@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,8 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        mappable = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
+        content = torch.load(file, map_location="cpu", mmap=mappable, weights_only=True)
     except Exception as error:  # a few flipped bytes raise almost anything
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(

@@ -59,9 +59,13 @@ class ModelConfig:
         model_type = values.pop("model_type", None) if isinstance(values, dict) else None
         if model_type != "dual_ar":
             raise ValueError(f"{file}: model_type is {model_type!r}, but only 'dual_ar' is known")
-        names = {f.name for f in fields(cls)} - {"extra"}
-        known = {key: value for key, value in values.items() if key in names}
-        return cls(**known, extra={k: v for k, v in values.items() if k not in names})
+        kinds = {f.name: type(f.default) for f in fields(cls) if f.name != "extra"}
+        for key, kind in kinds.items():
+            value = values.get(key)
+            if value is not None and kind in (int, float) and not isinstance(value, int | float):
+                raise ValueError(f"{file}: {key} is {value!r}, not a number")
+        known = {key: value for key, value in values.items() if key in kinds}
+        return cls(**known, extra={k: v for k, v in values.items() if k not in kinds})
 
     def save(self, directory: str | Path) -> None:
         """Write `config.json` in the published, flat layout."""

@@ -82,6 +82,19 @@ def test_a_file_with_code_in_it_is_refused(directory):
         load_model(directory)
 
 
+def test_a_file_of_an_old_pytorch_loads(model, directory):
+    state = torch.load(directory / "model.pth", weights_only=True)
+    torch.save(state, directory / "model.pth", _use_new_zipfile_serialization=False)
+    torch.testing.assert_close(load_model(directory).state_dict(), model.state_dict())
+
+
+def test_a_config_with_text_for_a_number_is_refused(directory):
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**values, "dim": "64"}))
+    with pytest.raises(ValueError, match=r"config\.json: dim is '64', not a number"):
+        load_model(directory)
+
+
 def test_another_model_type_is_refused(directory):
     values = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**values, "model_type": "llama"}))
