@@ -255,13 +255,8 @@ def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
     from fish_speech.training.runs import choose_start, recorded_lora
 
     def fits(record: dict) -> bool:
-        ours, theirs = config.adapters, recorded_lora(record)
-        same = (ours.r, ours.alpha, set(ours.targets)) == (
-            theirs.r,
-            theirs.alpha,
-            set(theirs.targets),
-        )
-        return same and Path(record["base"]) == find_model(config.base).resolve()
+        same_base = Path(record["base"]) == find_model(config.base).resolve()
+        return same_base and config.adapters.fits(recorded_lora(record))
 
     return choose_start(
         run,
@@ -334,12 +329,8 @@ def run_stages(args: argparse.Namespace) -> int:
 def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
     """The stages up to training. Returns the signal that stopped it early, if one did."""
     from fish_speech.hub import find_model
-    from fish_speech.training.processes import (
-        data_processes,
-        first_then_all,
-        is_first,
-        wait_for_all,
-    )
+    from fish_speech.training.processes import data_processes, first_then_all
+    from fish_speech.training.processes import is_first, wait_for_all
 
     everything, data_dir = args.full_pipeline, args.data_dir
     training = everything or args.train

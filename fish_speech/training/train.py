@@ -138,7 +138,7 @@ def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_
     """Raise `ValueError` where a checkpoint was trained over another base or LoRA config."""
     run = checkpoint.read()["run"]
     theirs = recorded_lora(run)
-    if (theirs.r, theirs.alpha, set(theirs.targets)) != (lora.r, lora.alpha, set(lora.targets)):
+    if not theirs.fits(lora):
         raise ValueError(
             f"{checkpoint.path}: trained with --lora-config r_{theirs.r}_alpha_{theirs.alpha:g}, "
             f"not r_{lora.r}_alpha_{lora.alpha:g} (or with other target modules)"

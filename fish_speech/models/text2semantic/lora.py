@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,11 @@ class LoRAConfig:
     @property
     def scaling(self) -> float:
         return self.alpha / self.r
+
+    def fits(self, other: LoRAConfig) -> bool:
+        """Whether the adapters of one mean the same in the other; dropout is no matter."""
+        mine, theirs = (replace(c, dropout=0, targets=sorted(c.targets)) for c in (self, other))
+        return mine == theirs
 
 
 class LoRALinear(nn.Linear):
