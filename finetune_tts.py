@@ -329,16 +329,15 @@ def run_stages(args: argparse.Namespace) -> int:
 def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
     """The stages up to training. Returns the signal that stopped it early, if one did."""
     from fish_speech.hub import find_model
-    from fish_speech.training.processes import data_processes, first_then_all
-    from fish_speech.training.processes import is_first, wait_for_all
+    from fish_speech.training import processes
 
     everything, data_dir = args.full_pipeline, args.data_dir
     training = everything or args.train
-    with data_processes() as (rank, world_size):
+    with processes.data_processes() as (rank, world_size):
         if args.prepare_data or (everything and is_raw(data_dir)):
-            if is_first():
+            if processes.is_first():
                 prepare_stage(args)
-            wait_for_all()
+            processes.wait_for_all()
             data_dir = prepared_dir(args)
         if not (training or args.extract_tokens or args.build_dataset):
             return None
@@ -348,12 +347,12 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             if start.exact and run.remembered_config.is_file():
                 config = make_config(args, data_dir, remembered=run.remembered_config)
         # The first process downloads or packs, the others then find what it made.
-        base_dir = first_then_all(lambda: find_model(config.base))
+        base_dir = processes.first_then_all(lambda: find_model(config.base))
         if training or args.extract_tokens:
             extract_stage(args, config, base_dir, rank, world_size)
-            wait_for_all()
+            processes.wait_for_all()
         if training or args.build_dataset:
-            manifest = first_then_all(lambda: build_stage(args, config, base_dir))
+            manifest = processes.first_then_all(lambda: build_stage(args, config, base_dir))
     return train_stage(config, base_dir, run, start, manifest) if training else None
 
 
