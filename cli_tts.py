@@ -123,6 +123,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="weights in a byte each: faster on a CPU with a large model, a little less exact",
     )
     machine.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the model first, a minute: for long texts on CUDA (no gain on a CPU)",
+    )
+    machine.add_argument(
         "--threads",
         type=int,
         metavar="N",
@@ -280,8 +285,10 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
         set_threads(args.threads or 1)
     device = resolve_device(args.device)
     dtype = None if args.precision == "auto" else resolve_precision(args.precision, device)
+    if args.compile:
+        say("Compiling: the first sentence takes about a minute longer")
     return TextToSpeech.from_pretrained(
-        model_dir, device=device, dtype=dtype, quantize=args.quantize
+        model_dir, device=device, dtype=dtype, quantize=args.quantize, compile=args.compile
     )
 
 

@@ -20,7 +20,7 @@ from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.files import file_digest
 from fish_speech.hub import check_model_dir
 from fish_speech.inference.context import Context
-from fish_speech.inference.generate import generate
+from fish_speech.inference.generate import compile_steps, generate
 from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.streaming import decode_stream
 from fish_speech.models.text2semantic import DualARTransformer, load_model
@@ -102,13 +102,15 @@ class TextToSpeech:
         device: str | torch.device = "auto",
         dtype: torch.dtype | None = None,
         quantize: str | None = None,
+        compile: bool = False,
     ) -> TextToSpeech:
         """Load a model directory. `device` "auto" is CUDA where there is one, else the CPU.
 
         `dtype` None is bfloat16 on CUDA that has it, else float32; the codec is float32 always.
         `quantize` "int8" stores the language model's weights in a byte each (CPU only; the rest of
-        it is then bfloat16 where `dtype` is None): faster, a little less exact. Raises
-        `FileNotFoundError` or `ValueError` that says what is wrong.
+        it is then bfloat16 where `dtype` is None): faster, a little less exact. `compile` compiles
+        the model when it first speaks. Raises `FileNotFoundError` or `ValueError` that says what is
+        wrong.
         """
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize is {quantize!r}; 'int8' and None are known")
@@ -116,8 +118,12 @@ class TextToSpeech:
         device = resolve_device(str(device))
         usual = torch.bfloat16 if quantize else resolve_precision("auto", device)
         model = load_model(directory, device, dtype or usual)
+        if quantize:
+            model = quantize_int8(model)
+        if compile:
+            compile_steps(model)
         return cls(
-            quantize_int8(model) if quantize else model,
+            model,
             load_codec(directory, device),
             FishTokenizer.from_pretrained(directory),
         )
