@@ -2,12 +2,13 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -m "not slow"
 BIN := .venv/bin
+TINY := $(BIN)/python -m recipes.tiny
 READY := .venv/.ready
 VOICE := demo
 
-.PHONY: help setup demo test lint bench tiny protos
+.PHONY: help setup demo test lint bench tiny tiny-figures protos
 help: ## list these commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
 
 setup: $(READY) ## build .venv with the locked versions
 $(READY): pyproject.toml constraints.txt
@@ -38,6 +39,18 @@ lint: setup ## style and formatting
 
 bench: setup ## how close each piece of work is to the machine's limit
 	$(BIN)/python benchmarks/run.py
+
+tiny: setup ## everything that made checkpoints/tiny (hours; needs Debian's flite, fortunes, g++)
+	$(TINY).texts
+	$(TINY).codec
+	$(TINY).speech --codec .cache/tiny/codec
+	$(TINY).train
+	$(TINY).export --codec .cache/tiny/codec
+	$(TINY).evaluate
+
+tiny-figures: setup ## word error rates of the embedded model on held-out sentences
+	$(TINY).texts
+	$(TINY).evaluate
 
 protos: setup ## regenerate the shard format's module
 	$(BIN)/python -m grpc_tools.protoc -Ifish_speech/datasets/protos \

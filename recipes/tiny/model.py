@@ -9,6 +9,7 @@ from torch import nn
 
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
 from fish_speech.tokenizer import FishTokenizer
+from recipes.tiny.batches import BUCKETS
 
 # Bytes, because letters align with sounds sooner than long merges; whole words only for the
 # prompt that every utterance shares.
@@ -35,6 +36,7 @@ def tiny_config(tokenizer: FishTokenizer) -> ModelConfig:
         n_fast_layer=2,
         max_seq_len=2048,
         dropout=0.0,
+        extra={"trained_seq_len": max(BUCKETS)},  # read by what fills a prompt with context
     )
 
 
