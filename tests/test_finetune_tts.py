@@ -210,6 +210,29 @@ def test_a_killed_run_resumes_to_the_same_adapters(project, tmp_path, base_dir):
     shutil.rmtree(tmp_path / "results")
 
 
+def test_a_checkpoint_cut_short_is_named_and_an_earlier_one_goes_on(project, tmp_path, capsys):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 4, "--save-every", 2) == 0
+    folder = tmp_path / "results/p/checkpoints"
+    data = (folder / "step_000000004.ckpt").read_bytes()
+    (folder / "step_000000004.ckpt").write_bytes(data[: len(data) // 2])
+    for flags in (("--merge-weights",), (*TRAIN, "--max-steps", 6)):
+        assert project(*flags) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "step_000000004.ckpt: damaged, cut short" in last
+    earlier = ("--resume-from-checkpoint", folder / "step_000000002.ckpt")
+    assert project(*TRAIN, "--max-steps", 4, *earlier) == 0
+    assert (folder / "step_000000004.ckpt").stat().st_size > 0.9 * len(data)
+
+
+def test_two_projects_share_one_data_set(project, tmp_path, capsys):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 1, "--seed", 1, name="one") == 0
+    capsys.readouterr()
+    assert project(*TRAIN, "--max-steps", 1, "--seed", 2, name="two") == 0
+    assert "(unchanged)" in capsys.readouterr().err
+
+
 def test_adapters_trained_by_the_reference_merge(project, tmp_path, capsys):
     import torch
 

@@ -129,8 +129,8 @@ def _train(
         raise MemoryError(OUT_OF_MEMORY) from error
     finally:
         stop.restore()
-    if trainer.is_global_zero:
-        plot_losses(run.metrics(), run.logs / "loss.png")
+        if is_first():
+            plot_losses(run.metrics(), run.logs / "loss.png")
     return Trained(run.checkpoint(trainer.global_step), stop.signal)
 
 
