@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import types
 from pathlib import Path
 
@@ -416,13 +415,11 @@ def test_debug_shows_where_an_error_came_from(run, capsys):
 # As a process
 
 
-def test_help_answers_at_once():
-    started = time.perf_counter()
+def test_help_loads_nothing_heavy():
     result = subprocess.run(
         [sys.executable, ROOT / "cli_tts.py", "--help"], capture_output=True, text=True, check=True
     )
     assert "--reference-audio" in result.stdout
-    assert time.perf_counter() - started < 5  # far above 0.5 s: the machine may be busy
     modules = "import sys, cli_tts; print(*sorted(sys.modules))"
     loaded = subprocess.check_output([sys.executable, "-c", modules], cwd=ROOT, text=True).split()
     assert not {"torch", "soundfile", "av", "tqdm", "omegaconf"} & set(loaded)
