@@ -239,7 +239,7 @@ def resume_batch(
 
     folder = jobs[0].output.parent
     with exclusive(folder, str(folder)):
-        ledger = Ledger(folder, made_of(args, model_dir))
+        ledger = Ledger(folder, made_of(args, model_dir, references))
         waiting = [job for job in jobs if not ledger.has(job)]
         failed = 0
         for job in waiting:
@@ -252,13 +252,13 @@ def resume_batch(
     return failed
 
 
-def made_of(args: argparse.Namespace, model_dir: Path) -> list:
+def made_of(args: argparse.Namespace, model_dir: Path, said: list[Utterance]) -> list:
     """All that decides how a line sounds, but the line and its seed."""
     weights = (model_dir / "model.pth").stat()
-    references = [file_digest(file) for file in args.reference_audio]
+    references = [[file_digest(f) for f in args.reference_audio], [r.text for r in said]]
     sampling = [args.temperature, args.top_p, args.repetition_penalty]
     limits = [args.max_new_tokens, args.retries, args.trim_silence]
-    voice = [args.speaker, references, args.reference_text, args.precision, args.quantize]
+    voice = [args.speaker, references, args.precision, args.quantize]
     return [weights.st_size, weights.st_mtime, voice, sampling, limits]
 
 
@@ -357,8 +357,9 @@ def record(pieces: Iterator[Piece], file: Path, rate: int, args: argparse.Namesp
     trimmed = SilenceTrimmer(rate) if args.trim_silence else lambda waveform: waveform
     started, first_after, samples, frames = time.perf_counter(), 0.0, 0, 0
     with ExitStack() as stack:
-        write = stack.enter_context(audio_writer(file, rate))
+        # The file is closed first: it is whole while the rest of it is still being heard.
         player = open_player(stack, rate) if args.play else None
+        write = stack.enter_context(audio_writer(file, rate))
         bar = stack.enter_context(tqdm(unit="chunk", leave=False, disable=None))
         for piece in pieces:
             waveform = trimmed(piece.waveform)
@@ -395,5 +396,6 @@ def open_player(stack: ExitStack, sample_rate: int) -> Player | None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl+C does
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # end as Ctrl+C does
+        signal.signal(getattr(signal, name), signal.default_int_handler)
     sys.exit(main())

@@ -120,15 +120,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from here")
         return 130
-    except (FileNotFoundError, ValueError) as error:
+    except Exception as error:
         if arguments.debug:
             raise
-        say(f"error: {error}")
-        return 2
-    except OSError as error:
-        if arguments.debug:
-            raise
-        say(f"error: {error}; what is finished stays, the same command goes on from there")
+        if isinstance(error, ValueError | FileNotFoundError):
+            say(f"error: {error}")
+            return 2
+        what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        say(f"error: {what}; what is finished stays, the same command goes on from there")
         return 1
 
 

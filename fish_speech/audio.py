@@ -65,7 +65,7 @@ def decode_blocks(
     """
     path = _existing(path)
     native = audio_info(path).sample_rate
-    blocks = _mono_blocks(path, block_seconds)
+    blocks = _finite(path, _mono_blocks(path, block_seconds))
     if max_seconds is not None:
         blocks = _limit(blocks, round(max_seconds * native))
     if sample_rate is None or sample_rate == native:
@@ -240,6 +240,13 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
+def _finite(path: Path, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise ValueError(f"{path}: damaged audio (it holds samples that are no numbers)")
+        yield block
+
+
 def _limit(blocks: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
     for block in blocks:
         yield block[:count]
@@ -269,7 +276,7 @@ def _open_av(path: Path):
     import av
 
     try:
-        container = av.open(str(path))
+        container = av.open(str(path.absolute()))  # a bare "10:30.m4a" would be a protocol
     except (av.error.FFmpegError, ValueError) as error:
         raise ValueError(f"{path}: not an audio file that can be decoded ({error})") from error
     if not container.streams.audio:

@@ -21,6 +21,7 @@ AUDIO_SUFFIXES = frozenset(
     for name in (
         *("wav", "flac", "mp3", "ogg", "oga", "opus", "m4a", "aac", "mp4", "m4v", "mkv", "mov"),
         *("webm", "wma", "aif", "aiff", "au", "amr", "caf", "w64", "rf64", "3gp", "avi", "mpga"),
+        *("mka", "mp2", "voc", "snd", "wv", "ac3", "flv", "wmv", "ts"),
     )
 )
 _TEMPORARY = ".tmp-"

@@ -107,7 +107,7 @@ def check_model_dir(path: str | Path) -> None:
         _refuse_unmerged(path)
         raise FileNotFoundError(
             f"{path}: not a complete model directory, it lacks {', '.join(missing)}; copy that from"
-            " the model that this one was made of, or let --model-version 1.5 download a whole one"
+            " the model that this one was made of, or give 1.5 in its place: that downloads it all"
         )
     if len(codecs) > 1:
         names = ", ".join(codec.name for codec in codecs)

@@ -25,11 +25,16 @@ _WIDE = r"[\p{Han}\p{Hiragana}\p{Katakana}]"  # scripts that write no spaces bet
 # Where a chunk may end, the best places first, with what a cut there costs against a short chunk.
 _CUTS = (
     (-0.25, regex.compile(r"\s*\n\s*\n\s*")),
-    (0.0, regex.compile(rf"[.!?…]++{_CLOSERS}\s++(?!\p{{Ll}})|[。！？｡।؟።]++{_CLOSERS}\s*")),
+    (
+        0.0,
+        regex.compile(
+            rf"(?<![.!?…])[.!?…]++{_CLOSERS}\s++(?!\p{{Ll}})|(?<![。！？｡।؟።])[。！？｡।؟።]++{_CLOSERS}\s*"
+        ),
+    ),
     (
         0.5,
         regex.compile(
-            rf"[,;:!?…]++{_CLOSERS}\s+|\s+(?=[–—(](?!\s*\d))|—+|[，、；：､،؛]++{_CLOSERS}\s*"
+            rf"(?<![,;:!?…])[,;:!?…]++{_CLOSERS}\s+|\s+(?=[–—(](?!\s*\d))|—+|(?<![，、；：､،؛])[，、；：､،؛]++{_CLOSERS}\s*"
         ),
     ),
     (2.0, regex.compile(rf"(?<!\d)\s++|\s++(?!\d)|(?<={_WIDE})(?={_WIDE})")),

@@ -57,9 +57,9 @@ def _checked(output: Path, batch: bool) -> Path:
     """`output`, a batch's folder as `FOLDER/_.wav`. Raises `ValueError`: it can't be written."""
     if batch and output.suffix.lower() not in SAVE_FORMATS:
         output = output / "_.wav"
-    save_format(output)
     if output.is_dir():
         raise ValueError(f"{output}: a folder; give a file name, as {output / 'speech.wav'}")
+    save_format(output)
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ValueError(f"{output}: can't be written; {folder} is no folder that you may write to")
@@ -67,7 +67,9 @@ def _checked(output: Path, batch: bool) -> Path:
 
 
 def _numbered(output: Path, number: int | None, take: int, takes: int) -> Path:
-    stem = output.stem.strip("_")
+    if number is None and takes == 1:
+        return output
+    stem = "" if output.stem == "_" else output.stem
     marks = [stem, f"{number:04}" if number else "", f"{take}" if takes > 1 else ""]
     return output.with_name("_".join(mark for mark in marks if mark) + output.suffix)
 

@@ -51,7 +51,12 @@ class Player(AbstractContextManager):
             self._stopped.set()
             self._abort()
         self._waiting.put(None)
-        self._thread.join()
+        try:
+            self._thread.join()
+        except BaseException:  # Ctrl+C while the rest is being heard
+            self._stopped.set()
+            self._abort()
+            raise
 
     def _run(self) -> None:
         try:

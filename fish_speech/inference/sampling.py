@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -22,11 +23,11 @@ class Sampling:
     window: int = 16
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative (is {self.temperature})")
+        if not 0 <= self.temperature < inf:
+            raise ValueError(f"temperature must be 0 or more (is {self.temperature})")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p must be above 0 and at most 1 (is {self.top_p})")
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < inf:
             raise ValueError(f"repetition penalty must be above 0 (is {self.repetition_penalty})")
 
 

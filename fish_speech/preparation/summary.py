@@ -142,8 +142,12 @@ class Books:
 
     def _with_text(self, clip: dict[str, Any]) -> dict[str, Any]:
         label = self._places(clip)[0].with_suffix(".lab")
-        text = label.read_text(encoding="utf-8").strip() if label.is_file() else clip["text"]
-        return {**clip, "text": text}
+        if not label.is_file():
+            return clip
+        try:
+            return {**clip, "text": label.read_text(encoding="utf-8-sig").strip()}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{label}: not UTF-8 ({error.reason}); save it as UTF-8") from error
 
     def _settle(self, clip: dict[str, Any], drop_flagged: bool) -> bool:
         """Put a clip where it belongs; true where that is `rejected/`. Any crash can be redone."""

@@ -193,8 +193,11 @@ class Journal:
                 with path.open("rb+") as file:
                     file.truncate(len(whole))
             for line in whole.splitlines():
-                entry = json.loads(line)
-                self.known[entry.pop("key")] = entry
+                try:
+                    entry = json.loads(line)
+                    self.known[entry.pop("key")] = entry
+                except (ValueError, KeyError):
+                    continue  # what a crash left unreadable is heard again
 
     def hear(self, samples: np.ndarray) -> Heard:
         digest = hashlib.sha256(self.identity.encode())
