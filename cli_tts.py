@@ -35,7 +35,6 @@ examples:
   cli_tts.py --text-file chapter.txt -o chapter.mp3
   cli_tts.py --text-file lines.txt --batch -o takes/
   cli_tts.py "Hello." --reference-audio me.wav --reference-text "What I say in it."
-  echo "Hello." | cli_tts.py - -o - > hello.wav
 """
 
 

@@ -187,3 +187,11 @@ def test_audio_that_breaks_off_while_it_is_made_leaves_what_was_there(tmp_path):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
     assert (tmp_path / "a.wav").read_text() == "before"
+
+
+def test_a_sample_that_is_no_number_is_named(tmp_path):
+    samples = np.zeros(1000, np.float32)
+    samples[500] = np.nan
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"a\.wav: damaged audio .*no numbers"):
+        list(audio.decode_blocks(tmp_path / "a.wav"))

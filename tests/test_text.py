@@ -115,3 +115,9 @@ def test_a_long_text_is_cut_in_no_time_into_the_same_words():
 def test_an_unhurried_reading_lies_within_the_bounds(text, seconds):
     assert shortest_speech(text) < seconds < longest_speech(text)
     assert longest_speech(text) < 4 * seconds + 2
+
+
+@pytest.mark.parametrize("mark", ["!", "?", "…", "。", ",", "、"])
+def test_a_hundred_thousand_marks_are_cut_as_any_text(mark):
+    """Quadratic work would take minutes here."""
+    assert "".join(split_text(mark * 100_000 + "a")).endswith("a")

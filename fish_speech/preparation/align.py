@@ -124,8 +124,17 @@ def _pause_cost(strength: int, pauses: np.ndarray) -> np.ndarray:
 def match(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
     """The pairs (index in `a`, index in `b`) of equal words in a cheapest edit of `a` into `b`.
 
-    A word for another costs less than one gone and one added, but more than either.
+    A word for another costs less than one gone and one added, but more than either. Where words
+    repeat and some were not heard, there are several cheapest edits; a pair that another one would
+    not have is left out, since it may put words to the wrong place.
     """
+    last_a, last_b = len(a) - 1, len(b) - 1
+    backwards = {(last_a - i, last_b - j) for i, j in _one_match(a[::-1], b[::-1])}
+    return [pair for pair in _one_match(a, b) if pair in backwards]
+
+
+def _one_match(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
+    """One of the cheapest edits."""
     pairs, (i, j) = [], (len(a), len(b))
     _, moves, lows = _edit(a, b, skipped=2, changed=3)
     while i and j:

@@ -75,3 +75,9 @@ def test_a_file_is_done_while_nothing_that_made_it_has_changed(tmp_path):
     assert not ledger.has(other)
     assert not ledger.has(changed)
     assert not Ledger(tmp_path, ["model", 0.8]).has(old)
+
+
+@pytest.mark.parametrize("name", ["_hello.wav", "take_.wav", "_.wav"])
+def test_a_single_file_keeps_the_name_that_was_asked_for(tmp_path, name):
+    (job,) = plan("Hello.", tmp_path / name)
+    assert job.output == tmp_path / name

@@ -172,3 +172,16 @@ def test_match_is_a_longest_one():
 )
 def test_disagreement_is_the_character_error_rate(text, heard, rate):
     assert align.disagreement(text, heard) == rate
+
+
+@pytest.mark.parametrize(
+    ("script", "heard", "certain"),
+    [
+        ("we looked at the sea the sea was calm", "we looked at the sea was calm", (0, 1, 2, 5, 6)),
+        ("never again never again we left", "never again we left", (2, 3)),
+    ],
+)
+def test_words_that_repeat_are_not_placed_where_they_may_not_have_been(script, heard, certain):
+    pairs = align.match(script.split(), heard.split())
+    assert {j for _, j in pairs} <= set(certain)
+    assert (len(script.split()) - 1, len(heard.split()) - 1) in pairs
