@@ -12,9 +12,8 @@ import numpy as np
 
 from fish_speech.preparation import quality, sources
 from fish_speech.preparation.clips import Job, inspect
-from fish_speech.preparation.pipeline import Options, in_processes
+from fish_speech.preparation.pipeline import Options, in_processes, recogniser_for
 from fish_speech.preparation.summary import Summary
-from fish_speech.preparation.transcribe import load_recogniser
 
 WORST = 10  # clips that are named
 
@@ -33,12 +32,7 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
     recogniser = None
     if options.auto_transcribe:
         try:
-            recogniser = load_recogniser(
-                options.whisper_model,
-                backend=options.whisper_backend,
-                language=options.language,
-                device=options.device,
-            )
+            recogniser = recogniser_for(options)
         except ValueError as error:
             say(f"transcripts are not compared: {error}")
     if recogniser is None:

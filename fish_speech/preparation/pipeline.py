@@ -139,12 +139,7 @@ def _sort_work(
     useful = [r for r in recordings if r.problem is None and _profits(r, options)]
     if (needed or useful) and recogniser is None:
         try:
-            recogniser = load_recogniser(
-                options.whisper_model,
-                backend=options.whisper_backend,
-                language=options.language,
-                device=options.device,
-            )
+            recogniser = recogniser_for(options)
         except ValueError as error:
             if needed:
                 raise
@@ -157,6 +152,16 @@ def _sort_work(
     jobs = [Job(r, options, identity if id(r) in listen else None) for r in recordings]
     plain = [job for job in jobs if job.recogniser is None]
     return plain, [job for job in jobs if job.recogniser is not None], recogniser
+
+
+def recogniser_for(options: Options) -> Recogniser:
+    """The recogniser that the options name. Raises `ValueError` where it can't be had."""
+    return load_recogniser(
+        options.whisper_model,
+        backend=options.whisper_backend,
+        language=options.language,
+        device=options.device,
+    )
 
 
 def _profits(recording: sources.Recording, options: Options) -> bool:

@@ -75,7 +75,7 @@ def test_transcripts_are_compared_where_a_recogniser_is_there(by_hand, monkeypat
         def hear(self, samples):
             return Heard(texts.pop(0))
 
-    monkeypatch.setattr(check, "load_recogniser", lambda *_, **__: Reader())
+    monkeypatch.setattr(check, "recogniser_for", lambda *_, **__: Reader())
     summary = look(by_hand, auto_transcribe=True)
     assert [clip["flags"] for clip in summary.clips] == [[], [], ["disagreement"], []]
     assert "Character error rate against the recogniser: 2" in check.describe(summary)
@@ -86,7 +86,7 @@ def test_without_a_model_it_is_said_that_nothing_is_compared(by_hand, monkeypatc
     def offline(*_, **__):
         raise ValueError("no model here")
 
-    monkeypatch.setattr(check, "load_recogniser", offline)
+    monkeypatch.setattr(check, "recogniser_for", offline)
     said = []
     options = Options(input=str(by_hand), output=by_hand, auto_transcribe=True, num_workers=1)
     assert len(check.check(options, say=said.append).clips) == 4
