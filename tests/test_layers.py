@@ -8,6 +8,7 @@ from tests.conftest import ROOT
 
 # A module may import from its own package and from lower layers.
 LAYERS = (
+    {"evaluation"},
     {"preparation", "training", "inference"},
     {"datasets", "models"},
     {"conversation"},
