@@ -1,10 +1,15 @@
-"""Batches of training items: noise on the input codes, shapes from a few buckets."""
+"""Batches of training items: noise on the input codes, shapes from a few buckets.
+
+Every item knows about where in its text each frame is spoken, so that a head of attention can be
+taught to read along (see `train.reading_loss`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,46 +32,84 @@ class Mixture:
     out.
     """
 
-    joined: float = 0.15
+    joined: float = 0.1
     referenced: float = 0.1
-    unnamed: float = 0.15
+    unnamed: float = 0.1
     noise: float = 0.22
     longest: int = BUCKETS[-1]
 
 
 Corpus = list[tuple[str, Utterance]]  # speaker and utterance
+NOWHERE = -1  # the place of a column that speaks nothing
+
+
+@dataclass(frozen=True)
+class Item:
+    """`tokens` and `labels` [K+1, T], and `places` [T]: the column of the letter that is spoken by
+    the frame that column t predicts, `NOWHERE` for other columns."""
+
+    tokens: Tensor
+    labels: Tensor
+    places: Tensor
+
+
+def token_durations(corpus: Corpus, tokenizer: FishTokenizer) -> np.ndarray:
+    """Mean frames that each text token takes: [vocab_size], by least squares over whole utterances.
+
+    Coarse (a letter's sound depends on its neighbours), but summed over a text it tells within a
+    few letters where in it a frame is spoken.
+    """
+    size = tokenizer.vocab_size
+    counts = np.stack(
+        [np.bincount(tokenizer.encode(u.text), minlength=size) for _, u in corpus]
+    ).astype(np.float32)
+    frames = np.array([u.codes.shape[1] for _, u in corpus], dtype=np.float32)
+    # A little ridge towards one frame: tokens that never occur have some duration too.
+    durations = np.linalg.solve(counts.T @ counts + np.eye(size), counts.T @ frames + 1.0)
+    return durations.clip(min=0.1)
+
+
+def spoken_tokens(ids: list[int], frames: int, durations: np.ndarray) -> Tensor:
+    """About which of a text's tokens each of its frames speaks: [frames] (int64)."""
+    ends = durations[ids].cumsum()
+    middles = (np.arange(frames) + 0.5) / frames * ends[-1]
+    return torch.from_numpy(np.searchsorted(ends, middles))
 
 
 def batches(
     corpus: Corpus, tokenizer: FishTokenizer, mixture: Mixture, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless shuffled batches: tokens and labels [B, K+1, T], padded to a bucket's T."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Endless shuffled batches: tokens and labels [B, K+1, T] and places [B, T], padded to a
+    bucket's T."""
+    durations = token_durations(corpus, tokenizer)
     by_speaker: dict[str, list[Utterance]] = {}
     for speaker, utterance in corpus:
         by_speaker.setdefault(speaker, []).append(utterance)
-    waiting: dict[int, list[tuple[Tensor, Tensor]]] = {size: [] for size in BUCKETS}
+    waiting: dict[int, list[Item]] = {size: [] for size in BUCKETS}
     while True:
         for index in torch.randperm(len(corpus), generator=generator).tolist():
             speaker, utterance = corpus[index]
-            item = _item(utterance, speaker, by_speaker[speaker], tokenizer, mixture, generator)
-            if item[0].shape[1] > mixture.longest:
+            chosen = _choose(utterance, speaker, by_speaker[speaker], mixture, generator)
+            item = build(tokenizer, *chosen, durations)
+            length = len(item.places)
+            if length > mixture.longest:
                 continue
-            size = next(size for size in BUCKETS if size >= item[0].shape[1])
+            size = next(size for size in BUCKETS if size >= length)
             waiting[size].append(item)
             if len(waiting[size]) == COLUMNS // size:
-                tokens, labels = collate(waiting[size], size, tokenizer.end_of_text_id)
-                yield add_noise(tokens, tokenizer, mixture.noise, generator), labels
+                tokens, labels, places = collate(waiting[size], size, tokenizer.end_of_text_id)
+                yield add_noise(tokens, tokenizer, mixture.noise, generator), labels, places
                 waiting[size] = []
 
 
-def _item(
+def _choose(
     utterance: Utterance,
     speaker: str,
     others: list[Utterance],
-    tokenizer: FishTokenizer,
     mixture: Mixture,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Utterance, list[Utterance], str | None]:
+    """What is spoken, what comes before it, and the name of the speaker if it is given."""
     chance, unnamed = torch.rand(2, generator=generator).tolist()
     other = others[int(torch.randint(len(others), (1,), generator=generator))]
     references = []
@@ -75,20 +118,41 @@ def _item(
         utterance = Utterance(f"{utterance.text} {other.text}", codes)
     elif chance < mixture.joined + mixture.referenced:
         references = [other]
-    name = None if unnamed < mixture.unnamed else speaker
-    return build_item(tokenizer, utterance, references=references, speaker=name)
+    return utterance, references, None if unnamed < mixture.unnamed else speaker
 
 
-def collate(items: list[tuple[Tensor, Tensor]], size: int, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Stack items [K+1, t] to tokens and labels [B, K+1, size], padded on the right."""
-    rows = len(items[0][0])
+def build(
+    tokenizer: FishTokenizer,
+    utterance: Utterance,
+    references: list[Utterance],
+    speaker: str | None,
+    durations: np.ndarray,
+) -> Item:
+    """The package's training item of an utterance, with its places."""
+    tokens, labels = build_item(tokenizer, utterance, references=references, speaker=speaker)
+    frames = utterance.codes.shape[1]
+    # The item ends with the frames, and the columns that predict them begin with <|voice|>.
+    voice = tokens.shape[1] - frames - 1
+    im_end = (tokens[0, :voice] == tokenizer.im_end_id).nonzero()[-1].item()
+    spoken = tokenizer.encode(utterance.text)
+    places = torch.full((tokens.shape[1],), NOWHERE)
+    places[voice:-1] = im_end - len(spoken) + spoken_tokens(spoken, frames, durations)
+    return Item(tokens, labels, places)
+
+
+def collate(items: list[Item], size: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stack items to tokens and labels [B, K+1, size] and places [B, size], padded on the right."""
+    rows = len(items[0].tokens)
     tokens = torch.zeros(len(items), rows, size, dtype=torch.long)
     tokens[:, 0] = pad_id
     labels = torch.full_like(tokens, IGNORED)
-    for row, (item_tokens, item_labels) in enumerate(items):
-        tokens[row, :, : item_tokens.shape[1]] = item_tokens
-        labels[row, :, : item_labels.shape[1]] = item_labels
-    return tokens, labels
+    places = torch.full((len(items), size), NOWHERE)
+    for row, item in enumerate(items):
+        length = len(item.places)
+        tokens[row, :, :length] = item.tokens
+        labels[row, :, :length] = item.labels
+        places[row, :length] = item.places
+    return tokens, labels, places
 
 
 def add_noise(

@@ -2,6 +2,10 @@
 
 A stopped run goes on from its last checkpoint. The rate falls as a cosine over `--steps`, or over
 `--minutes` of training where that ends first.
+
+What takes a text-to-speech language model longest is to find out that it has to read: which letter
+a frame speaks. So one head of attention in two of its layers is taught to look at about the right
+letter, and the rest of the model finds there what to say next.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import math
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,64 +28,57 @@ from tqdm import tqdm
 from fish_speech.conversation import IGNORED
 from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic import DualARTransformer
-from recipes.tiny.batches import Mixture, batches
+from fish_speech.models.text2semantic.llama import rotary_table, rotate
+from recipes.tiny.batches import NOWHERE, Mixture, batches
 from recipes.tiny.corpus import read_corpus
 from recipes.tiny.model import new_model, tiny_tokenizer
 from recipes.tiny.texts import CACHE
 
 ADAM_RATE, MUON_RATE = 1.5e-3, 0.02  # peaks
 WARM_UP, LAST_SHARE = 200, 0.01
-SHORT_PART = 0.85  # of the schedule has single, short utterances only
+SHORT_PART = 0.3  # of the schedule has single, short utterances only
+READING_LAYERS, READING_REACH = (2, 3), 4  # whose first head reads along; letters either way
+READING_WEIGHT = 0.2  # of its loss
 FAST_FRAMES = 120  # of about 460 in a batch: the fast transformer learns from a share of them
 VALIDATION = 256  # utterances at the end of the corpus, never trained on
 CHECKPOINT = "train.ckpt"
 
 
-def loss(
-    model: DualARTransformer, tokens: Tensor, labels: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Token loss of row 0 and codebook loss of `FAST_FRAMES` frames chosen at random.
+def hidden_states(model: DualARTransformer, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The model's `hidden_states` [B, T, D], and the attention logits [B, T, T] of the first head
+    of `READING_LAYERS` before the causal mask."""
+    c = model.config
+    x, logits = model.embed(tokens), []
+    rotary = rotary_table(tokens.shape[-1], c.head_dim, c.rope_base, tokens.device)
+    for number, layer in enumerate(model.layers):
+        if number in READING_LAYERS:
+            heads = layer.attention.wqkv(layer.attention_norm(x)).unflatten(-1, (-1, c.head_dim))
+            # The first query head and the first key head behind the queries.
+            first = rotate(heads[:, :, [0, c.n_head]].transpose(1, 2), rotary)  # [B, 2, T, d]
+            logits.append(first[:, 0] @ first[:, 1].mT / math.sqrt(c.head_dim))
+        x = layer(x, rotary, None, None)
+    return x, logits
 
-    The package's `loss_sums` for batches whose every shape is known, so that kernels are prepared
-    once and not at every step.
+
+def reading_loss(logits: Tensor, places: Tensor) -> Tensor:
+    """Mean -log of the attention that falls within `READING_REACH` letters of the place.
+
+    `logits` [B, T, T] before the causal mask; `places` [B, T] of `batches.Item`.
     """
-    # Entered at every step: autocast keeps its copies of the weights until it is left.
-    with torch.autocast(tokens.device.type, torch.bfloat16):
-        hidden = model.hidden_states(tokens)  # [B, T, D]
-        token_logits = model.token_logits(hidden).float()
-    token_loss = F.cross_entropy(
-        token_logits.flatten(0, 1), labels[:, 0].flatten(), ignore_index=IGNORED
-    )
-    frames = (labels[:, 1] != IGNORED).flatten().nonzero()[:, 0].cpu()
-    # Some are drawn twice where there are too few, so that the shape never changes.
-    draws = torch.rand(max(FAST_FRAMES, len(frames)), generator=generator).argsort()
-    chosen = frames[draws[:FAST_FRAMES] % len(frames)].to(tokens.device)
-    codes = labels[:, 1:].transpose(1, 2).flatten(0, 1)[chosen]  # [N, K]
-    with torch.autocast(tokens.device.type, torch.bfloat16):
-        logits = model.codebook_logits(hidden.flatten(0, 1)[chosen], codes).float()  # [N, K, C]
-    return token_loss, F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    future = columns > columns[:, None]
+    near = (columns - places[..., None]).abs() <= READING_REACH  # [B, T, T]
+    reads = places != NOWHERE  # [B, T]
+    logits = logits.float().masked_fill(future, -torch.inf)
+    inside = logits.masked_fill(~near, -torch.inf).logsumexp(-1)
+    missing = torch.where(reads, logits.logsumexp(-1) - inside, 0.0)
+    return missing.sum() / reads.sum()
 
 
 def rate_share(step: int, progress: float) -> float:
     """Share of the peak rate: linear warm-up, then a cosine to the last as progress goes to 1."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return min(1.0, (step + 1) / WARM_UP) * (LAST_SHARE + (1 - LAST_SHARE) * cosine)
-
-
-def validate(model: DualARTransformer, held_out: list, device: str) -> tuple[float, float]:
-    """Mean token and codebook loss on batches that no step trains on, without noise.
-
-    Gradients stay enabled: what was compiled for training is used again.
-    """
-    generator = torch.Generator().manual_seed(0)
-    plain = Mixture(joined=0, referenced=0, unnamed=0, noise=0)
-    source = batches(held_out, tiny_tokenizer(), plain, generator)
-    losses = [
-        torch.stack(loss(model, tokens.to(device), labels.to(device), generator)).detach()
-        for tokens, labels in (next(source) for _ in range(12))
-    ]
-    token_loss, codebook_loss = torch.stack(losses).mean(0).tolist()
-    return token_loss, codebook_loss
 
 
 class Run:
@@ -90,15 +88,19 @@ class Run:
     faster than threads inside every operation, and keeps its pace on a machine that is shared.
     """
 
-    def __init__(self, cache: Path, device: str, seed: int) -> None:
+    def __init__(self, cache: Path, device: str, seed: int, *, compiled: bool) -> None:
         self.file = cache / CHECKPOINT
         self.device = device
+        # Every shape is known, so kernels are prepared once for each.
+        prepare = partial(torch.compile, dynamic=False, disable=not compiled)
+        self.hidden_states = prepare(hidden_states)
+        self.codebook_logits = prepare(DualARTransformer.codebook_logits)
         self.model = new_model(seed).to(device).train()
         parameters = list(self.model.parameters())
         sizes = [parameter.numel() for parameter in parameters]
-        # All gradients lie in one vector, so that one message carries them and three figures.
-        self.gradients = torch.zeros(sum(sizes) + 3, device=device)
-        for parameter, piece in zip(parameters, self.gradients.split([*sizes, 3]), strict=False):
+        # All gradients lie in one vector, so that one message carries them and four figures.
+        self.gradients = torch.zeros(sum(sizes) + 4, device=device)
+        for parameter, piece in zip(parameters, self.gradients.split([*sizes, 4]), strict=False):
             parameter.grad = piece.view_as(parameter)
         # Muon learns the matrices of the blocks in fewer steps; each process computes its share.
         matrices = [
@@ -131,22 +133,57 @@ class Run:
         with atomic_path(self.file) as temporary:
             torch.save(state, temporary)
 
-    def update(self, tokens: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def losses(self, tokens: Tensor, labels: Tensor, places: Tensor) -> Tensor:
+        """Token loss of row 0, codebook loss of `FAST_FRAMES` random frames, reading loss: [3].
+
+        The first two are the package's `loss_sums` for batches whose every shape is known.
+        """
+        tokens, labels, places = (part.to(self.device) for part in (tokens, labels, places))
+        # Entered at every step: autocast keeps its copies of the weights until it is left.
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            hidden, attention = self.hidden_states(self.model, tokens)  # [B, T, D]
+            token_logits = self.model.token_logits(hidden).float()
+        token_loss = F.cross_entropy(
+            token_logits.flatten(0, 1), labels[:, 0].flatten(), ignore_index=IGNORED
+        )
+        reading = torch.stack([reading_loss(logits, places) for logits in attention]).mean()
+        frames = (labels[:, 1] != IGNORED).flatten().nonzero()[:, 0].cpu()
+        # Some are drawn twice where there are too few, so that the shape never changes.
+        draws = torch.rand(max(FAST_FRAMES, len(frames)), generator=self.generator).argsort()
+        chosen = frames[draws[:FAST_FRAMES] % len(frames)].to(self.device)
+        codes = labels[:, 1:].transpose(1, 2).flatten(0, 1)[chosen]  # [N, K]
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            hidden = hidden.flatten(0, 1)[chosen]
+            logits = self.codebook_logits(self.model, hidden, codes).float()  # [N, K, C]
+        codebook_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+        return torch.stack([token_loss, codebook_loss, reading])
+
+    def validate(self, held_out: list) -> list[float]:
+        """Mean losses on batches that no step trains on, without noise.
+
+        Gradients stay enabled: what was compiled for training is used again.
+        """
+        plain = Mixture(joined=0, referenced=0, unnamed=0, noise=0)
+        source = batches(held_out, tiny_tokenizer(), plain, torch.Generator().manual_seed(0))
+        losses = [self.losses(*next(source)).detach() for _ in range(12)]
+        return torch.stack(losses).mean(0).tolist()
+
+    def update(self, batch: tuple[Tensor, ...], share: float) -> tuple[Tensor, Tensor]:
         """One step at a share of the peak rates.
 
-        Returns losses [2] (token, codebook) and the seconds trained, means over the processes.
+        Returns losses [3] (token, codebook, reading) and the seconds trained, means over the
+        processes.
         """
         self.adam.param_groups[0]["lr"] = ADAM_RATE * share
         self.muon.param_groups[0]["lr"] = MUON_RATE * share
         self.gradients.zero_()
-        tokens, labels = tokens.to(self.device), labels.to(self.device)
-        losses = torch.stack(loss(self.model, tokens, labels, self.generator))
-        losses.sum().backward()
-        self.gradients[-3:-1], self.gradients[-1] = losses.detach(), self.seconds
+        losses = self.losses(*batch)
+        (losses[:2].sum() + READING_WEIGHT * losses[2]).backward()
+        self.gradients[-4:-1], self.gradients[-1] = losses.detach(), self.seconds
         if dist.is_initialized():
             dist.all_reduce(self.gradients)
-        figures = self.gradients[-3:].cpu() / world_size()
-        norm = self.gradients[:-3].norm() / world_size()
+        figures = self.gradients[-4:].cpu() / world_size()
+        norm = self.gradients[:-4].norm() / world_size()
         self.gradients *= torch.clamp(1.0 / (norm + 1e-6), max=1.0) / world_size()
         self.adam.step()
         self.muon.step()
@@ -159,7 +196,7 @@ class Run:
             for message in sent:
                 message.wait()
         self.step += 1
-        return figures[:2], figures[2]
+        return figures[:3], figures[3]
 
 
 def rank() -> int:
@@ -181,22 +218,22 @@ def train(run: Run, corpus: list, args: argparse.Namespace) -> None:
     ]
     bar = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=5, disable=rank() > 0)
     seconds = saved = run.seconds
-    began, means = time.monotonic() - run.seconds, torch.zeros(2)
+    began, means = time.monotonic() - run.seconds, torch.zeros(3)
     while (progress := max(run.step / args.steps, seconds / (60 * args.minutes))) < 1:
-        # Short utterances first: the alignment of letters and frames is found on them.
-        tokens, labels = next(sources[progress > SHORT_PART])
-        losses, mean_seconds = run.update(tokens, labels, rate_share(run.step, progress))
+        # Short utterances first: more of them fit into a step.
+        batch = next(sources[progress > SHORT_PART])
+        losses, mean_seconds = run.update(batch, rate_share(run.step, progress))
         seconds, run.seconds = float(mean_seconds), time.monotonic() - began
         means = losses if not means.any() else 0.98 * means + 0.02 * losses
         bar.update()
-        figures = f"{means[0]:.3f} + {means[1]:.3f}"
+        figures = "{:.3f} + {:.3f}, reading {:.3f}".format(*means)
         bar.set_postfix_str(f"loss {figures}, {progress:.1%} of the schedule", refresh=False)
         if rank() == 0 and seconds - saved >= 60 * args.save_minutes:
             saved = seconds
             run.save()
-            token_loss, codebook_loss = validate(run.model, held_out, run.device)
+            known = "{:.3f} + {:.3f}, reading {:.3f}".format(*run.validate(held_out))
             report = f"step {run.step}, {seconds / 60:.0f} min: training {figures}"
-            bar.write(f"{report}, held out {token_loss:.3f} + {codebook_loss:.3f}", sys.stderr)
+            bar.write(f"{report}; held out {known}", sys.stderr)
     bar.close()
     if rank() == 0:
         run.save()
@@ -209,11 +246,8 @@ def work(process: int, args: argparse.Namespace, rendezvous: str) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=process, world_size=args.processes
         )
-    run = Run(args.cache, args.device, args.seed)
-    if not args.no_compile:
-        torch._dynamo.config.recompile_limit = 32  # one for every bucket, with and without grad
-        run.model.hidden_states = torch.compile(run.model.hidden_states, dynamic=False)
-        run.model.codebook_logits = torch.compile(run.model.codebook_logits, dynamic=False)
+    torch._dynamo.config.recompile_limit = 32  # one for every bucket
+    run = Run(args.cache, args.device, args.seed, compiled=not args.no_compile)
     kind = torch.device(args.device).type
     # Flash attention's backward is slow at these lengths on a CPU.
     backends = [SDPBackend.MATH] if kind == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]

@@ -13,12 +13,27 @@ from fish_speech.conversation import IGNORED, Utterance
 from fish_speech.models.text2semantic import load_model
 from fish_speech.models.vqgan import load_codec
 from fish_speech.tokenizer import FishTokenizer
-from recipes.tiny.batches import BUCKETS, COLUMNS, Mixture, add_noise, batches
+from recipes.tiny.batches import (
+    BUCKETS,
+    COLUMNS,
+    NOWHERE,
+    Mixture,
+    add_noise,
+    batches,
+    build,
+    token_durations,
+)
 from recipes.tiny.evaluate import normalise
-from recipes.tiny.model import tiny_tokenizer
+from recipes.tiny.model import new_model, tiny_tokenizer
 from recipes.tiny.speech import trim
 from recipes.tiny.texts import clean_sentence, collect, from_templates, spell_number
-from recipes.tiny.train import rate_share
+from recipes.tiny.train import (
+    READING_LAYERS,
+    READING_REACH,
+    hidden_states,
+    rate_share,
+    reading_loss,
+)
 
 TINY = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny"
 
@@ -78,7 +93,7 @@ def test_batches_are_deterministic_and_fill_a_bucket():
         source = batches(corpus(), tiny_tokenizer(), Mixture(), generator)
         return [next(source) for _ in range(4)]
 
-    for (tokens, labels), (again, _) in zip(first(1), first(1), strict=True):
+    for (tokens, labels, _), (again, _, _) in zip(first(1), first(1), strict=True):
         assert torch.equal(tokens, again)
         assert tokens.shape == labels.shape
         assert tokens.shape[2] in BUCKETS
@@ -90,7 +105,7 @@ def test_noise_changes_frames_only_and_row_0_follows():
     tokenizer = tiny_tokenizer()
     generator = torch.Generator().manual_seed(0)
     quiet = Mixture(joined=0, referenced=0, noise=0)
-    tokens, labels = next(batches(corpus(), tokenizer, quiet, generator))
+    tokens, labels, _ = next(batches(corpus(), tokenizer, quiet, generator))
     noisy = add_noise(tokens, tokenizer, 0.25, generator)
     frames = tokens[:, 0] >= tokenizer.semantic_begin_id
     assert torch.equal(noisy[:, 0][~frames], tokens[:, 0][~frames])
@@ -98,6 +113,50 @@ def test_noise_changes_frames_only_and_row_0_follows():
     changed = (noisy != tokens)[:, 1:].transpose(1, 2)[frames].float().mean()
     assert 0.2 < changed < 0.3
     assert (labels[:, 1] != IGNORED).sum() == frames.sum()
+
+
+def test_places_walk_through_the_last_text_in_the_time_that_its_letters_take():
+    tokenizer = tiny_tokenizer()
+    durations = np.full(tokenizer.vocab_size, 1.0)
+    durations[ord("z")] = 4.0  # as long as all the rest
+    spoken = Utterance("abzcd", torch.zeros(8, 16, dtype=torch.long))
+    before = Utterance("xyz", torch.zeros(8, 5, dtype=torch.long))
+    item = build(tokenizer, spoken, [before], "A", durations)
+    answer = item.places != NOWHERE
+    assert torch.equal(answer, item.labels[1] != IGNORED)
+    letters = tokenizer.decode(item.tokens[0, item.places[answer]].tolist())
+    assert letters == "aabbzzzzzzzzccdd"
+
+
+def test_durations_are_found_from_whole_utterances():
+    generator = random.Random(0)
+    lengths = {"a": 1, "b": 3, " ": 5}
+    texts = ["".join(generator.choices("ab ", k=12)) for _ in range(200)]
+    spoken = [torch.zeros(8, sum(lengths[c] for c in text)) for text in texts]
+    corpus = [("A", Utterance(text, codes)) for text, codes in zip(texts, spoken, strict=True)]
+    durations = token_durations(corpus, tiny_tokenizer())
+    for letter, frames in lengths.items():
+        assert durations[ord(letter)] == pytest.approx(frames, rel=0.01)
+
+
+def test_reading_loss_is_what_attention_misses_of_its_place():
+    far = 2 * READING_REACH
+    logits = torch.zeros(1, 4 + far, 4 + far)
+    places = torch.full((1, 4 + far), NOWHERE)
+    places[0, -1] = 0  # of all columns seen, those up to the reach are near
+    expected = np.log((4 + far) / (READING_REACH + 1))
+    assert reading_loss(logits, places).item() == pytest.approx(expected)
+    logits[0, -1, 0] = 50.0
+    assert reading_loss(logits, places).item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_reading_heads_are_those_of_the_model():
+    model = new_model(0).eval()
+    tokens = next(batches(corpus(), tiny_tokenizer(), Mixture(), torch.Generator()))[0]
+    hidden, attention = hidden_states(model, tokens)
+    assert torch.allclose(hidden, model.hidden_states(tokens), atol=1e-5)
+    assert len(attention) == len(READING_LAYERS)
+    assert attention[0].shape == (len(tokens), tokens.shape[2], tokens.shape[2])
 
 
 def test_rate_rises_and_falls():
