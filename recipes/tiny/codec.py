@@ -2,6 +2,8 @@
 
 Reconstruction only: log-mel distance at four scales and a little linear spectrum. A stopped run
 goes on from its last checkpoint; at the end the codec is written as a model directory holds it.
+`--start DIR` goes on from the codec of a model directory, and `--decoder-only` leaves the codes as
+they are, so that a transformer trained on them stays right.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fish_speech.files import atomic_path, write_json
-from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, Codec, CodecConfig
+from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, Codec, CodecConfig, find_codec
 from fish_speech.models.vqgan.firefly import ConvNeXtBlock
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
+from fish_speech.models.weights import read_state_dict
 from recipes.tiny.speech import SAMPLE_RATE, VOICES, speak
 from recipes.tiny.texts import CACHE
 
@@ -64,15 +67,22 @@ CONFIG = {
 }
 
 
-def new_codec(directory: Path, speech: Tensor, seed: int) -> Codec:
+def codec_to_train(directory: Path) -> Codec:
+    """The codec of a model directory with its weight norm, in fp32."""
+    codec = Codec(CodecConfig.from_pretrained(directory))
+    state = read_state_dict(find_codec(directory), prefixes=())
+    codec.load_state_dict({key: value.float() for key, value in state.items()})
+    return codec
+
+
+def new_codec(speech: Tensor, seed: int) -> Codec:
     """A random codec whose quantizer does not collapse, fitted to speech [B, 1, N].
 
     Without the centred first convolution and the whitened projections, a run ends with a single
     code within 20 steps.
     """
     torch.manual_seed(seed)
-    write_json(directory / CODEC_CONFIG_FILE, CONFIG)
-    codec = Codec(CodecConfig.from_pretrained(directory))
+    codec = Codec(CodecConfig.from_dict(CONFIG))
     for module in codec.modules():
         if isinstance(module, ConvNeXtBlock):
             nn.init.constant_(module.gamma, LAYER_SCALE)
@@ -117,7 +127,7 @@ class SpectralLoss(nn.Module):
 class Trainer:
     """Codec, its optimizer, and what holds the values before quantization in their range."""
 
-    def __init__(self, codec: Codec, steps: int) -> None:
+    def __init__(self, codec: Codec, steps: int, *, decoder_only: bool = False) -> None:
         self.codec, self.steps, self.step = codec, steps, 0
         self.distance = SpectralLoss()
         encoder = [*codec.backbone.parameters(), *codec.quantizer.downsample.parameters()]
@@ -125,6 +135,8 @@ class Trainer:
         encoder += [parameter for module in projections for parameter in module.parameters()]
         chosen = {id(parameter) for parameter in encoder}
         decoder = [p for p in codec.parameters() if id(p) not in chosen]
+        for parameter in encoder:
+            parameter.requires_grad_(not decoder_only)
         self.optimizer = torch.optim.AdamW(
             [{"params": decoder}, {"params": encoder}], lr=RATE, betas=(0.8, 0.99)
         )
@@ -185,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the texts")
     parser.add_argument("--output", type=Path, default=CACHE / "codec", help="model directory")
+    parser.add_argument("--start", type=Path, help="model directory whose codec to train on")
+    parser.add_argument("--decoder-only", action="store_true", help="leave the codes as they are")
     parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--sentences", type=int, default=2000, help="spoken in every voice")
     parser.add_argument("--batch-size", type=int, default=12)
@@ -195,8 +209,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     texts = (args.cache / "train.txt").read_text(encoding="utf-8").splitlines()
     speech, size = load_speech(texts[: args.sentences]), round(args.seconds * SAMPLE_RATE)
-    codec = new_codec(args.output, crops(speech, 64, size, random.Random(args.seed)), args.seed)
-    trainer, checkpoint = Trainer(codec.to(args.device), args.steps), args.cache / CHECKPOINT
+    if args.start:
+        codec = codec_to_train(args.start)
+    else:
+        codec = new_codec(crops(speech, 64, size, random.Random(args.seed)), args.seed)
+    trainer = Trainer(codec.to(args.device), args.steps, decoder_only=args.decoder_only)
+    checkpoint = args.cache / CHECKPOINT
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=args.device, weights_only=True)
         codec.load_state_dict(state["codec"])
@@ -212,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         bar.set_postfix_str(f"distance {distance:.3f}, penalty {penalty:.3f}", refresh=False)
         if trainer.step % args.save_every == 0 or trainer.step == args.steps:
             save(trainer, checkpoint)
+    write_json(args.output / CODEC_CONFIG_FILE, CONFIG)
     with atomic_path(args.output / CODEC_FILE) as temporary:
         torch.save(codec.state_dict(), temporary)
     return 0

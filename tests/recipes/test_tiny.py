@@ -23,6 +23,7 @@ from recipes.tiny.batches import (
     build,
     token_durations,
 )
+from recipes.tiny.codec import Trainer, codec_to_train
 from recipes.tiny.evaluate import normalise
 from recipes.tiny.model import new_model, tiny_tokenizer
 from recipes.tiny.speech import trim
@@ -74,6 +75,18 @@ def test_speech_is_trimmed_to_50_ms_before_and_100_ms_after():
     samples = np.zeros(16000, np.float32)
     samples[4000:8000] = 0.5
     assert len(trim(samples)) == pytest.approx(800 + 4000 + 1600, abs=1)
+
+
+def test_training_the_decoder_alone_leaves_the_codes_as_they_are():
+    codec = codec_to_train(TINY)
+    speech = 0.1 * torch.randn(2, 1, 6400, generator=torch.Generator().manual_seed(0))
+    codes, lengths = codec.encode(speech)
+    before = codec.decode(codes, lengths)[0]
+    trainer = Trainer(codec, steps=10, decoder_only=True)
+    distances = [trainer.update(speech)[0] for _ in range(4)]
+    assert torch.equal(codec.encode(speech)[0], codes)
+    assert not torch.allclose(codec.decode(codes, lengths)[0], before)
+    assert distances[-1] < distances[0]
 
 
 def corpus(count: int = 60) -> list[tuple[str, Utterance]]:

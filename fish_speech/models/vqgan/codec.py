@@ -84,9 +84,17 @@ class CodecConfig:
         if not file.is_file():
             return cls()
         sections = read_json(file)
+        try:
+            return cls.from_dict(sections)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, sections: Any) -> CodecConfig:
+        """Sizes from sections as `codec_config.json` holds them. Raises `ValueError`."""
         kinds = {f.name: f.default_factory for f in fields(cls)}
         if not isinstance(sections, dict) or set(sections) != set(kinds):
-            raise ValueError(f"{file}: must have the sections {', '.join(kinds)} and no others")
+            raise ValueError(f"must have the sections {', '.join(kinds)} and no others")
         return cls(**{name: _section(kinds[name], sections[name]) for name in kinds})
 
 
