@@ -8,7 +8,6 @@ pieces hold slices of it that add up to it.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 import regex
 
+from fish_speech.preparation.rates import normal
 from fish_speech.preparation.segment import Piece
 
 Island = tuple[float, float]
@@ -136,7 +136,7 @@ def match(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
 def _one_match(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
     """One of the cheapest edits."""
     pairs, (i, j) = [], (len(a), len(b))
-    _, moves, lows = _edit(a, b, skipped=2, changed=3)
+    moves, lows = _edit(a, b)
     while i and j:
         move = moves[i][j - lows[i]]
         if move == 0 and a[i - 1] == b[j - 1] and a[i - 1]:
@@ -145,25 +145,13 @@ def _one_match(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
     return pairs[::-1]
 
 
-def disagreement(text: str, heard: str) -> float:
-    """Character error rate of `heard` against `text`, letters and digits only; at most 1."""
-    a, b = normal(text), normal(heard)
-    return round(min(1.0, _edit(a, b, skipped=1, changed=1)[0] / max(1, len(a))), 3)
+def _edit(a: Sequence[str], b: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
+    """The cheapest edits: the moves (0 both, 1 only `a`, 2 only `b`) that led to each cell.
 
-
-def normal(text: str) -> str:
-    """The letters and digits of `text`, without case and compatibility forms."""
-    return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
-
-
-def _edit(
-    a: Sequence[str], b: Sequence[str], *, skipped: int, changed: int
-) -> tuple[int, list[np.ndarray], list[int]]:
-    """Edit distance, and the moves (0 both, 1 only `a`, 2 only `b`) that led to each cell.
-
-    Row i of the moves starts at column `lows[i]`: only a band around the diagonal is looked at, so
-    that hours of words fit in memory.
+    A word that is skipped costs 2, one that is changed 3. Row i of the moves starts at column
+    `lows[i]`: only a band around the diagonal is looked at, so that hours of words fit in memory.
     """
+    skipped, changed = 2, 3
     number = {word: index for index, word in enumerate({*a, *b})}
     a = np.array([number[word] for word in a], np.int32)
     b = np.array([number[word] for word in b], np.int32)
@@ -186,7 +174,7 @@ def _edit(
         moves.append(move)
         lows.append(low)
         row[low : high + 1] = cheapest
-    return int(row[len(b)]), moves, lows
+    return moves, lows
 
 
 def _place(

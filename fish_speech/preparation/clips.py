@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import audio_info, level, resample, save_audio
 from fish_speech.files import write_text
-from fish_speech.preparation import align, quality, segment, sources, transcribe
+from fish_speech.preparation import align, quality, rates, segment, sources, transcribe
 from fish_speech.preparation.segment import Piece, Segment, Speech
 from fish_speech.preparation.sources import Recording
 from fish_speech.preparation.summary import Record
@@ -225,7 +225,7 @@ def describe(
         **quality.measure(samples, sample_rate, part, speech),
     }
     if recording.transcript is not None and part.heard:
-        clip["disagreement"] = align.disagreement(part.text, part.heard)
+        clip["disagreement"] = rates.disagreement(part.text, part.heard)
         clip["heard"] = part.heard
     if part.cut_in_speech:
         clip["cut_in_speech"] = True

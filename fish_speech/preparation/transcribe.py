@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fish_speech.preparation.align import Word, normal
+from fish_speech.preparation.align import Word
+from fish_speech.preparation.rates import normal
 
 SAMPLE_RATE = 16_000  # Hz; what recognisers are given
 BACKENDS = ("auto", "openai", "faster")

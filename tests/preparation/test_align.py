@@ -161,20 +161,6 @@ def test_match_is_a_longest_one():
 
 
 @pytest.mark.parametrize(
-    ("text", "heard", "rate"),
-    [
-        ("It's late, Tom!", "its late tom", 0.0),
-        ("abcde", "abxde", 0.2),
-        ("abcde", "", 1.0),
-        ("ab", "abcdefgh", 1.0),
-        ("ＡＢＣ", "abc", 0.0),
-    ],
-)
-def test_disagreement_is_the_character_error_rate(text, heard, rate):
-    assert align.disagreement(text, heard) == rate
-
-
-@pytest.mark.parametrize(
     ("script", "heard", "certain"),
     [
         ("we looked at the sea the sea was calm", "we looked at the sea was calm", (0, 1, 2, 5, 6)),

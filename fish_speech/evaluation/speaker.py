@@ -1,0 +1,100 @@
+"""How alike two voices are: a network that turns speech into a vector of who speaks.
+
+The encoder is that of Resemblyzer 0.1.4 (GE2E, Apache-2.0), an LSTM over 40 mel bands at 16 kHz.
+Its weights come with this repository, in fp16, because its wheel can't be installed without a
+compiler; `recipes/speaker` takes them out of that wheel.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fish_speech.hub import REPOSITORY
+from fish_speech.models.vqgan.spectrogram import mel_filters
+from fish_speech.models.weights import assign_strictly, empty_modules, read_state_dict
+
+SAMPLE_RATE = 16_000
+FOLDER = REPOSITORY / "checkpoints" / "speaker"
+_WINDOW, _HOP, _BANDS = 400, 160, 40  # 25 ms, 10 ms
+_FRAMES, _STEP = 160, 77  # of a part: 1.6 s, 1.3 parts a second
+_COVERAGE = 0.75  # of the last part, below which it doesn't count
+_LEVEL = 10 ** (-30 / 20)  # root mean square that quieter speech is raised to
+
+
+class SpeakerEncoder(nn.Module):
+    """Mel spectrograms [B, 160, 40] -> unit vectors [B, 256]."""
+
+    identity = "Resemblyzer 0.1.4"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(_BANDS, 256, num_layers=3, batch_first=True)
+        self.linear = nn.Linear(256, 256)
+
+    @classmethod
+    def from_pretrained(cls, file: str | Path = FOLDER / "encoder.pth") -> SpeakerEncoder:
+        """Load the weights. Raises `FileNotFoundError` or `ValueError` that names the file."""
+        file = Path(file)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file}: the speaker encoder is missing; it is part of the repository: "
+                f"'git checkout -- {FOLDER.relative_to(REPOSITORY)}' brings it back"
+            )
+        with empty_modules():
+            encoder = cls()
+        assign_strictly(encoder, read_state_dict(file), file)
+        return encoder.float().eval()
+
+    def forward(self, mels: Tensor) -> Tensor:
+        _, (hidden, _) = self.lstm(mels)
+        return F.normalize(F.relu(self.linear(hidden[-1])), dim=-1)
+
+    @torch.no_grad()
+    def embed(self, samples: np.ndarray) -> np.ndarray | None:
+        """The voice in speech [N] (float32, 16 kHz): a unit vector [256]; None for silence."""
+        level = float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))) if len(samples) else 0
+        if not level > 1e-5:
+            return None
+        waveform = torch.from_numpy(np.ascontiguousarray(samples, np.float32))
+        mels = _mels(F.pad(waveform * max(1.0, _LEVEL / level), (0, _padding(len(samples)))))
+        vectors = self(mels.unfold(0, _FRAMES, _STEP).transpose(1, 2))
+        return F.normalize(vectors.mean(0), dim=0).numpy()
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """The cosine of two vectors."""
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def _padding(count: int) -> int:
+    """Samples of silence to add, so that whole parts cover `count` samples."""
+    parts = 1 + max(0, -(-(count // _HOP + 1 - _FRAMES) // _STEP))
+    covered = (count // _HOP + 1 - (parts - 1) * _STEP) / _FRAMES
+    if parts > 1 and covered < _COVERAGE:
+        parts -= 1
+    frames = (parts - 1) * _STEP + _FRAMES
+    return max(0, frames * _HOP - count)
+
+
+def _mels(waveform: Tensor) -> Tensor:
+    """Power in mel bands: waveform [N] -> [N // 160 + 1, 40]."""
+    spectrum = torch.stft(
+        waveform,
+        _WINDOW,
+        _HOP,
+        window=torch.hann_window(_WINDOW),
+        pad_mode="constant",
+        return_complex=True,
+    )
+    return (_filters() @ torch.view_as_real(spectrum).square().sum(-1)).T
+
+
+@lru_cache(maxsize=1)
+def _filters() -> Tensor:
+    return mel_filters(SAMPLE_RATE, _WINDOW, _BANDS)
