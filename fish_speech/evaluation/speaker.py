@@ -24,7 +24,7 @@ FOLDER = REPOSITORY / "checkpoints" / "speaker"
 _WINDOW, _HOP, _BANDS = 400, 160, 40  # 25 ms, 10 ms
 _FRAMES, _STEP = 160, 77  # of a part: 1.6 s, 1.3 parts a second
 _COVERAGE = 0.75  # of the last part, below which it doesn't count
-_LEVEL = 10 ** (-30 / 20)  # root mean square that quieter speech is raised to
+_LEVEL = 10 ** (-30 / 20)  # root mean square that all speech is brought to
 
 
 class SpeakerEncoder(nn.Module):
@@ -62,7 +62,7 @@ class SpeakerEncoder(nn.Module):
         if not level > 1e-5:
             return None
         waveform = torch.from_numpy(np.ascontiguousarray(samples, np.float32))
-        mels = _mels(F.pad(waveform * max(1.0, _LEVEL / level), (0, _padding(len(samples)))))
+        mels = _mels(F.pad(waveform * (_LEVEL / level), (0, _padding(len(samples)))))
         vectors = self(mels.unfold(0, _FRAMES, _STEP).transpose(1, 2))
         return F.normalize(vectors.mean(0), dim=0).numpy()
 

@@ -1,51 +1,42 @@
 """Figures: word error rates on held-out sentences of teacher, codec resynthesis and synthesis.
 
-The recogniser (pocketsphinx, its own US English model) took no part in the training. Before words
-are compared, both texts are lower-cased, hyphens become spaces and every mark but the apostrophe
-goes. A runaway is a synthesis, at the first try, that did not end in the time its text can take.
+The recogniser (pocketsphinx, its own US English model) took no part in the training. Words are
+compared as `fish_speech.preparation.rates` normalises them. A runaway is a synthesis, at the first
+try, that did not end in the time its text can take.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from fish_speech.evaluation.recognise import PocketSphinx
 from fish_speech.inference import TextToSpeech
 from fish_speech.inference.synthesize import Settings
 from fish_speech.models.vqgan import Codec, load_codec
-from recipes.tiny.speech import SAMPLE_RATE, VOICES, speak, speaker_of
+from fish_speech.preparation.rates import word_errors
+from recipes.tiny.speech import VOICES, speak, speaker_of
 from recipes.tiny.texts import CACHE
 
 
-def normalise(text: str) -> str:
-    """Lower case, letters and apostrophes only.
-
-    >>> normalise("Twenty-one, isn't it?")
-    "twenty one isn't it"
-    """
-    return " ".join(re.sub(r"[^a-z']+", " ", text.lower()).split())
+@lru_cache(maxsize=1)
+def recogniser() -> PocketSphinx:
+    """One a process."""
+    return PocketSphinx()
 
 
 def recognise(samples: np.ndarray) -> str:
     """The words that pocketsphinx hears in float32 audio [N] at 16 kHz."""
-    from pocketsphinx import Config, Decoder
-
-    decoder = Decoder(Config(samprate=SAMPLE_RATE, loglevel="FATAL"))
-    decoder.start_utt()
-    pcm = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
-    decoder.process_raw(pcm.tobytes(), full_utt=True)
-    decoder.end_utt()
-    found = decoder.hyp()
-    return normalise(found.hypstr) if found else ""
+    return recogniser().hear(samples).text
 
 
 @torch.no_grad()
@@ -64,9 +55,8 @@ def synthesise(voice: TextToSpeech, text: str, speaker: str, seed: int) -> tuple
 
 def error_rate(texts: list[str], heard: list[str]) -> float:
     """Word errors over words, all sentences together."""
-    import jiwer
-
-    return jiwer.wer([normalise(text) for text in texts], heard)
+    errors = [word_errors(text, words) for text, words in zip(texts, heard, strict=True)]
+    return sum(e.count for e in errors) / sum(e.length for e in errors)
 
 
 def rows(

@@ -12,6 +12,7 @@ import torch
 from fish_speech.conversation import IGNORED, Utterance
 from fish_speech.models.text2semantic import load_model
 from fish_speech.models.vqgan import load_codec
+from fish_speech.preparation.rates import normal_words
 from fish_speech.tokenizer import FishTokenizer
 from recipes.tiny.batches import (
     BUCKETS,
@@ -24,7 +25,6 @@ from recipes.tiny.batches import (
     token_durations,
 )
 from recipes.tiny.codec import Trainer, codec_to_train
-from recipes.tiny.evaluate import normalise
 from recipes.tiny.model import new_model, tiny_tokenizer
 from recipes.tiny.speech import trim
 from recipes.tiny.texts import clean_sentence, collect, from_templates, spell_number
@@ -64,7 +64,7 @@ def test_texts_are_deterministic_and_held_out_ones_are_never_trained_on():
     assert len(held_out) == 100
 
     def words(sentences):
-        return {normalise(sentence) for sentence in sentences}
+        return {normal_words(sentence) for sentence in sentences}
 
     assert not words(train) & words(held_out)
     assert len(words(train)) == len(train)
