@@ -10,6 +10,7 @@ from torch import nn
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
 from fish_speech.tokenizer import FishTokenizer
 from recipes.tiny.batches import BUCKETS
+from recipes.tiny.speech import VOICES
 
 # Bytes, because letters align with sounds sooner than long merges; whole words only for the
 # prompt that every utterance shares.
@@ -36,7 +37,8 @@ def tiny_config(tokenizer: FishTokenizer) -> ModelConfig:
         n_fast_layer=2,
         max_seq_len=2048,
         dropout=0.0,
-        extra={"trained_seq_len": max(BUCKETS)},  # read by what fills a prompt with context
+        # Read by what fills a prompt with context, and by what checks a speaker's name.
+        extra={"trained_seq_len": max(BUCKETS), "speakers": list(VOICES)},
     )
 
 
