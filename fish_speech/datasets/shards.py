@@ -178,14 +178,24 @@ def _source_digest(clips: list[Clip], settings: tuple) -> str:
     return digest.hexdigest()
 
 
+def read_manifest(data_dir: str | Path) -> Manifest:
+    """What was packed last. Raises `FileNotFoundError` or `ValueError` where it can't be told."""
+    file = Path(data_dir) / SHARD_FOLDER / _MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file}: no such file; pack the data first (finetune_tts.py --build-dataset)"
+        )
+    try:
+        return Manifest(**read_json(file))
+    except TypeError as error:
+        raise ValueError(f"{file}: not a manifest ({error}); delete it and pack again") from error
+
+
 def _current_manifest(folder: Path, source: str) -> Manifest | None:
     """The manifest on disk, if it describes these clips and its shards are whole."""
-    file = folder / _MANIFEST
-    if not file.is_file():
-        return None
     try:
-        manifest = Manifest(**read_json(file))
-    except (ValueError, TypeError):
+        manifest = read_manifest(folder.parent)
+    except (ValueError, FileNotFoundError):
         return None
     if manifest.source != source:
         return None

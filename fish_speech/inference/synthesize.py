@@ -65,7 +65,7 @@ class Piece:
     """A stretch of speech as it comes: `waveform [1, n]`, of chunk `index` of `count`.
 
     `frames` counts the codec frames in it, `ends_chunk` marks a chunk's last piece, and `problem`
-    then says what went wrong with the chunk, where something did.
+    then says what went wrong with the chunk, where something did; `ran_on` if it did not end.
     """
 
     waveform: Tensor
@@ -74,6 +74,7 @@ class Piece:
     frames: int
     ends_chunk: bool = False
     problem: str | None = None
+    ran_on: bool = False
 
 
 class TextToSpeech:
@@ -127,6 +128,10 @@ class TextToSpeech:
             load_codec(directory, device),
             FishTokenizer.from_pretrained(directory),
         )
+
+    @property
+    def model(self) -> DualARTransformer:
+        return self._model
 
     @property
     def sample_rate(self) -> int:
@@ -278,7 +283,7 @@ class TextToSpeech:
         problem = self._problem(chunk, take, tries)
         seconds = 0.0 if chunk.index + 1 == chunk.count else _pause_after(chunk.text)
         pause = torch.zeros(1, round(seconds * self.sample_rate))
-        yield Piece(pause, chunk.index, chunk.count, 0, ends_chunk=True, problem=problem)
+        yield Piece(pause, chunk.index, chunk.count, 0, True, problem, ran_on=not take.ended)
         return take.codes(self._codec.num_codebooks), problem
 
     def _problem(self, chunk: _Chunk, take: _Take, tries: int) -> str | None:

@@ -51,7 +51,8 @@ def merge(
     """
     content = read_checkpoint(checkpoint.path)
     adapters = content.get("state_dict", content)
-    base_dir, lora = _needed(checkpoint, content.get("run"), base_dir, lora)
+    record = content.get("run")
+    base_dir, lora = _needed(checkpoint, record, base_dir, lora)
     if folder.resolve() == base_dir.resolve():
         raise ValueError(f"{folder}: is the base of this checkpoint; give it another --project")
     dtype = load_model(base_dir).dtype  # mapped: costs nothing
@@ -63,6 +64,8 @@ def merge(
     load_lora(model, adapters, checkpoint.path)
     adapted_logits = _logits(model, prompt)
     merge_lora(model)
+    # Not the base's: a voice trained without names answers to none.
+    model.config.extra["speakers"] = (record or {}).get("speakers", [])
 
     with atomic_folder(folder) as new:
         save_model(model.state_dict(), new, config=model.config, tokenizer=tokenizer, dtype=dtype)

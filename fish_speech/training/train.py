@@ -108,7 +108,7 @@ def _train(
         model,
         replace(config.optimizer, max_steps=max_steps),
         seed=config.seed,
-        run=_run_record(config, run, base_dir, base_digest, start),
+        run=_run_record(config, run, base_dir, base_digest, manifest, start),
         clip_names=[sample.name for sample in data.train.samples],
     )
     model.train()  # Lightning leaves the mode as it finds it
@@ -151,7 +151,12 @@ def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_
 
 
 def _run_record(
-    config: RunConfig, run: Run, base_dir: Path, base_digest: str, start: Start
+    config: RunConfig,
+    run: Run,
+    base_dir: Path,
+    base_digest: str,
+    manifest: Manifest,
+    start: Start,
 ) -> dict[str, Any]:
     """What every checkpoint of the run carries: all that merging and resuming must know."""
     parent = start.checkpoint.path if start.checkpoint is not None and not start.exact else None
@@ -162,9 +167,15 @@ def _run_record(
         "data_dir": str(Path(config.data.dir).resolve()),
         "base": str(base_dir.resolve()),
         "base_digest": base_digest,
+        "speakers": _named_speakers(manifest),
         "lora": asdict(config.lora),
         "parent": str(parent) if parent is not None else None,
     }
+
+
+def _named_speakers(manifest: Manifest) -> list[str]:
+    """The speakers whose names the texts are trained with: none where there is only one."""
+    return manifest.speakers if len(manifest.speakers) > 1 else []
 
 
 def load_split(data_dir: Path, manifest: Manifest, split: str) -> list[Sample]:
@@ -187,7 +198,7 @@ def _data_module(
     tokenizer = FishTokenizer.from_pretrained(base_dir)
     shared = {
         "max_length": config.data.max_length,
-        "name_speakers": len(manifest.speakers) > 1,
+        "name_speakers": bool(_named_speakers(manifest)),
         "seed": config.seed,
     }
     train = SemanticDataset(

@@ -154,12 +154,17 @@ def load_lora(model: nn.Module, adapters: dict[str, Tensor], source: object) -> 
 
 def merge_lora(model: nn.Module) -> None:
     """Add the adapters to the base weights, in fp32, and make the modules plain again."""
-    for name, module in list(lora_modules(model)):
-        plain = module.plain()
+    for _, module in lora_modules(model):
         merged = (module.weight.float() + module.update()).to(module.weight.dtype)
-        plain.weight = nn.Parameter(merged, requires_grad=False)
+        module.weight = nn.Parameter(merged, requires_grad=False)
+    remove_lora(model)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Make the modules plain again, around the weights that they have: the base as it was."""
+    for name, module in list(lora_modules(model)):
         parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, plain)
+        setattr(model.get_submodule(parent_name), child, module.plain())
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbedding]]:
