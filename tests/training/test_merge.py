@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -51,6 +52,18 @@ def test_the_merged_directory_stands_by_itself(checkpoint, tmp_path, base_dir):
     assert load_codec(folder).frame_length == 2048
     original, written = (json.loads((d / "config.json").read_text()) for d in (base_dir, folder))
     assert original.items() <= written.items()
+
+
+@pytest.mark.parametrize("speakers", [["Ann", "Bob"], []])
+def test_the_merged_model_lists_the_speakers_it_was_trained_with(
+    checkpoint, tmp_path, base_dir, speakers
+):
+    base = tmp_path / "base"
+    shutil.copytree(base_dir, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "speakers": ["of the base"]}))
+    folder = merge(checkpoint(base=base, speakers=speakers), tmp_path / "merged").folder
+    assert json.loads((folder / "config.json").read_text())["speakers"] == speakers
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -176,6 +176,15 @@ def test_small_data_sets_train(trainer, tmp_path, clips):
     assert any("nothing is held out" in line for line in said) == (clips == 1)
 
 
+def test_a_checkpoint_says_whose_names_the_texts_were_trained_with(trainer, tmp_path):
+    for name, clips, named in (
+        ("two", {"Ann": 2, "Bob": 2}, ["Ann", "Bob"]),
+        ("one", {"Ann": 2}, []),
+    ):
+        trained = trainer(name, "train.max_steps=1", data=make_data_set(tmp_path / name, clips))
+        assert trained.checkpoint.read()["run"]["speakers"] == named
+
+
 def test_validation_loss_is_logged_by_step_and_the_curve_is_drawn(trainer):
     trainer("p", "train.max_steps=4", "train.save_every=2")
     run = Run.of("p")
