@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import regex
 
@@ -19,28 +19,43 @@ _CONTROL = regex.compile(r"(?![\n\t])[\p{Cc}\p{Cs}]")
 _INVISIBLE = regex.compile(r"(?![\u200C\u200D])[\p{Cf}\p{Co}]")  # these two joiners shape letters
 _REPEATED_MARK = regex.compile(r"([.,])\1+")
 _SPEAKABLE = regex.compile(r"[\p{L}\p{N}]")
+_SYMBOL = regex.compile(r"[\p{S}%&@#§]")  # unlike a punctuation mark, somebody may want it read
 
 _CLOSERS = r"[\"'”’»›)\]}」』】》）]*+"
+_OPENERS = r"[\"'“‘«‹(\[{「『【《（]*+"
+_FULL_STOPS, _COMMAS = "。！？．｡।؟።", "，、；：､،؛"
 _WIDE = r"[\p{Han}\p{Hiragana}\p{Katakana}]"  # scripts that write no spaces between words
+_NO_DECIMAL = r"(?!(?<=\d)[．，：]\d)"  # not the mark of "3．14"
 # Where a chunk may end, the best places first, with what a cut there costs against a short chunk.
 _CUTS = (
     (-0.25, regex.compile(r"\s*\n\s*\n\s*")),
     (
         0.0,
         regex.compile(
-            rf"(?<![.!?…])[.!?…]++{_CLOSERS}\s++(?!\p{{Ll}})|(?<![。！？｡।؟።])[。！？｡।؟።]++{_CLOSERS}\s*"
+            rf"(?<![.!?…])[.!?…]++{_CLOSERS}\s++(?!\p{{Ll}})"
+            rf"|(?<={_WIDE})[.!?…]++{_CLOSERS}(?={_OPENERS}{_WIDE})"
+            rf"|(?<![{_FULL_STOPS}]){_NO_DECIMAL}[{_FULL_STOPS}]++{_CLOSERS}\s*"
         ),
     ),
     (
         0.5,
         regex.compile(
-            rf"(?<![,;:!?…])[,;:!?…]++{_CLOSERS}\s+|\s+(?=[–—(](?!\s*\d))|—+|(?<![，、；：､،؛])[，、；：､،؛]++{_CLOSERS}\s*"
+            rf"(?<![,;:!?…])[,;:!?…]++{_CLOSERS}\s+|\s+(?=[–—(](?!\s*\d))|—+"
+            rf"|(?<={_WIDE})[,;:]++{_CLOSERS}(?={_OPENERS}{_WIDE})"
+            rf"|(?<![{_COMMAS}]){_NO_DECIMAL}[{_COMMAS}]++{_CLOSERS}\s*"
         ),
     ),
     (2.0, regex.compile(rf"(?<!\d)\s++|\s++(?!\d)|(?<={_WIDE})(?={_WIDE})")),
+    (4.0, regex.compile(r"\s++")),  # between numbers too, where they are a long list
 )
 _CHARACTER_COST = 8.0
-_UNBREAKABLE = regex.compile(r"\S*(?:://|www\.)\S+|[\p{N}.,:'’/+-]+")  # an address, a number
+# What is cut last of all: an address, a number, else between graphemes.
+_ATOM = regex.compile(
+    rf"(?:[A-Za-z0-9._%+-]{{1,64}}(?:://|@)|www\.)(?:(?!{_WIDE})\S)+"
+    r"|[+-]?\p{N}[\p{N}.,:'’/+-]*|\X"
+)
+_GRAPHEME = regex.compile(r"\X")
+_LONGEST_ATOM = 100.0  # seconds of speech: more would be at odds with a model's context
 
 # A full stop after these ends no sentence; after the second group, where a number follows.
 _ABBREVIATION = regex.compile(
@@ -51,6 +66,8 @@ _ABBREVIATION = regex.compile(
     regex.IGNORECASE,
 )
 _NUMBER_LABEL = regex.compile(r"nos?|nr|núm|vol|figs?|pp?|pg|ch|sec|art|eq", regex.IGNORECASE)
+# "1." or "2)" that begins a line or follows a sentence; it belongs to what it numbers.
+_LIST_NUMBER = regex.compile(r"(?:\A|\n|(\p{L}++)[.!?:;]\s)\s*\(?\d{1,3}[.)]\s*+\Z")
 _LAST_WORD = regex.compile(r"[\p{L}\p{M}.]+(?=\.\s*+\Z)")
 
 
@@ -78,7 +95,8 @@ def split_text(text: str, *, min_bytes: int = 100, max_bytes: int = 150) -> list
 
     Cut at paragraphs and sentences, where those are too long at clauses, then words, and only a
     monstrous word between characters; never in a number, an abbreviation, an address or a
-    grapheme. Short sentences share a chunk. No word is lost; a chunk without any is left out.
+    grapheme. Short sentences share a chunk. Nothing is lost but punctuation by itself: symbols in
+    a row that no word shares a chunk with are one that `is_speakable` tells apart.
     """
     text = clean_text(text)
     sizes = [0, *accumulate(len(character.encode()) for character in text)]
@@ -86,7 +104,11 @@ def split_text(text: str, *, min_bytes: int = 100, max_bytes: int = 150) -> list
     _find_cuts(text, (0, len(text)), 0, max_bytes, sizes, cuts)
     ends = _cheapest_ends(sorted(cuts.items()), sizes, min_bytes, max_bytes)
     chunks = (" ".join(text[start:end].split()) for start, end in pairwise([0, *ends]))
-    return [chunk for chunk in chunks if is_speakable(chunk)]
+    split: list[str] = []
+    for speakable, group in groupby(chunks, is_speakable):
+        group = list(group)
+        split += group if speakable else filter(_SYMBOL.search, [" ".join(group)])
+    return split
 
 
 def longest_speech(text: str) -> float:
@@ -123,9 +145,15 @@ def _find_cuts(
 
 
 def _abbreviated(text: str, cut: regex.Match) -> bool:
-    """Whether the text up to a cut ends with an abbreviation's full stop ("Dr.", "e.g.", "J.")."""
-    word = _LAST_WORD.search(text, max(0, cut.start() - 24), cut.end())
-    if word is None or cut.group().count("\n") > 1:  # no abbreviation outlives its paragraph
+    """Whether a cut would tear apart what a full stop joins: "Dr. Who", "No. 5", "1. Item"."""
+    if cut.group().count("\n") > 1:  # no abbreviation outlives its paragraph
+        return False
+    window = max(0, cut.start() - 24)
+    if number := _LIST_NUMBER.search(text, window, cut.end()):
+        before = number.group(1) or ""  # in "Jan. 5." and "No. 5." it numbers nothing
+        return not (_ABBREVIATION.fullmatch(before) or _NUMBER_LABEL.fullmatch(before))
+    word = _LAST_WORD.search(text, window, cut.end())
+    if word is None:
         return False
     if _NUMBER_LABEL.fullmatch(word.group()):
         return text[cut.end() : cut.end() + 1].isdigit()
@@ -133,16 +161,16 @@ def _abbreviated(text: str, cut: regex.Match) -> bool:
 
 
 def _character_cuts(text: str, limit: int) -> Iterator[int]:
-    """Cuts between graphemes, as few as the limit allows; none in an address or a number."""
-    if len(text) <= 4 * limit and _UNBREAKABLE.fullmatch(text.strip()):
-        return
+    """Cuts between atoms, as few as the limit allows; in one only if it takes too long to say."""
     size = 0
-    for match in regex.finditer(r"\X", text):
-        width = len(match.group().encode())
-        if size and size + width > limit:
-            yield match.start()
-            size = 0
-        size += width
+    for atom in _ATOM.finditer(text):
+        whole = longest_speech(atom.group()) <= _LONGEST_ATOM
+        for part in [atom] if whole else _GRAPHEME.finditer(text, atom.start(), atom.end()):
+            width = len(part.group().encode())
+            if size and size + width > limit:
+                yield part.start()
+                size = 0
+            size += width
 
 
 def _cheapest_ends(

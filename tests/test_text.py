@@ -121,3 +121,59 @@ def test_an_unhurried_reading_lies_within_the_bounds(text, seconds):
 def test_a_hundred_thousand_marks_are_cut_as_any_text(mark):
     """Quadratic work would take minutes here."""
     assert "".join(split_text(mark * 100_000 + "a")).endswith("a")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        (
+            "今天很好!我们去公园吧?我们走吧.再见。",
+            ["今天很好!", "我们去公园吧?", "我们走吧.", "再见。"],
+        ),
+        ("我去了．他没去．", ["我去了．", "他没去．"]),
+        ("他说“好!”我走了。", ["他说“好!”", "我走了。"]),
+        ("先买米,再买油;然后回家。", ["先买米,", "再买油;", "然后回家。"]),
+        (
+            "价格是3.5元和３．１４元，共１，０００元。",
+            ["价格是3.5元和３．１４元，", "共１，０００元。"],
+        ),
+    ],
+)
+def test_wide_scripts_are_cut_at_marks_of_either_width_but_not_in_a_number(text, sentences):
+    limit = max(len(sentence.encode()) for sentence in sentences)
+    assert split_text(text, min_bytes=1, max_bytes=limit) == sentences
+
+
+@pytest.mark.parametrize(
+    "whole", ["1234567890" * 3, "3.14159265358979", "someone@example.com", "https://a.org/b?c=d"]
+)
+def test_numbers_and_addresses_beside_wide_letters_stay_whole(whole):
+    for limit in range(6, 40):
+        chunks = split_text(f"我们的号码和地址是{whole}请记住它。", min_bytes=1, max_bytes=limit)
+        assert [chunk for chunk in chunks if whole in chunk], limit
+
+
+def test_the_number_of_an_item_stays_with_it():
+    items = ["1. Take the bread.", "2) Cut it well.", "3. Eat it up."]
+    for text in ("\n".join(items), " ".join(items)):
+        for limit in (8, 10, 12, 18):
+            chunks = split_text(text, min_bytes=1, max_bytes=limit)
+            assert not {"1.", "2)", "3."} & {chunk.split()[-1] for chunk in chunks}
+
+
+def test_a_number_that_takes_minutes_to_say_is_cut():
+    chunks = split_text("Count to " + "7" * 400 + " now.")
+    assert "".join("".join(chunks).split()) == "Countto" + "7" * 400 + "now."
+    assert max(map(longest_speech, chunks)) < 100
+    many = " ".join(str(number) for number in range(1000, 1200))
+    assert " ".join(split_text(many)) == many
+    assert max(len(chunk) for chunk in split_text(many)) <= 150
+
+
+def test_symbols_without_a_word_are_one_chunk_that_is_told_apart():
+    words = "Some words that fill a chunk of their own, as they are long enough to do so, I hope."
+    chunks = split_text(f"{words}\n\n{'=' * 1000}\n\n{words}\n\n{'-' * 1000}\n\n{words}")
+    assert [chunk for chunk in chunks if is_speakable(chunk)] == [words] * 3
+    assert len(chunks) == 4
+    assert chunks[1].replace(" ", "") == "=" * 1000
+    assert not is_speakable(chunks[1])
