@@ -28,15 +28,13 @@ class Mixture:
     `joined`: two utterances spoken as one text, so that longer texts are known. `referenced`:
     another utterance of the voice comes first, as in cloning and in the chunks of a long text.
     `unnamed`: the speaker's name is left out. `noise`: input codes replaced at random, so that the
-    model listens to the text and not only to itself. Items of more than `longest` columns are left
-    out.
+    model listens to the text and not only to itself. Items longer than every bucket are left out.
     """
 
     joined: float = 0.1
     referenced: float = 0.1
     unnamed: float = 0.1
     noise: float = 0.22
-    longest: int = BUCKETS[-1]
 
 
 Corpus = list[tuple[str, Utterance]]  # speaker and utterance
@@ -92,7 +90,7 @@ def batches(
             chosen = _choose(utterance, speaker, by_speaker[speaker], mixture, generator)
             item = build(tokenizer, *chosen, durations)
             length = len(item.places)
-            if length > mixture.longest:
+            if length > BUCKETS[-1]:
                 continue
             size = next(size for size in BUCKETS if size >= length)
             waiting[size].append(item)

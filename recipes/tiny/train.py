@@ -36,7 +36,6 @@ from recipes.tiny.texts import CACHE
 
 ADAM_RATE, MUON_RATE = 1.5e-3, 0.02  # peaks
 WARM_UP, LAST_SHARE = 200, 0.01
-SHORT_PART = 0.3  # of the schedule has single, short utterances only
 READING_LAYERS, READING_REACH = (2, 3), 4  # whose first head reads along; letters either way
 READING_WEIGHT = 0.2  # of its loss
 FAST_FRAMES = 120  # of about 460 in a batch: the fast transformer learns from a share of them
@@ -212,17 +211,12 @@ def world_size() -> int:
 def train(run: Run, corpus: list, args: argparse.Namespace) -> None:
     """Train to the end of the schedule; save and validate every `save_minutes`."""
     training, held_out = corpus[:-VALIDATION], corpus[-VALIDATION:]
-    sources = [
-        batches(training, tiny_tokenizer(), mixture, run.generator)
-        for mixture in (Mixture(joined=0, referenced=0, longest=128), Mixture())
-    ]
+    source = batches(training, tiny_tokenizer(), Mixture(), run.generator)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=5, disable=rank() > 0)
     seconds = saved = run.seconds
     began, means = time.monotonic() - run.seconds, torch.zeros(3)
     while (progress := max(run.step / args.steps, seconds / (60 * args.minutes))) < 1:
-        # Short utterances first: more of them fit into a step.
-        batch = next(sources[progress > SHORT_PART])
-        losses, mean_seconds = run.update(batch, rate_share(run.step, progress))
+        losses, mean_seconds = run.update(next(source), rate_share(run.step, progress))
         seconds, run.seconds = float(mean_seconds), time.monotonic() - began
         means = losses if not means.any() else 0.98 * means + 0.02 * losses
         bar.update()
