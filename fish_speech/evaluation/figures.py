@@ -10,7 +10,7 @@ from scipy.stats import norm, t
 from fish_speech.evaluation.leaderboard import Figure
 
 _RESAMPLES = 2000
-_FEWEST = 3  # samples, below which nothing is certain
+FEWEST = 3  # samples, below which nothing is certain
 
 
 def figure(values: Sequence[float], weights: Sequence[float] | None = None) -> Figure | None:
@@ -35,7 +35,7 @@ def difference(
     Resampling both alike tells far smaller differences than comparing two intervals would. With
     next to no samples, nothing is certain: minus to plus infinity.
     """
-    if len(a) < _FEWEST:
+    if len(a) < FEWEST:
         return float("-inf"), float("inf")
     weights = np.ones(len(a)) if weights is None else weights
     return _interval(np.subtract(a, b), weights)

@@ -1,0 +1,222 @@
+"""The leaderboard of a project: its base and its checkpoints, on its own held-out clips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fish_speech.devices import resolve_device, resolve_precision
+from fish_speech.evaluation.figures import figure
+from fish_speech.evaluation.held_out import HeldOut
+from fish_speech.evaluation.leaderboard import JSON_NAME, Figure, Leaderboard
+from fish_speech.evaluation.listen import Listener
+from fish_speech.evaluation.measure import AUDIO, Say, measure
+from fish_speech.evaluation.recognise import choose_recogniser
+from fish_speech.evaluation.recommend import Commands
+from fish_speech.evaluation.speaker import FOLDER, SpeakerEncoder
+from fish_speech.evaluation.takes import Candidate, remembered
+from fish_speech.files import exclusive, file_digest, safe_name
+from fish_speech.hub import check_model_dir
+from fish_speech.inference import TextToSpeech
+from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
+from fish_speech.models.text2semantic.lora import add_lora, load_lora, remove_lora
+from fish_speech.models.vqgan.codec import find_codec
+from fish_speech.preparation.transcribe import Journal
+from fish_speech.text import is_speakable
+from fish_speech.tokenizer import FishTokenizer
+from fish_speech.training.runs import Checkpoint, Run, recorded_lora
+from fish_speech.training.train import check_fits
+
+SAMPLES = 12
+_LOGGED_STEPS = 20  # before a checkpoint, over which the training loss is averaged
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: `steps` (all checkpoints where empty), further `texts` (a file, a line
+    each), how many `samples`; the rest where the run's own record should not hold."""
+
+    steps: Sequence[int] = ()
+    texts: Path | None = None
+    samples: int = SAMPLES
+    data_dir: Path | None = None
+    base_dir: Path | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    whisper_model: str | None = None
+
+
+class AdaptedBase:
+    """A base model, loaded once, whose adapters are swapped; nothing is merged."""
+
+    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.directory, self._device, self._dtype = directory, device, dtype
+
+    @cached_property
+    def _voice(self) -> TextToSpeech:
+        return TextToSpeech.from_pretrained(self.directory, device=self._device, dtype=self._dtype)
+
+    @cached_property
+    def model_digest(self) -> str:
+        return file_digest(self.directory / MODEL_FILE)
+
+    def candidates(self, checkpoints: Sequence[Checkpoint]) -> Iterator[Candidate]:
+        """The base and its checkpoints."""
+        base = f"{self.model_digest} {file_digest(find_codec(self.directory))}"
+        yield Candidate("base", self.directory, base, self._plain, 0)
+        for checkpoint in checkpoints:
+            yield Candidate(
+                checkpoint.path.stem,
+                checkpoint.path,
+                f"{base} {file_digest(checkpoint.path)}",
+                partial(self._adapted, checkpoint),
+                checkpoint.step,
+            )
+
+    def _plain(self) -> TextToSpeech:
+        remove_lora(self._voice.model)
+        return self._voice
+
+    def _adapted(self, checkpoint: Checkpoint) -> TextToSpeech:
+        content = checkpoint.read()
+        lora = recorded_lora(content["run"])
+        check_fits(checkpoint, lora, self.model_digest, self.directory)
+        voice = self._plain()
+        add_lora(voice.model, lora)
+        load_lora(voice.model, content["state_dict"], checkpoint.path)
+        return voice
+
+
+def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
+    """Measure a project and write `results/<project>/evaluation`.
+
+    Where it was stopped it goes on. Raises `FileNotFoundError` or `ValueError` where there is
+    nothing to measure or nothing to measure it with.
+    """
+    checkpoints = [run.checkpoint(step) for step in request.steps]
+    checkpoints = checkpoints or run.checkpoints() or [run.checkpoint()]  # which says what to do
+    record = _first_record(checkpoints)
+    data = HeldOut(request.data_dir or Path(record["data_dir"]))
+    base_dir = request.base_dir or Path(record["base"])
+    check_model_dir(base_dir)
+    further = read_texts(request.texts) if request.texts else []
+    lines = data.plan(further, request.samples, say)
+    device = resolve_device(request.device)
+    base = AdaptedBase(base_dir, device, resolve_precision(request.precision, device))
+    folder = evaluation_folder(run)
+    with exclusive(folder, f"the evaluation of project '{run.project}'"):
+        listener = listener_for([*data.texts, *further], request, folder / "heard.jsonl", say)
+        board = measure(
+            list(base.candidates(checkpoints)),
+            lines,
+            data.recordings(),
+            folder,
+            title=run.project,
+            listener=listener,
+            commands=_commands(run, data, base_dir, checkpoints),
+            strangers=sorted(FOLDER.glob("strangers/*")),
+            more=partial(_losses, run, data, FishTokenizer.from_pretrained(base_dir), folder),
+            say=say,
+        )
+        write(board, folder)
+    return board
+
+
+def recommended(run: Run, request: Request, say: Say) -> Checkpoint:
+    """The checkpoint to merge; evaluates first where that was not done since the latest step.
+
+    Raises `ValueError` that says why where none is recommended.
+    """
+    file = evaluation_folder(run) / JSON_NAME
+    steps = {checkpoint.step for checkpoint in run.checkpoints()}
+    board = Leaderboard.read(file) if file.is_file() else None
+    if board is None or not steps <= {row.step for row in board.rows}:
+        board = evaluate(run, replace(request, steps=()), say)
+    best = board.recommendation
+    if best.verdict != "use":
+        raise ValueError(
+            f"nothing is merged: {best.verdict}: {best.reason}; next: {best.next} "
+            "(--merge-weights --checkpoint-step N merges one all the same)"
+        )
+    return run.checkpoint(best.step)
+
+
+def evaluation_folder(run: Run) -> Path:
+    return run.folder / "evaluation"
+
+
+def write(board: Leaderboard, folder: Path) -> None:
+    """The leaderboard as JSON, as text and as a page."""
+    board.write(folder)
+
+
+def listener_for(texts: Sequence[str], request: Request, journal: Path, say: Say) -> Listener:
+    """The instruments for texts of this kind; what is heard is kept in `journal`."""
+    recogniser, note = choose_recogniser(texts, request.whisper_model, request.device)
+    if note:
+        say(note)
+    if recogniser is not None:
+        recogniser = Journal(recogniser, journal)
+    return Listener(recogniser, SpeakerEncoder.from_pretrained())
+
+
+def read_texts(file: Path) -> list[str]:
+    """The lines of a file that have words. Raises `FileNotFoundError` or `ValueError`."""
+    if not file.is_file():
+        raise FileNotFoundError(f"--texts {file}: no such file")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--texts {file}: not UTF-8 text ({error.reason})") from error
+    texts = [line.strip() for line in lines if is_speakable(line)]
+    if not texts:
+        raise ValueError(f"--texts {file}: no line has a letter or a number")
+    return texts
+
+
+def _first_record(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """What the first readable checkpoint was trained on. Raises `ValueError` if none can be."""
+    for checkpoint in checkpoints:
+        try:
+            return checkpoint.read()["run"]
+        except ValueError as error:
+            failure = error
+    raise failure
+
+
+def _losses(
+    run: Run, data: HeldOut, tokenizer: FishTokenizer, folder: Path, candidate: Candidate,
+    voice: Callable[[], TextToSpeech],
+) -> dict[str, Figure | None]:  # fmt: skip
+    """The held-out loss of a candidate, and the training loss of the steps before it."""
+    found = remembered(
+        folder / AUDIO / safe_name(candidate.name) / "loss.json",
+        [candidate.digest, data.manifest.shards],
+        lambda: data.losses(voice().model, tokenizer),
+    )
+    weighed = [loss * frames for loss, frames in zip(found["losses"], found["frames"], strict=True)]
+    logged = {int(float(r["step"])) + 1: r["train/loss"] for r in run.metrics() if r["train/loss"]}
+    before = range(candidate.step - _LOGGED_STEPS + 1, candidate.step + 1)
+    return {
+        "held_out_loss": figure(weighed, found["frames"]),
+        "training_loss": figure([float(logged[step]) for step in before if step in logged]),
+    }
+
+
+def _commands(
+    run: Run, data: HeldOut, base_dir: Path, checkpoints: Sequence[Checkpoint]
+) -> Commands:
+    program = f"finetune_tts.py --project {run.project}"
+    longer = f"--data-dir {data.data_dir} --train --max-steps {2 * checkpoints[-1].step}"
+    reference = next(iter(data.references().values()), None)
+    cloning = f" --reference-audio {reference.audio}" if reference else ""
+    return Commands(
+        use=f"{program} --merge-best",
+        train_longer=f"{program} {longer}",
+        keep=f'cli_tts.py "Hello there." --model-path {base_dir}{cloning}',
+    )

@@ -1,0 +1,139 @@
+"""Which row to use, and why: decided by paired differences over the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fish_speech.evaluation.figures import FEWEST, difference
+from fish_speech.evaluation.leaderboard import Recommendation, Row, Sample, Spoken
+from fish_speech.preparation.rates import normal_words
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What to give next: `use` (with `{path}` for the chosen row's), `train_longer`, `keep`."""
+
+    use: str
+    train_longer: str
+    keep: str
+
+
+def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands) -> Recommendation:
+    """The earliest row after the base that no later one beats on similarity beyond the interval,
+    among those whose error rate is no worse than the base's beyond the interval.
+
+    "Beyond the interval": the 95% interval of the difference, over the samples that both spoke,
+    leaves out zero. A row that is not more like the voice than the base is not worth using: then
+    "train longer" where the held-out loss still falls, else "keep the base". Without similarities
+    error rates decide; without a recogniser, runaways and empty outputs take their place.
+    """
+    compare = _Comparison(samples)
+    base, *others = rows
+    measured = [row for row in others if row.error is None]
+    if base.error or not measured:
+        what = "the base" if base.error else "no checkpoint"
+        return _keep(base, f"{what} could be measured", commands)
+    sound = [row for row in measured if not compare.worse_words(row, base)]
+    if not sound:
+        return _keep(base, f"every checkpoint {compare.loses}, beyond the interval", commands)
+    if compare.count < FEWEST:
+        return _keep(base, f"{compare.count} samples are too few to tell", commands)
+    best = next(
+        row
+        for index, row in enumerate(sound)
+        if not any(compare.better(later, row) for later in sound[index + 1 :])
+    )
+    if compare.better(best, base):
+        return _use(best, base, sound, measured, compare, commands)
+    last = sound[-1]
+    falling = last is measured[-1] and _loss_falls([base, *measured])
+    gain = f"no checkpoint {compare.wins} beyond the interval"
+    if falling:
+        reason = f"{gain} yet, and the held-out loss still falls"
+        return Recommendation(None, None, "train longer", reason, commands.train_longer)
+    return _keep(base, gain, commands)
+
+
+def _use(
+    best: Row, base: Row, sound: list[Row], measured: list[Row], compare: _Comparison,
+    commands: Commands,
+) -> Recommendation:  # fmt: skip
+    reason = f"{best.name} {compare.wins} ({compare.show(best, base)})"
+    if compare.words_count:
+        reason += ", its error rate is no worse"
+    if best is not sound[-1]:
+        reason += ", and no later one is better beyond the interval"
+    elif len(sound) > 1 and compare.better(best, sound[-2]):
+        reason += "; it is the last and still getting better: a higher --max-steps may help"
+    if len(measured) == 1:
+        reason += "; it is the only checkpoint: a lower --save-every gives more to choose from"
+    next_command = commands.use.format(path=best.path)
+    return Recommendation(best.name, best.step, "use", reason, next_command)
+
+
+def _keep(base: Row, reason: str, commands: Commands) -> Recommendation:
+    return Recommendation(base.name, base.step, "keep the base", reason, commands.keep)
+
+
+def _loss_falls(rows: list[Row]) -> bool:
+    """Whether the last row's held-out loss is the lowest of all."""
+    losses = [figure.mean for row in rows if (figure := row.figure("held_out_loss"))]
+    return len(losses) > 1 and losses[-1] < min(losses[:-1])
+
+
+class _Comparison:
+    """Rows against each other, sample by sample; samples without a reference count, where any."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = [sample for sample in samples if not sample.referenced] or list(samples)
+        everything = [spoken for sample in self._samples for spoken in sample.spoken.values()]
+        self._by_voice = any(spoken.similarity is not None for spoken in everything)
+        self.words_count = any(spoken.wer is not None for spoken in everything)
+        self.count = len(self._samples)
+        self.wins = (
+            "is more like the voice than the base" if self._by_voice
+            else "makes fewer word errors than the base"
+        )  # fmt: skip
+        self.loses = (
+            "makes more word errors than the base" if self.words_count
+            else "runs on or says nothing more often than the base"
+        )  # fmt: skip
+
+    def better(self, a: Row, b: Row) -> bool:
+        """Whether `a` beats `b` on similarity (else on error rate), beyond the interval."""
+        if self._by_voice:
+            return self._interval(a, b, lambda spoken: spoken.similarity)[0] > 0
+        return self._interval(a, b, _failure, weighted=self.words_count)[1] < 0
+
+    def worse_words(self, a: Row, b: Row) -> bool:
+        """Whether `a` makes more errors than `b`, beyond the interval."""
+        return self._interval(a, b, _failure, weighted=self.words_count)[0] > 0
+
+    def show(self, a: Row, b: Row) -> str:
+        name, form = ("similarity", "{:.2f}") if self._by_voice else ("wer", "{:.0%}")
+        if self._samples[0].referenced:
+            name += "_referenced"
+        figures = [row.figure(name) for row in (a, b)]
+        if None in figures:
+            return "beyond the interval"
+        return " against ".join(form.format(figure.mean) for figure in figures)
+
+    def _interval(
+        self, a: Row, b: Row, value: Callable[[Spoken], float | None], weighted: bool = False
+    ) -> tuple[float, float]:
+        """Of `a` less `b`, over the samples where both have the value."""
+        found = []
+        for sample in self._samples:
+            pair = [value(sample.spoken[row.name]) for row in (a, b) if row.name in sample.spoken]
+            if len(pair) == 2 and None not in pair:
+                weight = len(normal_words(sample.text).split()) if weighted else 1
+                found.append((pair[0] * weight, pair[1] * weight, weight))
+        if not found:
+            return difference([], [])
+        return difference(*zip(*found, strict=True))
+
+
+def _failure(spoken: Spoken) -> float:
+    """The word error rate, or where nobody listened, whether the speech failed altogether."""
+    return spoken.wer if spoken.wer is not None else float(spoken.runaway or spoken.empty)
