@@ -97,23 +97,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_CONFIG_KEYS = {
-    "max_steps": "train.max_steps",
-    "batch_size": "data.batch_size",
-    "learning_rate": "optimizer.learning_rate",
-    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "save_every": "train.save_every",
-    "val_every": "train.val_every",
-    "keep_checkpoints": "train.keep_checkpoints",
-    "num_workers": "data.num_workers",
-    "seed": "seed",
-    "device": "device",
-    "precision": "precision",
-    "devices": "train.devices",
-    "num_nodes": "train.num_nodes",
-    "strategy": "train.strategy",
-}
-_GROUPS = {"model_version": "model", "lora_config": "lora"}
 _POSITIVE = (
     *("max_steps", "batch_size", "learning_rate", "gradient_accumulation_steps", "save_every"),
     *("val_every", "keep_checkpoints", "devices", "num_nodes", "batch_size_extract"),
@@ -124,25 +107,9 @@ def make_config(
     args: argparse.Namespace, data_dir: Path | None, remembered: Path | None = None
 ) -> RunConfig:
     """The run's config: what is given here over what is `remembered`, else over the defaults."""
-    from fish_speech.hub import model_versions
-    from fish_speech.training.config import compose_config, lora_presets
+    from fish_speech.training.config import config_of_flags
 
-    for flag, value, known in (
-        ("--lora-config", args.lora_config, lora_presets()),
-        ("--model-version", args.model_version, list(model_versions())),
-    ):
-        if value is not None and value not in known:
-            raise ValueError(f"{flag} {value}: one of {', '.join(known)}")
-    groups = {group: getattr(args, name) for name, group in _GROUPS.items()}
-    overrides = [f"{group}='{value}'" for group, value in groups.items() if value is not None]
-    flags = {key: getattr(args, name) for name, key in _CONFIG_KEYS.items()}
-    values = {key: value for key, value in flags.items() if value is not None}
-    values |= {"project": args.project, "data.dir": data_dir and str(data_dir)}
-    if args.pretrained_ckpt_path is not None:
-        values["base_model"] = str(args.pretrained_ckpt_path)
-    elif args.model_version is not None:
-        values["base_model"] = None
-    return compose_config([*overrides, *args.override], values, remembered=remembered)
+    return config_of_flags(vars(args), data_dir, remembered)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

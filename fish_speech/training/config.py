@@ -10,10 +10,28 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import MISSING, OmegaConf
 
+from fish_speech.hub import model_versions
 from fish_speech.models.text2semantic.lora import LoRAConfig
 from fish_speech.training.lit_module import OptimizerConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_GROUPS = {"model_version": "model", "lora_config": "lora"}  # by flag
+_KEYS = {
+    "max_steps": "train.max_steps",
+    "batch_size": "data.batch_size",
+    "learning_rate": "optimizer.learning_rate",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "save_every": "train.save_every",
+    "val_every": "train.val_every",
+    "keep_checkpoints": "train.keep_checkpoints",
+    "num_workers": "data.num_workers",
+    "seed": "seed",
+    "device": "device",
+    "precision": "precision",
+    "devices": "train.devices",
+    "num_nodes": "train.num_nodes",
+    "strategy": "train.strategy",
+}
 
 
 @dataclass
@@ -109,6 +127,24 @@ def compose_config(
         raise ValueError(f"config: {key}: {what}" if key else f"config: {what}") from error
     _check_ranges(config)
     return config
+
+
+def config_of_flags(
+    flags: Mapping[str, Any], data_dir: Path | None, remembered: Path | None = None
+) -> RunConfig:
+    """The config of `finetune_tts.py`'s flags (None: not given), as `compose_config` makes it."""
+    for flag, known in (("lora_config", lora_presets()), ("model_version", list(model_versions()))):
+        if flags[flag] is not None and flags[flag] not in known:
+            name = flag.replace("_", "-")
+            raise ValueError(f"--{name} {flags[flag]}: one of {', '.join(known)}")
+    overrides = [f"{group}='{flags[flag]}'" for flag, group in _GROUPS.items() if flags[flag]]
+    values = {key: flags[flag] for flag, key in _KEYS.items() if flags[flag] is not None}
+    values |= {"project": flags["project"], "data.dir": data_dir and str(data_dir)}
+    if flags["pretrained_ckpt_path"] is not None:
+        values["base_model"] = str(flags["pretrained_ckpt_path"])
+    elif flags["model_version"] is not None:
+        values["base_model"] = None
+    return compose_config([*overrides, *flags["override"]], values, remembered=remembered)
 
 
 def lora_presets() -> list[str]:
