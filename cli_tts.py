@@ -4,26 +4,25 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fish_speech.audio import SAVE_FORMATS, audio_writer
+from fish_speech.audio import SAVE_FORMATS
 from fish_speech.devices import PRECISIONS, resolve_device, resolve_precision, set_threads
-from fish_speech.files import atomic_path, exclusive, file_digest
+from fish_speech.files import atomic_path, decode_text, file_digest, read_text, shown_path
 
 if TYPE_CHECKING:
     from fish_speech.conversation import Utterance
-    from fish_speech.inference import Piece, Settings, TextToSpeech
+    from fish_speech.inference import Settings, TextToSpeech
     from fish_speech.inference.jobs import Job
-    from fish_speech.inference.playback import Player
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 SMALL_MODEL = 100_000_000  # bytes of weights
@@ -142,6 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("\nInterrupted; what was not finished was not written.")
         return INTERRUPTED
+    except BrokenPipeError:  # who reads the output wants no more of it, as "| head" does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return FAILED
     except (ValueError, OSError) as error:
         return complain(error, args.debug, BAD_INPUT)
     except Exception as error:  # out of memory, a driver's failure, a mistake of ours
@@ -166,7 +168,7 @@ def setup_fish_speech(model_path: str | None = None) -> tuple[Path, Path]:
         from fish_speech.hub import find_model
 
         path = find_model(model_path, fish_speech_dir)
-        say(f"Voice: {_shown(path)} (--model-path)")
+        say(f"Voice: {shown_path(path)} (--model-path)")
         return fish_speech_dir, path
 
     # A voice of your own can be preferred here: return fish_speech_dir, Path("its directory").
@@ -175,113 +177,116 @@ def setup_fish_speech(model_path: str | None = None) -> tuple[Path, Path]:
 
     path, what = local_voices(fish_speech_dir)[0]
     why = what if path.name.endswith("-merged") else f"{what}; no checkpoints/*-merged is there"
-    say(f"Voice: {_shown(path)} ({why})")
+    say(f"Voice: {shown_path(path)} ({why})")
     return fish_speech_dir, path
 
 
-def _shown(path: Path) -> Path:
-    """A path as a user would type it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
 def list_voices() -> int:
-    from fish_speech.inference.voices import local_voices
+    from fish_speech.inference.voices import local_voices, speakers_of
 
     for path, what in local_voices(Path(__file__).resolve().parent):
-        print(f"{_shown(path)}\t{what}")
+        speakers = ", ".join(speakers_of(path))
+        print(shown_path(path), what, *([f"speakers: {speakers}"] if speakers else []), sep="\t")
     return OK
 
 
 def speak(args: argparse.Namespace) -> int:
-    text = read_text(args)
-    jobs = plan_jobs(args, text)
-    settings_of(args, args.seed)  # what is out of range is said before anything is loaded
+    """What is wrong with the arguments is said before anything is loaded, or even downloaded."""
+    from fish_speech.inference.voices import pair_references
+
+    jobs = plan_jobs(args, wanted_text(args))
+    settings = settings_of(args)
+    references = pair_references(args.reference_audio, args.reference_text)
+    if args.threads is not None:
+        set_threads(args.threads)
     _, model_dir = setup_fish_speech(args.model_path)
+    choose_speaker(args.speaker, model_dir)
     started = time.perf_counter()
     tts = load(args, model_dir)
-    references = read_references(args, tts)
+    voice = [tts.encode_reference(file, words) for file, words in references]
     say(f"Loaded in {time.perf_counter() - started:.1f} s")
-    if args.batch and jobs[0].output is not None:
-        failed = resume_batch(args, tts, jobs, references, model_dir)
+
+    def attempt_one(job: Job) -> bool:
+        return attempt(args, tts, job, voice, settings)
+
+    if args.batch and not jobs[0].only_heard:
+        from fish_speech.inference.jobs import do_the_rest
+
+        made_of = all_but_text_and_seed(args, tts, model_dir, references, settings)
+        done, there, failed = do_the_rest(jobs, made_of, attempt_one)
+        say(f"{done} spoken, {there} were there already, {failed} failed")
     else:
-        failed = sum(not attempt(args, tts, job, references) for job in jobs)
+        if not args.batch:
+            tts.check(jobs[0].text, voice, args.speaker, settings)
+        failed = sum(not attempt_one(job) for job in jobs)
     return FAILED if failed else OK
 
 
 def plan_jobs(args: argparse.Namespace, text: str) -> list[Job]:
     from fish_speech.inference.jobs import default_output, plan
 
+    only_heard = args.play and args.output is None
     if args.output == "-":
         if args.batch or args.num_samples > 1:
             raise ValueError("'-o -' takes one speech: no --batch and no --num-samples")
         output = None
-    elif args.output is not None:
-        output = Path(args.output)
     else:
-        output = None if args.play else default_output(text, args.batch)
-    jobs = plan(text, output, batch=args.batch, seed=args.seed, takes=args.num_samples)
+        output = Path(args.output or default_output(text, args.batch))
+    jobs = plan(
+        text,
+        output,
+        batch=args.batch,
+        seed=args.seed,
+        takes=args.num_samples,
+        only_heard=only_heard,
+    )
     lines = len(text.splitlines())
     if args.batch and len(jobs) < lines * args.num_samples:
         say(f"{lines - len(jobs) // args.num_samples} of {lines} lines have no words: left out")
     return jobs
 
 
-def resume_batch(
+def choose_speaker(speaker: str | None, model_dir: Path) -> None:
+    from fish_speech.inference.voices import check_speaker, speakers_of
+
+    known = speakers_of(model_dir)
+    check_speaker(speaker, known)
+    if speaker is not None and not known:
+        say(f"Warning: this model lists no speakers; it may not know {speaker!r}, or say the name")
+
+
+def all_but_text_and_seed(
     args: argparse.Namespace,
     tts: TextToSpeech,
-    jobs: list[Job],
-    references: list[Utterance],
     model_dir: Path,
-) -> int:
-    """Do the jobs that are not done yet; returns how many failed."""
-    from fish_speech.inference.jobs import Ledger
+    references: list[tuple[str, str]],
+    settings: Settings,
+) -> list[Any]:
+    """What else decides how a line sounds, the defaults of this machine included."""
+    from fish_speech.inference.jobs import model_digests
 
-    folder = jobs[0].output.parent
-    with exclusive(folder, str(folder)):
-        ledger = Ledger(folder, made_of(args, model_dir, references))
-        waiting = [job for job in jobs if not ledger.has(job)]
-        failed = 0
-        for job in waiting:
-            if attempt(args, tts, job, references):
-                ledger.add(job)
-            else:
-                failed += 1
-    done = len(jobs) - len(waiting)
-    say(f"{len(waiting) - failed} spoken, {done} were there already, {failed} failed")
-    return failed
+    machine = [tts.model.device.type, str(tts.model.dtype), args.quantize]
+    cloned = [(file_digest(file), words) for file, words in references]
+    voice = [args.speaker, cloned, args.trim_silence]
+    return [model_digests(model_dir), machine, voice, asdict(replace(settings, seed=0))]
 
 
-def made_of(args: argparse.Namespace, model_dir: Path, said: list[Utterance]) -> list:
-    """All that decides how a line sounds, but the line and its seed."""
-    weights = (model_dir / "model.pth").stat()
-    references = [[file_digest(f) for f in args.reference_audio], [r.text for r in said]]
-    sampling = [args.temperature, args.top_p, args.repetition_penalty]
-    limits = [args.max_new_tokens, args.retries, args.trim_silence]
-    voice = [args.speaker, references, args.precision, args.quantize]
-    return [weights.st_size, weights.st_mtime, voice, sampling, limits]
-
-
-def read_text(args: argparse.Namespace) -> str:
+def wanted_text(args: argparse.Namespace) -> str:
     if (args.text is None) == (args.text_file is None):
         raise ValueError('give either a text (as in: cli_tts.py "Hello.") or --text-file FILE')
     if "-" in (args.text, args.text_file):
-        name, content = "standard input", sys.stdin.buffer.read()
-    elif args.text_file is not None:
-        name, content = args.text_file, Path(args.text_file).read_bytes()
-    else:
-        return args.text
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 text ({error.reason} at {error.start})") from error
+        if sys.stdin is None:
+            raise ValueError("standard input is closed; give the text itself, or --text-file FILE")
+        return decode_text(sys.stdin.buffer.read(), "standard input")
+    return args.text if args.text_file is None else read_text(args.text_file)
 
 
 def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
     from fish_speech.inference import TextToSpeech
 
     small = (model_dir / "model.pth").stat().st_size < SMALL_MODEL
-    if small or args.threads:  # more threads only wait for each other in a small model
-        set_threads(args.threads or 1)
+    if small and args.threads is None:  # more would only wait for each other
+        set_threads(1)
     device = resolve_device(args.device)
     dtype = None if args.precision == "auto" else resolve_precision(args.precision, device)
     if args.compile:
@@ -291,110 +296,49 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
     )
 
 
-def read_references(args: argparse.Namespace, tts: TextToSpeech) -> list[Utterance]:
-    from fish_speech.inference.voices import text_beside
-
-    audio, texts = args.reference_audio, args.reference_text
-    if texts and len(texts) != len(audio):
-        raise ValueError(
-            f"{len(audio)} --reference-audio, but {len(texts)} --reference-text: give one for each,"
-            " or none where a .lab or .txt file lies beside the recording"
-        )
-    texts = texts or [text_beside(file) for file in audio]
-    return [tts.encode_reference(file, words) for file, words in zip(audio, texts, strict=True)]
-
-
-def settings_of(args: argparse.Namespace, seed: int) -> Settings:
+def settings_of(args: argparse.Namespace) -> Settings:
     from fish_speech.inference import Sampling, Settings
 
     retries = args.retries if args.retries is not None else 0 if args.play else Settings.retries
     sampling = Sampling(args.temperature, args.top_p, args.repetition_penalty)
-    return Settings(sampling, seed, args.max_new_tokens, retries)
+    return Settings(sampling, args.seed, args.max_new_tokens, retries)
 
 
 def attempt(
-    args: argparse.Namespace, tts: TextToSpeech, job: Job, references: list[Utterance]
+    args: argparse.Namespace,
+    tts: TextToSpeech,
+    job: Job,
+    voice: list[Utterance],
+    settings: Settings,
 ) -> bool:
     """Speak one job; what is wrong with it is said, not raised, so that the others go on."""
-    pieces = tts.pieces(job.text, references, args.speaker, settings_of(args, job.seed))
+    from fish_speech.inference.record import record
+
+    pieces = tts.pieces(job.text, voice, args.speaker, replace(settings, seed=job.seed))
+    options = {"play": args.play, "trim_silence": args.trim_silence, "say": say}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            file = job.output or Path(folder, "speech.wav")
-            heard = record(pieces, file, tts.sample_rate, args)
-            if args.output == "-":
+            aside = job.output is None or job.only_heard
+            file = Path(folder, "speech.wav") if aside else job.output
+            recorded = record(pieces, file, tts.sample_rate, **options)
+            if job.output is None:
                 sys.stdout.buffer.write(file.read_bytes())
                 sys.stdout.buffer.flush()
-            elif job.output is not None:
-                print(file, flush=True)
-            elif not heard:
-                print(keep(file, job), flush=True)
+            elif not (job.only_heard and recorded.heard):
+                if aside:
+                    with atomic_path(job.output) as temporary:
+                        shutil.copyfile(file, temporary)
+                print(job.output, flush=True)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         complain(error, args.debug, FAILED)
         return False
-    return True
-
-
-def keep(file: Path, job: Job) -> Path:
-    """Copy what was only to be played to where it would have gone without --play."""
-    from fish_speech.inference.jobs import default_output
-
-    output = default_output(job.text, batch=False)
-    with atomic_path(output) as temporary:
-        shutil.copyfile(file, temporary)
-    return output
-
-
-def record(pieces: Iterator[Piece], file: Path, rate: int, args: argparse.Namespace) -> bool:
-    """Send pieces to the file and the player as they come, and say how long it took.
-
-    Returns whether all of it was played.
-    """
-    from tqdm import tqdm
-
-    from fish_speech.inference.streaming import SilenceTrimmer
-
-    trimmed = SilenceTrimmer(rate) if args.trim_silence else lambda waveform: waveform
-    started, first_after, samples, frames = time.perf_counter(), 0.0, 0, 0
-    with ExitStack() as stack:
-        # The file is closed first: it is whole while the rest of it is still being heard.
-        player = open_player(stack, rate) if args.play else None
-        write = stack.enter_context(audio_writer(file, rate))
-        bar = stack.enter_context(tqdm(unit="chunk", leave=False, disable=None))
-        for piece in pieces:
-            waveform = trimmed(piece.waveform)
-            if waveform.shape[1]:
-                first_after = first_after or time.perf_counter() - started
-                write(waveform)
-                if player is not None:
-                    player.write(waveform)
-            samples, frames = samples + waveform.shape[1], frames + piece.frames
-            if piece.problem:
-                tqdm.write(f"Warning: {piece.problem}", file=sys.stderr)
-            bar.total = piece.count
-            bar.update(piece.ends_chunk)
-        if not samples:
-            raise ValueError("the speech is nothing but silence; try another --seed")
-        took, duration = time.perf_counter() - started, samples / rate
-        say(
-            f"{duration:.1f} s of speech in {took:.1f} s: real-time factor {took / duration:.2f},"
-            f" {frames / took:.0f} frames/s, first audio after {first_after:.2f} s"
-        )
-    if player is not None and player.failure:
-        say(f"Playing failed: {player.failure}")
-    return player is not None and not player.failure
-
-
-def open_player(stack: ExitStack, sample_rate: int) -> Player | None:
-    from fish_speech.inference.playback import NoPlayback, Player
-
-    try:
-        return stack.enter_context(Player(sample_rate))
-    except NoPlayback as error:
-        say(f"Nothing can be played here: {error}")
-        return None
+    return recorded.whole
 
 
 if __name__ == "__main__":
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # end as Ctrl+C does
-        signal.signal(getattr(signal, name), signal.default_int_handler)
+        if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN:  # by nohup
+            signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -53,8 +53,11 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def set_threads(count: int) -> None:
-    """Threads that one operation may use on the CPU."""
+    """Threads that one operation may use on the CPU. Raises `ValueError` below 1."""
     import torch
+
+    if count < 1:
+        raise ValueError(f"--threads {count}: must be at least 1")
 
     torch.set_num_threads(count)
 

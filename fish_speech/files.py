@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(path.name.encode()).hexdigest()[
-        :16
-    ]  # a long name leaves no room for more
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{name}{path.suffix}")
+    # Not the name itself: a long one leaves no room for more.
+    name = f"{_TEMPORARY}{os.getpid()}-{_short_digest(path.name)}{path.suffix}"
+    temporary = path.with_name(name)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -47,6 +46,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _short_digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -69,12 +72,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_temporaries(folder: str | Path) -> None:
+def remove_temporaries(folder: str | Path, names: Iterable[str] | None = None) -> None:
     """Remove what killed runs left of `atomic_path` and `atomic_folder` anywhere under `folder`.
 
-    Hold the lock of what is written there.
+    Given `names`, only what was to become files of these names in `folder` itself, where others may
+    write too. Hold the lock of what is removed.
     """
-    for path in list(Path(folder).rglob(f"{_TEMPORARY}*")):
+    folder = Path(folder)
+    digests = {_short_digest(name) for name in names} if names is not None else set()
+    for path in list((folder.rglob if names is None else folder.glob)(f"{_TEMPORARY}*")):
+        if names is not None and path.stem.rpartition("-")[2] not in digests:
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -95,6 +103,21 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def decode_text(content: bytes, name: str | Path) -> str:
+    """UTF-8, with or without a byte order mark. Raises `ValueError` that names it if it isn't."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: not UTF-8 text ({error.reason} at {error.start}); save it as UTF-8"
+        ) from error
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 text file. Raises `ValueError` that names the file where it is none."""
+    return decode_text(Path(path).read_bytes(), path)
 
 
 def read_json(path: str | Path) -> Any:
@@ -122,6 +145,11 @@ def list_audio(folder: str | Path) -> list[Path]:
             if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
         ]
     return sorted(found)
+
+
+def shown_path(path: Path) -> str:
+    """A path as a user would type it: relative where it lies below the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def safe_name(text: str, *, max_length: int = 80) -> str:

@@ -11,7 +11,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fish_speech.files import exclusive, file_digest
+from fish_speech.files import exclusive, file_digest, shown_path
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -72,10 +72,10 @@ def find_model(version: str | Path, root: Path = REPOSITORY) -> Path:
         if missing := _missing_files(entry, directory):
             if entry.repo_id is None:
                 raise FileNotFoundError(
-                    f"{_shown(directory)} lacks {', '.join(missing)}; it is part of the repository:"
-                    f" 'git checkout -- {entry.directory}' brings it back"
+                    f"{shown_path(directory)} lacks {', '.join(missing)}; it is part of the"
+                    f" repository: 'git checkout -- {entry.directory}' brings it back"
                 )
-            with exclusive(directory, f"{_shown(directory)}, being downloaded,"):
+            with exclusive(directory, f"{shown_path(directory)}, being downloaded,"):
                 _download(entry, directory)
     check_model_dir(directory)
     return directory
@@ -145,11 +145,6 @@ def _has_bytes(path: Path, least: int) -> bool:
     return path.is_file() and path.stat().st_size >= least
 
 
-def _shown(path: Path) -> str:
-    """A path as a user would type it: relative where it lies below the working directory."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 def _download(entry: ModelVersion, directory: Path) -> None:
     """Bring every file of `entry` that is not whole yet into `directory`, sizes verified."""
     from huggingface_hub import HfApi, constants
@@ -192,7 +187,7 @@ def _check_space(wanted: list[RepoSibling], directory: Path) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ValueError(
-            f"{_shown(directory)}: the download needs {needed / 1e9:.1f} GB, the disk has"
+            f"{shown_path(directory)}: the download needs {needed / 1e9:.1f} GB, the disk has"
             f" {free / 1e9:.1f} GB free; make room and start again"
         )
 
@@ -279,12 +274,13 @@ def _refusal(entry: ModelVersion, error: HfHubHTTPError) -> str:
 def _offline(entry: ModelVersion, directory: Path, reason: str) -> str:
     from huggingface_hub import constants
 
-    missing, where = _missing_files(entry, directory), _shown(directory)
+    missing, where = _missing_files(entry, directory), shown_path(directory)
     page = f"{constants.ENDPOINT}/{entry.repo_id}"
     return (
         f"model {entry.name} is not complete in {where} and the hub cannot be reached ({reason}).\n"
         "With a network, the same command goes on with the download and keeps what is there. Or"
         f" download {', '.join(missing)} elsewhere, from {page}, and put that into {where}:\n"
         f"  hf download {entry.repo_id} {' '.join(missing)} --local-dir {where}\n"
-        "--model-version tiny needs no download."
+        "The version tiny needs no download: --model-version tiny to train it, --model-path tiny to"
+        " speak with it."
     )

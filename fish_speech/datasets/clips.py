@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fish_speech.files import list_audio
+from fish_speech.files import list_audio, read_text
 
 REJECTED_FOLDER = "rejected"
 
@@ -30,10 +30,7 @@ class Clip:
         """The transcript. Raises `ValueError` that names the file where it is missing or empty."""
         if not self.transcript.is_file():
             raise ValueError(f"{self.transcript}: the transcript is missing")
-        try:
-            text = self.transcript.read_text(encoding="utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.transcript}: not UTF-8 text ({error.reason})") from error
+        text = read_text(self.transcript).strip()
         if not text:
             raise ValueError(f"{self.transcript}: the transcript is empty")
         return text

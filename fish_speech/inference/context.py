@@ -37,16 +37,23 @@ class Context:
         """Remember a chunk that was spoken."""
         self._spoken.append(utterance)
 
+    def least(self, text: str, usual: int) -> int:
+        """Columns of the prompt for `text` when no chunk that was spoken is kept.
+
+        `usual` is the number of frames that the speech may well have. Raises `ValueError` where
+        there is no room for that.
+        """
+        bare = self._build(text, []).shape[1]
+        if bare + usual > self._config.max_seq_len:
+            raise ValueError(self._no_room(text, bare + usual))
+        return bare
+
     def prompt(self, text: str, usual: int) -> tuple[Tensor, int]:
         """The prompt [K+1, T] for `text`, and how many frames the model's context leaves for it.
 
-        `usual` is the number of frames that the speech may well have. Raises `ValueError` where the
-        references leave no room for that.
+        Raises as `least`.
         """
-        config = self._config
-        bare = self._build(text, []).shape[1]
-        if bare + usual > config.max_seq_len:
-            raise ValueError(self._no_room(text, bare + usual))
+        config, bare = self._config, self.least(text, usual)
         # A model may say that it was trained on shorter sequences than its context could hold.
         longest = min(config.max_seq_len, config.extra.get("trained_seq_len", config.max_seq_len))
         room = min(longest - usual, bare + self._max_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,37 @@ def compile_steps(model: DualARTransformer) -> None:
     # One graph for every length of the cache, so that no later frame is compiled anew.
     model.hidden_states = torch.compile(model.hidden_states, dynamic=True)
     model.fast_logits = torch.compile(model.fast_logits, dynamic=True)
+
+
+class Take:
+    """One try at a continuation: frames [K] as they are made, all of them again if asked again."""
+
+    def __init__(self, source: Generator[Tensor, None, bool]) -> None:
+        self._source = source
+        self._finished = False
+        self.frames: list[Tensor] = []
+        self.ended = False  # by the model, not by the limit
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.frames
+        while not self._finished:
+            try:
+                self.frames.append(next(self._source))
+            except StopIteration as stop:
+                self._finished, self.ended = True, stop.value
+            else:
+                yield self.frames[-1]
+
+    def finish(self) -> None:
+        """Make all frames."""
+        for _ in self:
+            pass
+
+    def codes(self, num_codebooks: int) -> Tensor:
+        """All frames as [K, T] on the CPU."""
+        if not self.frames:
+            return torch.zeros(num_codebooks, 0, dtype=torch.long)
+        return torch.stack(self.frames, dim=1).cpu()
 
 
 class _FrameDecoder:

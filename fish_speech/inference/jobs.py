@@ -5,22 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fish_speech.audio import SAVE_FORMATS, save_format
-from fish_speech.files import read_json, safe_name, write_json
+from fish_speech.files import (
+    exclusive,
+    file_digest,
+    read_json,
+    remove_temporaries,
+    safe_name,
+    write_json,
+)
 from fish_speech.text import is_speakable
+
+_MODEL_SUFFIXES = (".pth", ".json", ".tiktoken")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One text to speak: with which seed, and to which file (None: it is only played)."""
+    """One text to speak: with which seed, and to which file (None: standard output).
+
+    `only_heard`: the file is for a machine where the speech can't be played.
+    """
 
     text: str
     seed: int
     output: Path | None
+    only_heard: bool = False
 
 
 def default_output(text: str, batch: bool) -> Path:
@@ -29,7 +43,13 @@ def default_output(text: str, batch: bool) -> Path:
 
 
 def plan(
-    text: str, output: Path | None, *, batch: bool = False, seed: int = 0, takes: int = 1
+    text: str,
+    output: Path | None,
+    *,
+    batch: bool = False,
+    seed: int = 0,
+    takes: int = 1,
+    only_heard: bool = False,
 ) -> list[Job]:
     """The jobs in order: the text, or with `batch` every line of it that has words.
 
@@ -45,25 +65,29 @@ def plan(
     if takes < 1:
         raise ValueError(f"the number of samples must be at least 1 (is {takes})")
     if output is not None:
-        output = _checked(output, batch)
+        if batch and output.suffix.lower() not in SAVE_FORMATS:
+            output = output / "_.wav"
+        if not only_heard:
+            _check_output(output)
     return [
-        Job(line, seed + take, output and _numbered(output, number, take + 1, takes))
+        Job(line, seed + take, output and _numbered(output, number, take + 1, takes), only_heard)
         for number, line in spoken
         for take in range(takes)
     ]
 
 
-def _checked(output: Path, batch: bool) -> Path:
-    """`output`, a batch's folder as `FOLDER/_.wav`. Raises `ValueError`: it can't be written."""
-    if batch and output.suffix.lower() not in SAVE_FORMATS:
-        output = output / "_.wav"
+def _check_output(output: Path) -> None:
+    """Raise `ValueError` where `output` can't be written."""
+    try:
+        os.fspath(output).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{output}: the name is not UTF-8; give another") from None
     if output.is_dir():
         raise ValueError(f"{output}: a folder; give a file name, as {output / 'speech.wav'}")
     save_format(output)
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ValueError(f"{output}: can't be written; {folder} is no folder that you may write to")
-    return output
 
 
 def _numbered(output: Path, number: int | None, take: int, takes: int) -> Path:
@@ -74,23 +98,62 @@ def _numbered(output: Path, number: int | None, take: int, takes: int) -> Path:
     return output.with_name("_".join(mark for mark in marks if mark) + output.suffix)
 
 
+def do_the_rest(
+    jobs: list[Job], made_of: Any, attempt: Callable[[Job], bool]
+) -> tuple[int, int, int]:
+    """Do the jobs of a batch that are not done yet; `attempt` says whether it succeeded.
+
+    Returns how many were done, were done already, and failed. `made_of` as in `Ledger`.
+    """
+    folder = jobs[0].output.parent
+    with exclusive(folder, str(folder)):
+        ledger = Ledger(folder, made_of)
+        remove_temporaries(folder, [ledger.file.name, *(job.output.name for job in jobs)])
+        waiting = [job for job in jobs if not ledger.has(job)]
+        done = 0
+        for job in waiting:
+            if attempt(job):
+                ledger.add(job)
+                done += 1
+    return done, len(jobs) - len(waiting), len(waiting) - done
+
+
+def model_digests(model_dir: Path) -> dict[str, str]:
+    """What a model directory's files hold, by name: any of them decides how it sounds."""
+    files = [file for file in sorted(model_dir.iterdir()) if file.suffix in _MODEL_SUFFIXES]
+    return {file.name: file_digest(file) for file in files}
+
+
 class Ledger:
     """What each file in a folder was made of, in `batch.json` there, so that a batch can go on.
 
     `made_of` is what all files have in common (model, voice, sampling), as JSON can hold it. A file
-    counts as done only where that, its text and its seed are still the same.
+    counts as done only where that, its text and its seed are still the same. Raises `ValueError`
+    for a `batch.json` of another kind.
     """
 
     def __init__(self, folder: Path, made_of: Any) -> None:
-        self._file, self._made_of = folder / "batch.json", made_of
-        self._digests = read_json(self._file) if self._file.exists() else {}
+        self.file, self._made_of = folder / "batch.json", made_of
+        self._digests = self._read() if self.file.exists() else {}
 
     def has(self, job: Job) -> bool:
         return job.output.exists() and self._digests.get(job.output.name) == self._digest(job)
 
     def add(self, job: Job) -> None:
         self._digests[job.output.name] = self._digest(job)
-        write_json(self._file, self._digests)
+        write_json(self.file, self._digests)
+
+    def _read(self) -> dict[str, str]:
+        try:
+            digests = read_json(self.file)
+        except ValueError:
+            digests = None
+        if not isinstance(digests, dict):
+            raise ValueError(
+                f"{self.file}: damaged, or not written by a batch; remove it, and every line is"
+                " spoken again"
+            )
+        return digests
 
     def _digest(self, job: Job) -> str:
         content = json.dumps([self._made_of, job.text, job.seed], sort_keys=True)

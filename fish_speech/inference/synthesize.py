@@ -20,9 +20,10 @@ from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.files import file_digest
 from fish_speech.hub import check_model_dir
 from fish_speech.inference.context import Context
-from fish_speech.inference.generate import compile_steps, generate
+from fish_speech.inference.generate import Take, compile_steps, generate
 from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.streaming import decode_stream
+from fish_speech.inference.voices import check_reference, check_speaker
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.quantize import quantize_int8
 from fish_speech.models.vqgan import Codec, load_codec
@@ -32,7 +33,7 @@ from fish_speech.tokenizer import FishTokenizer
 logger = logging.getLogger(__name__)
 
 # Seconds of silence between two chunks, by the mark that the first ends with.
-_PAUSE_AFTER = dict.fromkeys(".!?…。！？｡।؟።", 0.2) | dict.fromkeys(",;:—–，、；：،؛", 0.1)
+_PAUSE_AFTER = dict.fromkeys(".!?…。！？．｡।؟።", 0.2) | dict.fromkeys(",;:—–，、；：،؛", 0.1)
 _CLOSING_MARKS = "\"'”’»›)]}」』】》）"
 _CACHED_REFERENCES = 16
 
@@ -65,7 +66,8 @@ class Piece:
     """A stretch of speech as it comes: `waveform [1, n]`, of chunk `index` of `count`.
 
     `frames` counts the codec frames in it, `ends_chunk` marks a chunk's last piece, and `problem`
-    then says what went wrong with the chunk, where something did; `ran_on` if it did not end.
+    then says what went wrong with the chunk, where something did; `ran_on` if it did not end,
+    `lost` if nothing of it was spoken.
     """
 
     waveform: Tensor
@@ -75,6 +77,7 @@ class Piece:
     ends_chunk: bool = False
     problem: str | None = None
     ran_on: bool = False
+    lost: bool = False
 
 
 class TextToSpeech:
@@ -134,6 +137,11 @@ class TextToSpeech:
         return self._model
 
     @property
+    def speakers(self) -> list[str]:
+        """The names that `speaker` may have; empty where the model lists none."""
+        return self._model.config.extra.get("speakers", [])
+
+    @property
     def sample_rate(self) -> int:
         """Hz of every waveform."""
         return self._codec.sample_rate
@@ -144,10 +152,7 @@ class TextToSpeech:
         Raises `FileNotFoundError`, or `ValueError` where the file is no audio, is too long for the
         model, or the text has no words.
         """
-        if not is_speakable(text):
-            raise ValueError(f"{audio}: the reference needs its text, the words that are spoken")
-        if not Path(audio).is_file():
-            raise FileNotFoundError(f"{audio}: no such audio file")
+        check_reference(audio, text)
         digest = file_digest(audio)
         with self._lock:
             if digest not in self._references:
@@ -189,10 +194,10 @@ class TextToSpeech:
     ) -> Tensor:
         """Speak a text of any length: waveform [1, N], float32 on the CPU, at `sample_rate`.
 
-        `reference` is what `encode_reference` returns (one or several), `speaker` the name of a
-        voice of a model that has several. Problems that leave a speech all the same (see
-        `Settings`) are logged as warnings. Raises `ValueError` for a text without words, a
-        reference that leaves no room, or a model that says nothing at all.
+        `reference` is what `encode_reference` returns (one or several), `speaker` one of `speakers`
+        where the model has several. Problems that leave a speech all the same (see `Settings`) are
+        logged as warnings. Raises `ValueError` where `check` does, or for a model
+        that says nothing at all.
         """
         sampling = Sampling(temperature, top_p, repetition_penalty)
         settings = Settings(sampling, seed, max_new_tokens, retries)
@@ -221,6 +226,20 @@ class TextToSpeech:
         settings = Settings(sampling, seed, max_new_tokens, retries)
         return _warned(self.pieces(text, reference, speaker, settings))
 
+    def check(
+        self,
+        text: str,
+        reference: Utterance | Sequence[Utterance] | None = None,
+        speaker: str | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        """Raise `ValueError` for what can't be spoken, before anything of it is.
+
+        That is a text without words, a speaker that the model does not have, and a reference or a
+        stretch of the text that can't be cut for which the model's context has no room.
+        """
+        self._plan(text, reference, speaker, settings or Settings())
+
     def pieces(
         self,
         text: str,
@@ -230,9 +249,37 @@ class TextToSpeech:
     ) -> Iterator[Piece]:
         """What `synthesize` and `stream` are made of: the speech with its progress and problems."""
         settings = settings or Settings()
+        chunks, context = self._plan(text, reference, speaker, settings)
+        said = 0
+        for index, text in enumerate(chunks):
+            if not is_speakable(text):
+                problem = f"{_named(text, index, len(chunks))}: left out, it has no words"
+                yield Piece(
+                    torch.zeros(1, 0), index, len(chunks), 0, ends_chunk=True, problem=problem
+                )
+                continue
+            limit, usual = self._frames(text, settings)
+            prompt, room = context.prompt(text, usual)
+            chunk = _Chunk(text, index, len(chunks), prompt, min(limit, room))
+            codes, problem = yield from self._speak(chunk, settings)
+            said += codes.shape[1]
+            if problem is None:  # a chunk that went wrong would spoil the next
+                context.add(Utterance(text, codes))
+        if not said:
+            raise ValueError("the model said nothing; try another seed, or train it further")
+
+    def _plan(
+        self,
+        text: str,
+        reference: Utterance | Sequence[Utterance] | None,
+        speaker: str | None,
+        settings: Settings,
+    ) -> tuple[list[str], Context]:
+        """The chunks of a text, each of which has room in the model's context."""
+        check_speaker(speaker, self.speakers)
         references = [reference] if isinstance(reference, Utterance) else list(reference or ())
         chunks = split_text(text)
-        if not chunks:
+        if not any(map(is_speakable, chunks)):
             raise ValueError(f"there is nothing to speak in {text[:40]!r}: no letter and no number")
         context = Context(
             self._tokenizer,
@@ -242,18 +289,15 @@ class TextToSpeech:
             speaker=speaker,
             max_tokens=settings.context_tokens,
         )
-        said = 0
-        for index, text in enumerate(chunks):
-            longest = ceil(longest_speech(text) * self._codec.frame_rate)
-            limit = settings.max_new_tokens or longest
-            prompt, room = context.prompt(text, usual=min(limit, longest // 2))
-            chunk = _Chunk(text, index, len(chunks), prompt, min(limit, room))
-            codes, problem = yield from self._speak(chunk, settings)
-            said += codes.shape[1]
-            if problem is None:  # a chunk that went wrong would spoil the next
-                context.add(Utterance(text, codes))
-        if not said:
-            raise ValueError("the model said nothing; try another seed, or train it further")
+        for chunk in filter(is_speakable, chunks):
+            context.least(chunk, self._frames(chunk, settings)[1])
+        return chunks, context
+
+    def _frames(self, text: str, settings: Settings) -> tuple[int, int]:
+        """The most frames that a chunk may take, and how many it may well take."""
+        longest = ceil(longest_speech(text) * self._codec.frame_rate)
+        limit = settings.max_new_tokens or longest
+        return limit, min(limit, longest // 2)
 
     def _speak(
         self, chunk: _Chunk, settings: Settings
@@ -263,7 +307,7 @@ class TextToSpeech:
         Only the last try is heard while it is made: the others may have to be thrown away.
         """
         for tries in range(1, settings.retries + 2):
-            take = _Take(
+            take = Take(
                 generate(
                     self._model,
                     chunk.prompt,
@@ -283,10 +327,11 @@ class TextToSpeech:
         problem = self._problem(chunk, take, tries)
         seconds = 0.0 if chunk.index + 1 == chunk.count else _pause_after(chunk.text)
         pause = torch.zeros(1, round(seconds * self.sample_rate))
-        yield Piece(pause, chunk.index, chunk.count, 0, True, problem, ran_on=not take.ended)
+        state = {"ran_on": not take.ended, "lost": not take.frames}
+        yield Piece(pause, chunk.index, chunk.count, 0, True, problem, **state)
         return take.codes(self._codec.num_codebooks), problem
 
-    def _problem(self, chunk: _Chunk, take: _Take, tries: int) -> str | None:
+    def _problem(self, chunk: _Chunk, take: Take, tries: int) -> str | None:
         """What is wrong with a finished take, as a message to the user."""
         seconds = len(take.frames) / self._codec.frame_rate
         if not take.frames:
@@ -298,8 +343,7 @@ class TextToSpeech:
         else:
             return None
         after = f", after {tries} tries" if tries > 1 else ""
-        shown = chunk.text if len(chunk.text) <= 40 else f"{chunk.text[:37]}..."
-        return f"chunk {chunk.index + 1} of {chunk.count} ({shown!r}): {what}{after}"
+        return f"{_named(chunk.text, chunk.index, chunk.count)}: {what}{after}"
 
 
 @dataclass(frozen=True)
@@ -313,37 +357,6 @@ class _Chunk:
     limit: int
 
 
-class _Take:
-    """One try at a chunk: frames [K] as they are made, all of them again when iterated again."""
-
-    def __init__(self, source: Generator[Tensor, None, bool]) -> None:
-        self._source = source
-        self._finished = False
-        self.frames: list[Tensor] = []
-        self.ended = False  # by the model, not by the limit
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from self.frames
-        while not self._finished:
-            try:
-                self.frames.append(next(self._source))
-            except StopIteration as stop:
-                self._finished, self.ended = True, stop.value
-            else:
-                yield self.frames[-1]
-
-    def finish(self) -> None:
-        """Make all frames."""
-        for _ in self:
-            pass
-
-    def codes(self, num_codebooks: int) -> Tensor:
-        """All frames as [K, T] on the CPU."""
-        if not self.frames:
-            return torch.zeros(num_codebooks, 0, dtype=torch.long)
-        return torch.stack(self.frames, dim=1).cpu()
-
-
 def _warned(pieces: Iterable[Piece]) -> Iterator[Tensor]:
     for piece in pieces:
         if piece.problem:
@@ -355,6 +368,12 @@ def _generator(device: torch.device, seed: int, chunk: int, tries: int) -> torch
     """The randomness of one try: independent of the others and of how the output is cut."""
     digest = hashlib.sha256(f"{seed} {chunk} {tries}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _named(text: str, index: int, count: int) -> str:
+    """A chunk as a message names it."""
+    shown = text if len(text) <= 40 else f"{text[:37]}..."
+    return f"chunk {index + 1} of {count} ({shown!r})"
 
 
 def _pause_after(text: str) -> float:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from fish_speech.files import read_json, read_text
 from fish_speech.hub import local_model, model_versions
+from fish_speech.text import is_speakable
 
 
 def local_voices(root: Path) -> list[tuple[Path, str]]:
@@ -37,6 +40,44 @@ def local_voices(root: Path) -> list[tuple[Path, str]]:
     return found
 
 
+def speakers_of(model_dir: Path) -> list[str]:
+    """The names that a model lists in its `config.json`; empty where it lists none."""
+    try:
+        return read_json(model_dir / "config.json").get("speakers", [])
+    except (OSError, ValueError, AttributeError):  # loading the model says what is wrong with it
+        return []
+
+
+def check_speaker(speaker: str | None, known: Sequence[str]) -> None:
+    """Raise `ValueError` where a model lists its speakers, and not this one."""
+    if speaker is not None and known and speaker not in known:
+        raise ValueError(f"speaker {speaker!r} is unknown; the model knows {', '.join(known)}")
+
+
+def check_reference(audio: str | Path, text: str) -> None:
+    """Raise `FileNotFoundError` for a missing recording, `ValueError` for a text without words."""
+    if not Path(audio).is_file():
+        raise FileNotFoundError(f"{audio}: no such audio file")
+    if not is_speakable(text):
+        raise ValueError(f"{audio}: the reference needs its text, the words that are spoken")
+
+
+def pair_references(audio: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Each recording with what it says, which is read beside it where no `texts` are given.
+
+    Raises `FileNotFoundError` or `ValueError` where something is missing.
+    """
+    if texts and len(texts) != len(audio):
+        raise ValueError(
+            f"{len(audio)} --reference-audio, but {len(texts)} --reference-text: give one for each,"
+            " or none where a .lab or .txt file lies beside the recording"
+        )
+    pairs = list(zip(audio, texts or map(text_beside, audio), strict=True))
+    for file, text in pairs:
+        check_reference(file, text)
+    return pairs
+
+
 def text_beside(audio: str | Path) -> str:
     """What a recording says, from the `.lab` or `.txt` file beside it.
 
@@ -45,7 +86,7 @@ def text_beside(audio: str | Path) -> str:
     audio = Path(audio)
     for suffix in (".lab", ".txt"):
         if (file := audio.with_suffix(suffix)).is_file():
-            return file.read_text(encoding="utf-8-sig")
+            return read_text(file)
     if not audio.is_file():
         raise FileNotFoundError(f"{audio}: no such audio file")
     raise ValueError(

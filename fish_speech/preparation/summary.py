@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fish_speech.files import read_json, write_json, write_text
+from fish_speech.files import read_json, read_text, write_json, write_text
 from fish_speech.preparation import quality
 from fish_speech.preparation.sources import REJECTED, SUMMARY_NAME
 
@@ -144,10 +144,7 @@ class Books:
         label = self._places(clip)[0].with_suffix(".lab")
         if not label.is_file():
             return clip
-        try:
-            return {**clip, "text": label.read_text(encoding="utf-8-sig").strip()}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{label}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+        return {**clip, "text": read_text(label).strip()}
 
     def _settle(self, clip: dict[str, Any], drop_flagged: bool) -> bool:
         """Put a clip where it belongs; true where that is `rejected/`. Any crash can be redone."""
