@@ -1,0 +1,80 @@
+"""Speech on its way: to a file and to the loudspeaker, piece by piece, with what it took."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fish_speech.audio import audio_writer
+from fish_speech.inference.playback import NoPlayback, Player
+from fish_speech.inference.streaming import SilenceTrimmer
+from fish_speech.inference.synthesize import Piece
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Whether all of a speech was `heard`, and whether it is `whole`: no chunk of it was lost."""
+
+    heard: bool
+    whole: bool
+
+
+def record(
+    pieces: Iterator[Piece],
+    file: Path,
+    sample_rate: int,
+    *,
+    play: bool = False,
+    trim_silence: bool = False,
+    say: Say,
+) -> Recorded:
+    """Send pieces to `file` and the player as they come; `say` is told what the user should know.
+
+    Raises as `TextToSpeech.pieces` and `audio_writer` do, and `ValueError` for mere silence.
+    """
+    trimmed = SilenceTrimmer(sample_rate) if trim_silence else lambda waveform: waveform
+    started, first_after, samples, frames, whole = time.perf_counter(), 0.0, 0, 0, True
+    with ExitStack() as stack:
+        # The file is closed first: it is whole while the rest of it is still being heard.
+        player = _open_player(stack, sample_rate, say) if play else None
+        write = stack.enter_context(audio_writer(file, sample_rate))
+        bar = stack.enter_context(tqdm(unit="chunk", leave=False, disable=None))
+        for piece in pieces:
+            waveform = trimmed(piece.waveform)
+            if waveform.shape[1]:
+                first_after = first_after or time.perf_counter() - started
+                write(waveform)
+                if player is not None:
+                    player.write(waveform)
+            samples, frames = samples + waveform.shape[1], frames + piece.frames
+            whole = whole and not piece.lost
+            if piece.problem:
+                tqdm.write(f"Warning: {piece.problem}", file=sys.stderr)
+            bar.total = piece.count
+            bar.update(piece.ends_chunk)
+        if not samples:
+            raise ValueError("the speech is nothing but silence; try another --seed")
+        took, duration = time.perf_counter() - started, samples / sample_rate
+        say(
+            f"{duration:.1f} s of speech in {took:.1f} s: real-time factor {took / duration:.2f},"
+            f" {frames / took:.0f} frames/s, first audio after {first_after:.2f} s"
+        )
+    if player is not None and player.failure:
+        say(f"Playing failed: {player.failure}")
+    return Recorded(heard=player is not None and not player.failure, whole=whole)
+
+
+def _open_player(stack: ExitStack, sample_rate: int, say: Say) -> Player | None:
+    try:
+        return stack.enter_context(Player(sample_rate))
+    except NoPlayback as error:
+        say(f"Nothing can be played here: {error}")
+        return None
