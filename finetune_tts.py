@@ -22,10 +22,12 @@ examples:
   finetune_tts.py --project me --data-dir training_data/me --full-pipeline --max-steps 300
   finetune_tts.py --project me --list-checkpoints
   finetune_tts.py --project me --data-dir training_data/me --train --resume-latest --max-steps 600
+  finetune_tts.py --project me --evaluate --merge-best
   finetune_tts.py --project me --merge-weights --checkpoint-step 500
 """
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -36,16 +38,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--debug", action="store_true", help="show where an error came from")
 
     add = parser.add_argument_group("stages (can be combined)").add_argument
-    add(
-        "--full-pipeline",
-        action="store_true",
-        help="all that is still missing, to the merged model",
-    )
+    add("--full-pipeline", action="store_true", help="all that is missing, to the merged model")
     add("--prepare-data", action="store_true", help="recordings -> training_data/NAME")
     add("--extract-tokens", action="store_true", help="clips -> codes")
     add("--build-dataset", action="store_true", help="codes -> shards")
     add("--train", action="store_true", help="shards -> checkpoints (packs first what is missing)")
     add("--merge-weights", action="store_true", help="checkpoint -> checkpoints/NAME-merged")
+    add("--evaluate", action=argparse.BooleanOptionalAction,
+        help="measure the base and every checkpoint; --full-pipeline does, unless --no-evaluate")
+    add("--merge-best", action="store_true", help="merge the checkpoint that measured best")
     add("--list-checkpoints", action="store_true", help="what this project has")
 
     add = parser.add_argument_group("base model").add_argument
@@ -64,22 +65,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-workers", type=int, help="processes that load batches (0)")
     add("--seed", type=int, help="(42)")
     add("--override", action="append", default=[], metavar="KEY=VALUE",
-        help="any other key of configs/text2semantic_finetune.yaml")  # fmt: skip
+        help="any other key of configs/text2semantic_finetune.yaml")
 
     add = parser.add_argument_group("going on").add_argument
     add("--resume-latest", action="store_true",
-        help="this project's newest checkpoint, else the newest on the same data")  # fmt: skip
-    add(
-        "--resume-from-checkpoint",
-        metavar="FILE",
-        help="exactly, or its adapters if not this project's",
-    )
-    add(
-        "--checkpoint-path",
-        metavar="PATH",
-        help="only the adapters of a file or folder's newest; with --merge-weights, what to merge",
-    )
-    add("--checkpoint-step", type=int, metavar="STEP", help="which to merge (default: the latest)")
+        help="this project's newest checkpoint, else the newest on the same data")
+    add("--resume-from-checkpoint", metavar="FILE",
+        help="exactly, or its adapters if not this project's")
+    add("--checkpoint-path", metavar="PATH",
+        help="only the adapters of a file or folder's newest; with --merge-weights, what to merge")
+    add("--checkpoint-step", type=int, nargs="+", metavar="STEP",
+        help="which to merge (default: the latest) or to measure (default: all)")
+
+    add = parser.add_argument_group("evaluating").add_argument
+    add("--eval-samples", type=int, metavar="N", help="texts that each model speaks (12)")
+    add("--texts", type=Path, metavar="FILE", help="further texts to speak, one a line")
+    add("--eval-every", type=int, metavar="STEPS",
+        help="a small one during training, for TensorBoard")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="auto (default: CUDA, else CPU), cpu, cuda or mps")
@@ -91,15 +93,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("preparing and extracting").add_argument
     add("--speaker", help="who speaks in the recordings (default: the project)")
-    add("--whisper-model", default="base", help="for recordings without a transcript (base)")
+    add("--whisper-model", metavar="NAME",
+        help="for recordings without a transcript (base), and for evaluating (what is at hand)")
     add("--batch-size-extract", type=int, default=8, help="clips encoded together (8)")
     add("--num-workers-extract", type=int, default=0, help="processes that decode clips (0)")
     return parser
+# fmt: on
 
 
 _POSITIVE = (
     *("max_steps", "batch_size", "learning_rate", "gradient_accumulation_steps", "save_every"),
     *("val_every", "keep_checkpoints", "devices", "num_nodes", "batch_size_extract"),
+    *("eval_samples", "eval_every"),
 )
 
 
@@ -115,7 +120,7 @@ def make_config(
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise `ValueError` for impossible values and combinations."""
     stages = ("full_pipeline", "prepare_data", "extract_tokens", "build_dataset", "train",
-              "merge_weights", "list_checkpoints")  # fmt: skip
+              "merge_weights", "merge_best", "evaluate", "list_checkpoints")  # fmt: skip
     if not any(getattr(args, stage) for stage in stages):
         names = ", ".join("--" + stage.replace("_", "-") for stage in stages)
         raise ValueError(f"nothing to do: give a stage ({names})")
@@ -127,6 +132,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         if args.device not in (None, "mps"):
             raise ValueError(f"--force-mps and --device {args.device} exclude each other")
         args.device = "mps"
+    if len(args.checkpoint_step or ()) > 1 and not args.evaluate:
+        raise ValueError("--checkpoint-step: one step can be merged, several only with --evaluate")
+    if args.merge_best and (args.merge_weights or args.checkpoint_path):
+        raise ValueError("--merge-best chooses by itself: leave the other flags out")
     needs_data = stages[:5]
     if args.data_dir is None and any(getattr(args, stage) for stage in needs_data):
         raise ValueError("--data-dir is missing: the data set, or the raw recordings")
@@ -146,7 +155,7 @@ def prepare_stage(args: argparse.Namespace) -> None:
             normalize=True,
             split_long=True,
             auto_transcribe=True,
-            whisper_model=args.whisper_model,
+            whisper_model=args.whisper_model or Options.whisper_model,
             device=args.device or "auto",
         ),
         say=say,
@@ -236,15 +245,35 @@ def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
 
 
 def train_stage(
-    config: RunConfig, base_dir: Path, run: Run, start: Start, manifest: Manifest
+    args: argparse.Namespace, config: RunConfig, base_dir: Path, start: Start, manifest: Manifest
 ) -> int | None:
     """Shards -> checkpoints. Returns the signal that stopped it early, if one did."""
     from fish_speech.training.train import train
 
+    more = {}
+    if args.eval_every:
+        from fish_speech.evaluation.during import EvaluateDuringTraining as During
+
+        more["callbacks"] = [During(Path(config.data.dir), base_dir, args.eval_every, say)]
     say(start.reason)
-    done = train(config, base_dir=base_dir, manifest=manifest, start=start, say=say)
-    say(f"trained: {done.checkpoint.path}; losses: {run.logs / 'loss.png'}")
+    done = train(config, base_dir=base_dir, manifest=manifest, start=start, say=say, **more)
+    run = done.checkpoint.path.parents[1]
+    say(f"trained: {done.checkpoint.path}; losses: {run / 'logs' / 'loss.png'}")
     return done.stopped_by
+
+
+def evaluate_stage(args: argparse.Namespace, run: Run) -> None:
+    """Checkpoints -> `results/<project>/evaluation`."""
+    from fish_speech.evaluation.project import Request, evaluate
+
+    try:
+        board = evaluate(run, Request.of_flags(vars(args)), say)
+    except (ValueError, OSError) as error:
+        if args.evaluate:
+            raise
+        say(f"not evaluated: {error}")  # the pipeline goes on
+        return
+    print(board.recommendation)
 
 
 def merge_stage(args: argparse.Namespace, run: Run) -> Path:
@@ -260,8 +289,12 @@ def merge_stage(args: argparse.Namespace, run: Run) -> Path:
         if not checkpoint.is_ours():
             config = make_config(args, None)
             base_dir, lora = find_model(config.base), config.adapters
+    elif args.merge_best:
+        from fish_speech.evaluation.project import Request, recommended
+
+        checkpoint = recommended(run, Request.of_flags(vars(args)), say)
     else:
-        checkpoint = run.checkpoint(args.checkpoint_step)
+        checkpoint = run.checkpoint(*args.checkpoint_step or ())
     folder = Path("checkpoints") / f"{run.project}-merged"
     say(f"merging {checkpoint.path}")
     merged = merge(checkpoint, folder, base_dir=base_dir, lora=lora)
@@ -288,7 +321,9 @@ def run_stages(args: argparse.Namespace) -> int:
         if stopped_by is not None:
             say("stopped; the same command goes on from here")
             return INTERRUPTED if stopped_by == signal.SIGINT else 128 + stopped_by
-    if everything or args.merge_weights:
+    if args.evaluate or (everything and args.evaluate is None):
+        evaluate_stage(args, run)
+    if everything or args.merge_weights or args.merge_best:
         merge_stage(args, run)
     return FAILED if args.failures else OK
 
@@ -320,7 +355,7 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             processes.wait_for_all()
         if training or args.build_dataset:
             manifest = processes.first_then_all(lambda: build_stage(args, config, base_dir))
-    return train_stage(config, base_dir, run, start, manifest) if training else None
+    return train_stage(args, config, base_dir, start, manifest) if training else None
 
 
 def prepared_dir(args: argparse.Namespace) -> Path:

@@ -83,6 +83,10 @@ class Recommendation:
     reason: str
     next: str
 
+    def __str__(self) -> str:
+        what = f"use {self.choice}" if self.verdict == "use" else self.verdict
+        return f"{what}: {self.reason}\nnext: {self.next}"
+
 
 @dataclass
 class Leaderboard:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -49,6 +49,21 @@ class Request:
     device: str = "auto"
     precision: str = "auto"
     whisper_model: str | None = None
+
+    @classmethod
+    def of_flags(cls, flags: Mapping[str, Any]) -> Request:
+        """From those of `finetune_tts.py` (None: not given)."""
+        given = {
+            "steps": flags["checkpoint_step"],
+            "texts": flags["texts"],
+            "samples": flags["eval_samples"],
+            "data_dir": flags["data_dir"],
+            "base_dir": flags["pretrained_ckpt_path"],
+            "device": flags["device"],
+            "precision": flags["precision"],
+            "whisper_model": flags["whisper_model"],
+        }
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
 
 class AdaptedBase:
@@ -101,7 +116,7 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     checkpoints = [run.checkpoint(step) for step in request.steps]
     checkpoints = checkpoints or run.checkpoints() or [run.checkpoint()]  # which says what to do
     record = _first_record(checkpoints)
-    data = HeldOut(request.data_dir or Path(record["data_dir"]))
+    data = HeldOut(_data_dir(record, request))
     base_dir = request.base_dir or Path(record["base"])
     check_model_dir(base_dir)
     further = read_texts(request.texts) if request.texts else []
@@ -110,7 +125,8 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     base = AdaptedBase(base_dir, device, resolve_precision(request.precision, device))
     folder = evaluation_folder(run)
     with exclusive(folder, f"the evaluation of project '{run.project}'"):
-        listener = listener_for([*data.texts, *further], request, folder / "heard.jsonl", say)
+        texts, journal = [*data.texts, *further], folder / "heard.jsonl"
+        listener = listener_for(texts, request.whisper_model, request.device, journal, say)
         board = measure(
             list(base.candidates(checkpoints)),
             lines,
@@ -155,12 +171,14 @@ def write(board: Leaderboard, folder: Path) -> None:
     board.write(folder)
 
 
-def listener_for(texts: Sequence[str], request: Request, journal: Path, say: Say) -> Listener:
+def listener_for(
+    texts: Sequence[str], whisper_model: str | None, device: str, journal: Path | None, say: Say
+) -> Listener:
     """The instruments for texts of this kind; what is heard is kept in `journal`."""
-    recogniser, note = choose_recogniser(texts, request.whisper_model, request.device)
+    recogniser, note = choose_recogniser(texts, whisper_model, device)
     if note:
         say(note)
-    if recogniser is not None:
+    if recogniser is not None and journal is not None:
         recogniser = Journal(recogniser, journal)
     return Listener(recogniser, SpeakerEncoder.from_pretrained())
 
@@ -187,6 +205,17 @@ def _first_record(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         except ValueError as error:
             failure = error
     raise failure
+
+
+def _data_dir(record: dict[str, Any], request: Request) -> Path:
+    """Where the run says that it was trained, or where that has gone."""
+    recorded = Path(record["data_dir"])
+    if not recorded.is_dir() and request.data_dir is None:
+        raise FileNotFoundError(
+            f"{recorded}: the data set of this project is not there any more; "
+            "give its place with --data-dir"
+        )
+    return recorded if recorded.is_dir() else request.data_dir
 
 
 def _losses(

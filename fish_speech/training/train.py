@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -66,22 +66,30 @@ def train(
     manifest: Manifest,
     start: Start,
     say: Say,
+    callbacks: Sequence[L.Callback] = (),
 ) -> Trained:
     """Train adapters over the model in `base_dir` on the packed data set.
 
-    `say` is given what the user should know. Raises `ValueError` where something doesn't fit or the
-    loss diverges; running out of memory ends in a `MemoryError` that says what to change.
+    `say` is given what the user should know, `callbacks` see every step after those of the run.
+    Raises `ValueError` where something doesn't fit or the loss diverges; running out of memory ends
+    in a `MemoryError` that says what to change.
     """
     run = Run.of(config.project)
     if not is_first():  # a further process of a run whose first one holds the lock
-        return _train(config, run, base_dir, manifest, start, lambda message: None)
+        return _train(config, run, base_dir, manifest, start, lambda message: None, callbacks)
     with exclusive(run.folder, f"project '{run.project}'"):
         remove_temporaries(run.folder)
-        return _train(config, run, base_dir, manifest, start, say)
+        return _train(config, run, base_dir, manifest, start, say, callbacks)
 
 
 def _train(
-    config: RunConfig, run: Run, base_dir: Path, manifest: Manifest, start: Start, say: Say
+    config: RunConfig,
+    run: Run,
+    base_dir: Path,
+    manifest: Manifest,
+    start: Start,
+    say: Say,
+    callbacks: Sequence[L.Callback],
 ) -> Trained:
     max_steps = config.train.max_steps
     if start.exact and start.checkpoint.step >= max_steps:
@@ -119,7 +127,7 @@ def _train(
     stop = StopCleanly()
     try:
         with _quiet_lightning():
-            trainer = _trainer(config, run, device, dtype, data, stop)
+            trainer = _trainer(config, run, device, dtype, data, [stop, *callbacks])
             trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.exact else None)
     except SystemExit as error:  # Lightning's answer to a second Ctrl+C
         raise KeyboardInterrupt from error
@@ -282,7 +290,7 @@ def _trainer(
     device: torch.device,
     dtype: torch.dtype,
     data: SemanticDataModule,
-    stop: StopCleanly,
+    callbacks: Sequence[L.Callback],
 ) -> L.Trainer:
     settings = config.train
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
@@ -315,8 +323,8 @@ def _trainer(
         ],
         callbacks=[
             SaveCheckpoints(run, settings.save_every, settings.keep_checkpoints),
-            stop,
             Progress(settings.max_steps),
+            *callbacks,
         ],
         plugins=[AtomicCheckpoints()],
         enable_checkpointing=False,

@@ -1,0 +1,87 @@
+"""A small evaluation between the steps of training: its figures and audio go to TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from fish_speech.audio import load_audio
+from fish_speech.evaluation.held_out import HeldOut
+from fish_speech.evaluation.leaderboard import Leaderboard
+from fish_speech.evaluation.measure import Say, measure
+from fish_speech.evaluation.project import listener_for
+from fish_speech.evaluation.recommend import Commands
+from fish_speech.evaluation.takes import Candidate
+from fish_speech.inference import TextToSpeech
+from fish_speech.models.vqgan import load_codec
+from fish_speech.tokenizer import FishTokenizer
+from fish_speech.training.callbacks import step_finished
+from fish_speech.training.processes import is_first
+
+_SAMPLES = 4
+_LOGGED = ("wer", "cer", "similarity", "similarity_referenced", "runaways", "empty")
+
+
+class EvaluateDuringTraining(L.Callback):
+    """Every so many steps the adapters at hand speak a few held-out texts.
+
+    Training goes on as if nothing had happened, for its random numbers are drawn anew each step.
+    Raises `ValueError` where there is nothing to speak, before training starts.
+    """
+
+    def __init__(self, data_dir: Path, base_dir: Path, every: int, say: Say) -> None:
+        self.every, self.base_dir, self.say = every, base_dir, say
+        if not is_first():
+            return  # the others wait for it at their next step
+        data = HeldOut(data_dir)
+        self._lines = data.plan([], _SAMPLES, lambda message: None)
+        self._recordings = data.recordings()
+        self._listener = listener_for(data.texts, None, "cpu", None, say)
+        self._voice: TextToSpeech | None = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
+        due = step_finished(trainer, batch_index) and trainer.global_step % self.every == 0
+        if due and trainer.is_global_zero and not trainer.should_stop:
+            module.model.eval()
+            try:
+                self._evaluate(trainer, module)
+            finally:
+                module.model.train()
+
+    def _evaluate(self, trainer: L.Trainer, module: Any) -> None:
+        if self._voice is None:
+            codec = load_codec(self.base_dir, module.device)
+            tokenizer = FishTokenizer.from_pretrained(self.base_dir)
+            self._voice = TextToSpeech(module.model, codec, tokenizer)
+        name = f"step_{trainer.global_step:09d}"
+        at_hand = Candidate(name, self.base_dir, name, lambda: self._voice, trainer.global_step)
+        with TemporaryDirectory() as folder:
+            board = measure(
+                [at_hand],
+                self._lines,
+                self._recordings,
+                Path(folder),
+                title=name,
+                listener=self._listener,
+                commands=Commands("", "", ""),
+                say=self.say,
+            )
+            self._log(trainer, board, Path(folder))
+
+    def _log(self, trainer: L.Trainer, board: Leaderboard, folder: Path) -> None:
+        row, step = board.rows[0], trainer.global_step - 1  # as Lightning counts in its logs
+        found = {name: figure.mean for name in _LOGGED if (figure := row.figure(name))}
+        for logger in trainer.loggers:
+            logger.log_metrics({f"evaluation/{k}": v for k, v in found.items()}, step)
+        boards = [each for each in trainer.loggers if isinstance(each, TensorBoardLogger)]
+        for sample in board.samples:
+            spoken = sample.spoken.get(row.name)
+            if spoken is not None and spoken.audio is not None:
+                waveform, rate = load_audio(folder / spoken.audio)
+                for logger in boards:
+                    tag = f"evaluation/{sample.name}"
+                    logger.experiment.add_audio(tag, waveform, trainer.global_step, rate)
