@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -135,6 +136,48 @@ def test_a_batch_goes_on_where_it_was_and_remakes_what_has_changed(run, takes, c
     assert len(takes) == 3
 
 
+def test_a_batch_is_remade_when_what_decides_the_speech_changes(place, voice, takes, capsys):
+    shutil.copytree(voice, place / "own")
+    write_text("lines.txt", "One.\nTwo.")
+
+    def spoken(*flags):
+        batch = ["--text-file", "lines.txt", "--batch", "-o", "takes", "--model-path", "own"]
+        assert cli_tts.main([*batch, *flags]) == 0
+        return int(capsys.readouterr().err.splitlines()[-1].split()[0])
+
+    assert spoken() == 2
+    os.utime(place / "own" / "model.pth", (1, 1))
+    same = ("--retries", "2", "--device", "cpu", "--precision", "fp32")  # what is chosen anyway
+    assert spoken(*same) == 0
+    assert spoken("--retries", "1") == 2
+    assert spoken("--retries", "1", "--precision", "bf16") == 2
+    assert spoken() == 2
+    for name in ("codec_config.json", "special_tokens.json"):
+        with (place / "own" / name).open("a") as file:
+            file.write("\n")
+        assert spoken() == 2
+
+
+def test_a_line_whose_speech_has_a_gap_is_kept_but_not_done(run, monkeypatch, capsys):
+    asked = []
+
+    def generate(model, prompt, *, generator, **_):
+        asked.append(prompt)
+        yield from torch.randint(0, 1000, (0 if len(asked) == 2 else FRAMES, 8))
+        return True
+
+    monkeypatch.setattr("fish_speech.inference.synthesize.generate", generate)
+    write_text("lines.txt", "One long sentence, and so on. " * 7)
+    batch = ("--text-file", "lines.txt", "--batch", "-o", "takes", "--retries", 0)
+    assert run(*batch) == 1
+    err = capsys.readouterr().err
+    assert "Warning: chunk 2 of 2" in err
+    assert "the model said nothing" in err
+    assert Path("takes/0001.wav").exists()
+    assert run(*batch) == 0
+    assert "1 spoken, 0 were there already, 0 failed" in capsys.readouterr().err
+
+
 def test_a_line_that_fails_is_counted_and_the_others_are_spoken(run, capsys, monkeypatch, takes):
     from fish_speech.inference import TextToSpeech
 
@@ -178,6 +221,9 @@ def test_a_recording_with_its_text_beside_it_is_a_reference(run, takes, capsys):
     save_audio("me.wav", torch.rand(1, 8000) - 0.5, 8000)
     assert run("Hello.", "--reference-audio", "me.wav") == 2
     assert "me.wav: what does it say?" in capsys.readouterr().err
+    Path("me.lab").write_bytes("Grüße".encode("latin-1"))
+    assert run("Hello.", "--reference-audio", "me.wav") == 2
+    assert "me.lab: not UTF-8 text" in capsys.readouterr().err
     write_text("me.lab", "My words.")
     assert run("Hello.", "--reference-audio", "me.wav") == 0
     assert run("Hello.", "--reference-audio", "me.wav", "--reference-text", "My words.") == 0
@@ -187,6 +233,36 @@ def test_a_recording_with_its_text_beside_it_is_a_reference(run, takes, capsys):
     assert run("Hello.", "--reference-text", "My words.") == 2
     assert run("Hello.", "--reference-audio", "none.wav", "--reference-text", "x") == 2
     assert "none.wav: no such audio file" in capsys.readouterr().err
+
+
+def test_references_are_checked_before_a_model_is_looked_for(place, capsys):
+    for arguments, message in (
+        (["--reference-audio", "none.wav"], "none.wav: no such audio file"),
+        (["--reference-text", "Words."], "0 --reference-audio, but 1 --reference-text"),
+    ):
+        assert cli_tts.main(["Hi.", "--model-path", "nowhere", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_reference_longer_than_the_context_is_bad_input(run, capsys):
+    save_audio("long.wav", torch.rand(1, 8000 * 64) - 0.5, 8000)
+    assert run("Hello.", "--reference-audio", "long.wav", "--reference-text", "Words.") == 2
+    assert "the reference is too long: 64.0 s" in capsys.readouterr().err
+    save_audio("long.wav", torch.rand(1, 8000 * 70) - 0.5, 8000)
+    assert run("Hello.", "--reference-audio", "long.wav", "--reference-text", "Words.") == 2
+    assert "long.wav: longer than the 66 s" in capsys.readouterr().err
+    assert files() == ["long.wav"]
+
+
+def test_a_wrong_speaker_is_refused_and_a_model_without_any_warns(place, takes, voice, capsys):
+    make_voice(place / "two", speakers=["Ann", "Bob"])
+    speak = ["Hello.", "--model-path", "two", "-o", "a.wav", "--speaker"]
+    assert cli_tts.main([*speak, "Eve"]) == 2
+    assert "'Eve' is unknown; the model knows Ann, Bob" in capsys.readouterr().err
+    assert cli_tts.main([*speak, "Bob"]) == 0
+    assert "Warning" not in capsys.readouterr().err
+    assert cli_tts.main(["Hello.", "--model-path", str(voice), "--speaker", "Bob"]) == 0
+    assert "Warning: this model lists no speakers" in capsys.readouterr().err
 
 
 def a_model(folder, when):
@@ -214,6 +290,11 @@ def test_the_newest_trained_voice_is_preferred_and_said_to_be(place, monkeypatch
     assert cli_tts.main(["--list-voices"]) == 0
     listed = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == ["checkpoints/new-merged", "checkpoints/old-merged", "checkpoints/tiny"]
+    write_text("checkpoints/new-merged/config.json", '{"speakers": ["Ann", "Bob"]}')
+    write_text("checkpoints/old-merged/config.json", "damaged")
+    assert cli_tts.main(["--list-voices"]) == 0
+    listed = [line.split("\t")[2:] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [["speakers: Ann, Bob"], [], []]
 
 
 def test_the_lines_that_the_guide_adds_prefer_a_voice(place, capsys):
@@ -288,6 +369,43 @@ def test_what_cannot_be_played_is_kept(run, monkeypatch, capsys):
     assert files() == ["output/Hello.wav"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (["Hello.", "--num-samples", "2"], ["output/Hello_1.wav", "output/Hello_2.wav"]),
+        (["Hi.\nHi.", "--batch"], ["output/Hi._Hi/0001.wav", "output/Hi._Hi/0002.wav"]),
+    ],
+)
+def test_each_speech_that_cannot_be_played_is_kept_in_a_file_of_its_own(
+    run, monkeypatch, arguments, kept
+):
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    monkeypatch.setenv("PATH", "")
+    assert run(*arguments, "--play") == 0
+    assert files() == kept
+
+
+def test_ctrl_c_while_the_end_is_heard_falls_silent_and_leaves_the_whole_file(
+    run, monkeypatch, capsys
+):
+    silent = threading.Event()
+
+    class Playing(Loudspeaker):
+        def stop(self):  # waits for the end of what is heard
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            silent.wait(timeout=10)
+
+        def abort(self):
+            silent.set()
+
+    monkeypatch.setitem(sys.modules, "sounddevice", Playing())
+    assert run("Hello.", "--play", "-o", "a.wav") == 130
+    assert silent.is_set()
+    assert "Interrupted" in capsys.readouterr().err
+    assert soundfile.info("a.wav").frames == FRAMES * 256
+    assert files() == ["a.wav"]
+
+
 # What can go wrong
 
 
@@ -314,6 +432,8 @@ def test_a_text_without_words_is_bad_input(run, text, capsys):
         (["Hi.", "--retries", "-1"], "retries"),
         (["Hi.", "--max-new-tokens", "0"], "max_new_tokens"),
         (["Hi.", "--device", "toaster"], "toaster: unknown"),
+        (["Hi.", "--threads", "0"], "--threads 0: must be at least 1"),
+        (["a" + "\u0301" * 3000], "but the model's context has 2048"),
     ],
 )
 def test_bad_usage_is_said_in_a_line_and_ends_with_2(run, arguments, message, capsys):
@@ -323,6 +443,19 @@ def test_bad_usage_is_said_in_a_line_and_ends_with_2(run, arguments, message, ca
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
     assert files() == ["latin.txt"]
+
+
+def test_a_line_beyond_the_context_fails_and_the_others_are_spoken(run, takes, capsys):
+    write_text("lines.txt", "One.\na" + "\u0301" * 3000 + "\nThree.")
+    assert run("--text-file", "lines.txt", "--batch", "-o", "takes") == 1
+    assert "the model's context has 2048" in (err := capsys.readouterr().err)
+    assert "2 spoken, 0 were there already, 1 failed" in err
+
+
+def test_a_closed_standard_input_is_named(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run("-", "-o", "a.wav") == 2
+    assert "standard input is closed" in capsys.readouterr().err
 
 
 def test_control_tokens_and_control_characters_are_no_danger(run, takes, voice):
@@ -436,3 +569,54 @@ def test_a_real_run_pipes_wav_and_shows_no_progress_bar_to_a_pipe(voice):
     assert soundfile.info(io.BytesIO(result.stdout)).frames == 8 * 256
     assert b"Warning: chunk 1 of 1 ('Hello.'): the speech did not end in 0.3 s" in result.stderr
     assert b"chunk/s" not in result.stderr
+
+
+LONG = "One long sentence that takes its time, and so on. " * 500
+
+
+def start(voice, place, *arguments, **options):
+    """A process that is speaking hot, so that the random voice doesn't soon fall silent."""
+    command = [sys.executable, ROOT / "cli_tts.py", *arguments, "--model-path", voice]
+    process = subprocess.Popen(
+        [*command, "--temperature", "100", "--top-p", "1"],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+    while not process.stderr.readline().startswith("Loaded"):
+        assert process.poll() is None
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_it_without_a_half_file(voice, place, name):
+    process = start(voice, place, LONG, "-o", "a.wav")
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "Interrupted; what was not finished was not written."
+    assert files() == []
+
+
+def test_under_nohup_it_speaks_on(voice, place):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup hands it down
+    try:
+        process = start(voice, place, "Hello.", "-o", "a.wav")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    process.communicate()
+    assert process.returncode == 0
+    assert files() == ["a.wav"]
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(voice, place):
+    process = start(voice, place, "Hello.", "-o", "-", "--max-new-tokens", "40", "--retries", "0")
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 1
+    assert "pipe" not in said.lower()
+    assert "Exception" not in said

@@ -38,6 +38,26 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     assert [path.name for path in tmp_path.rglob("*.wav")] == ["whole.wav"]
 
 
+def test_among_the_files_of_others_only_named_ones_are_cleaned_up(tmp_path):
+    for name in ("mine.wav", "theirs.wav", "deep/mine.wav"):
+        with files.atomic_path(tmp_path / name) as temporary:
+            temporary.touch()
+        temporary.write_text("half")
+    files.remove_temporaries(tmp_path, ["mine.wav"])
+    assert len(list(tmp_path.glob(".tmp-*"))) == 1
+    assert len(list((tmp_path / "deep").glob(".tmp-*"))) == 1
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_text_is_utf_8_or_its_file_is_named(tmp_path, mark):
+    file = tmp_path / "a.lab"
+    files.write_text(file, f"{mark}Größe")
+    assert files.read_text(file) == "Größe"
+    file.write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.lab: not UTF-8 text .* save it as UTF-8"):
+        files.read_text(file)
+
+
 def test_a_broken_json_file_is_named(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match=r"a\.json: not a JSON file"):

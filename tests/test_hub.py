@@ -277,7 +277,7 @@ def test_offline_says_what_to_do(root, offline):
     assert ("HF_HUB_OFFLINE is set" in error) == (offline == "1")
     where = os.path.join("checkpoints", "voice")
     command = f"hf download stub/voice {' '.join(FILES)} --local-dir {where}"
-    for words in (endpoint, command, "--model-version tiny"):
+    for words in (endpoint, command, "--model-version tiny", "--model-path tiny"):
         assert words in error
 
 

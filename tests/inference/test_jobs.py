@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fish_speech.files import write_text
-from fish_speech.inference.jobs import Ledger, default_output, plan
+from fish_speech.files import atomic_path, write_text
+from fish_speech.inference.jobs import Ledger, default_output, do_the_rest, plan
 
 
 def names(jobs):
@@ -56,6 +56,8 @@ def test_outputs_that_cannot_be_are_refused_before_anything_is_made(tmp_path):
         plan("Hi.", _folder(tmp_path / "a.wav"))
     with pytest.raises(ValueError, match="file is no folder that you may write to"):
         plan("Hi.", tmp_path / "file" / "deep" / "a.wav")
+    with pytest.raises(ValueError, match="the name is not UTF-8"):
+        plan("Hi.", tmp_path / "a\udcff.wav")
     assert sorted(os.listdir(tmp_path)) == ["a.wav", "file"]
 
 
@@ -75,6 +77,38 @@ def test_a_file_is_done_while_nothing_that_made_it_has_changed(tmp_path):
     assert not ledger.has(other)
     assert not ledger.has(changed)
     assert not Ledger(tmp_path, ["model", 0.8]).has(old)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "\x00"])
+def test_a_record_that_is_none_is_named_with_the_remedy(tmp_path, content):
+    write_text(tmp_path / "batch.json", content)
+    with pytest.raises(ValueError, match=r"batch\.json: damaged, .* remove it"):
+        Ledger(tmp_path, None)
+
+
+def test_what_a_killed_batch_left_of_its_own_files_is_removed(tmp_path):
+    jobs = plan("One.\nTwo.", tmp_path, batch=True)
+    for output in (jobs[0].output, tmp_path / "of_another.wav"):
+        with atomic_path(output) as left:
+            left.touch()
+        left.write_text("half")
+        output.unlink()
+    assert do_the_rest(jobs, None, lambda job: True) == (2, 0, 0)
+    assert [file.name for file in tmp_path.glob(".tmp-*")] == [left.name]
+
+
+def test_what_fails_is_no_part_of_the_record(tmp_path):
+    jobs = plan("One.\nTwo.\nThree.", tmp_path, batch=True)
+    for job in jobs:
+        job.output.touch()
+    assert do_the_rest(jobs, None, lambda job: "Two" not in job.text) == (2, 0, 1)
+    assert do_the_rest(jobs, None, lambda job: True) == (1, 2, 0)
+
+
+def test_speech_that_may_only_be_heard_needs_no_place_to_write_to(tmp_path):
+    write_text(tmp_path / "output", "a file in the way")
+    jobs = plan("Hi.", tmp_path / "output" / "Hi.wav", takes=2, only_heard=True)
+    assert [job.output.name for job in jobs] == ["Hi_1.wav", "Hi_2.wav"]
 
 
 @pytest.mark.parametrize("name", ["_hello.wav", "take_.wav", "_.wav"])

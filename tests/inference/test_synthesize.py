@@ -70,6 +70,17 @@ def test_the_random_voice_streams_what_it_synthesizes(tts):
     assert torch.allclose(torch.cat(pieces, dim=1), whole, atol=1e-4)
 
 
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_the_same_seed_gives_the_same_samples_however_the_output_is_cut(
+    tts, scripted, monkeypatch, block
+):
+    scripted((60, True))
+    usual = tts.synthesize(HELLO, seed=2)
+    monkeypatch.setattr("fish_speech.inference.streaming.FIRST_BLOCK", block)
+    monkeypatch.setattr("fish_speech.inference.streaming.LONGEST_BLOCK", block)
+    assert torch.allclose(tts.synthesize(HELLO, seed=2), usual, atol=1e-4)
+
+
 def test_a_pause_divides_chunks_and_none_ends_the_speech(tts, scripted):
     scripted((60, True))
     pieces = list(tts.pieces(" ".join(SENTENCES)))
@@ -93,6 +104,16 @@ def test_a_speaker_is_named_before_the_text(tts, scripted, tokenizer):
     prompts = scripted((60, True))
     tts.synthesize(HELLO, speaker="Ann")
     assert "user\n[Ann] Hello there.<|im_end|>" in read(tokenizer, prompts[0])
+
+
+def test_a_speaker_that_the_model_does_not_list_is_refused(tmp_path, scripted):
+    tts = TextToSpeech.from_pretrained(make_voice(tmp_path, speakers=["Ann", "Bob"]), device="cpu")
+    prompts = scripted((60, True))
+    assert tts.speakers == ["Ann", "Bob"]
+    tts.synthesize(HELLO, speaker="Bob")
+    with pytest.raises(ValueError, match="speaker 'Eve' is unknown; the model knows Ann, Bob"):
+        tts.synthesize(HELLO, speaker="Eve")
+    assert len(prompts) == 1
 
 
 def test_references_and_the_first_chunk_stay_while_the_oldest_others_go(tts, scripted, tokenizer):
@@ -135,6 +156,32 @@ def test_a_hundred_thousand_characters_are_spoken_within_the_context(tts, script
 def test_a_text_without_words_is_refused(tts, text):
     with pytest.raises(ValueError, match="nothing to speak"):
         tts.synthesize(text)
+
+
+def test_a_text_that_does_not_fit_is_refused_before_any_of_it_is_spoken(tts, scripted):
+    prompts = scripted((60, True))
+    marks = "a" + "\u0301" * 3000  # one character to the eye
+    with pytest.raises(ValueError, match=r"needs \d+ tokens, but the model's context has 2048"):
+        list(tts.pieces(f"{SENTENCES[0]} {SENTENCES[1]} {marks}"))
+    assert not prompts
+
+
+def test_a_number_of_400_digits_is_spoken(tts, scripted):
+    scripted((100, True))
+    tts.synthesize("Count to " + "7" * 400, retries=0)
+
+
+def test_symbols_between_words_are_left_out_aloud(tts, scripted, caplog):
+    prompts = scripted((120, True))
+    tts.synthesize(f"{SENTENCES[0] * 2}\n\n{'=' * 200}\n\n{SENTENCES[1] * 2}")
+    assert len(prompts) == 2
+    assert caplog.messages == [f"chunk 2 of 3 ({'=' * 37 + '...'!r}): left out, it has no words"]
+
+
+def test_a_chunk_of_which_nothing_was_spoken_is_called_lost(tts, scripted):
+    scripted((60, True), (0, True), (60, True))
+    pieces = list(tts.pieces(" ".join(SENTENCES), settings=Settings(retries=0)))
+    assert [piece.lost for piece in pieces if piece.ends_chunk] == [False, True]
 
 
 def test_a_runaway_is_tried_again_and_its_speech_thrown_away(tts, scripted, caplog):
