@@ -174,50 +174,6 @@ def test_reading_heads_are_those_of_the_model():
     assert attention[0].shape == (len(tokens), tokens.shape[2], tokens.shape[2])
 
 
-def test_places_walk_through_the_last_text_in_the_time_that_its_letters_take():
-    tokenizer = tiny_tokenizer()
-    durations = np.full(tokenizer.vocab_size, 1.0)
-    durations[ord("z")] = 4.0  # as long as all the rest
-    spoken = Utterance("abzcd", torch.zeros(8, 16, dtype=torch.long))
-    before = Utterance("xyz", torch.zeros(8, 5, dtype=torch.long))
-    item = build(tokenizer, spoken, [before], "A", durations)
-    answer = item.places != NOWHERE
-    assert torch.equal(answer, item.labels[1] != IGNORED)
-    letters = tokenizer.decode(item.tokens[0, item.places[answer]].tolist())
-    assert letters == "aabbzzzzzzzzccdd"
-
-
-def test_durations_are_found_from_whole_utterances():
-    generator = random.Random(0)
-    lengths = {"a": 1, "b": 3, " ": 5}
-    texts = ["".join(generator.choices("ab ", k=12)) for _ in range(200)]
-    spoken = [torch.zeros(8, sum(lengths[c] for c in text)) for text in texts]
-    corpus = [("A", Utterance(text, codes)) for text, codes in zip(texts, spoken, strict=True)]
-    durations = token_durations(corpus, tiny_tokenizer())
-    for letter, frames in lengths.items():
-        assert durations[ord(letter)] == pytest.approx(frames, rel=0.01)
-
-
-def test_reading_loss_is_what_attention_misses_of_its_place():
-    far = 2 * READING_REACH
-    logits = torch.zeros(1, 4 + far, 4 + far)
-    places = torch.full((1, 4 + far), NOWHERE)
-    places[0, -1] = 0  # of all columns seen, those up to the reach are near
-    expected = np.log((4 + far) / (READING_REACH + 1))
-    assert reading_loss(logits, places).item() == pytest.approx(expected)
-    logits[0, -1, 0] = 50.0
-    assert reading_loss(logits, places).item() == pytest.approx(0.0, abs=1e-5)
-
-
-def test_reading_heads_are_those_of_the_model():
-    model = new_model(0).eval()
-    tokens = next(batches(corpus(), tiny_tokenizer(), Mixture(), torch.Generator()))[0]
-    hidden, attention = hidden_states(model, tokens)
-    assert torch.allclose(hidden, model.hidden_states(tokens), atol=1e-5)
-    assert len(attention) == len(READING_LAYERS)
-    assert attention[0].shape == (len(tokens), tokens.shape[2], tokens.shape[2])
-
-
 def test_losses_of_whole_batches_are_those_of_the_package(tmp_path, monkeypatch):
     tokens, labels, places = next(
         batches(corpus(), tiny_tokenizer(), Mixture(), torch.Generator().manual_seed(0))
