@@ -39,11 +39,13 @@ _LOGGED_STEPS = 20  # before a checkpoint, over which the training loss is avera
 @dataclass(frozen=True)
 class Request:
     """What is asked for: `steps` (all checkpoints where empty), further `texts` (a file, a line
-    each), how many `samples`; the rest where the run's own record should not hold."""
+    each), how many `samples` (twelve; half of that where it is `brief`, on a CPU); the rest where
+    the run's own record should not hold."""
 
     steps: Sequence[int] = ()
     texts: Path | None = None
-    samples: int = SAMPLES
+    samples: int | None = None
+    brief: bool = False
     data_dir: Path | None = None
     base_dir: Path | None = None
     device: str = "auto"
@@ -57,6 +59,7 @@ class Request:
             "steps": flags["checkpoint_step"],
             "texts": flags["texts"],
             "samples": flags["eval_samples"],
+            "brief": not flags["evaluate"],  # nobody asked for it in so many words
             "data_dir": flags["data_dir"],
             "base_dir": flags["pretrained_ckpt_path"],
             "device": flags["device"],
@@ -117,11 +120,12 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     checkpoints = checkpoints or run.checkpoints() or [run.checkpoint()]  # which says what to do
     record = _first_record(checkpoints)
     data = HeldOut(_data_dir(record, request))
-    base_dir = request.base_dir or Path(record["base"])
+    base_dir = request.base_dir or _typed(Path(record["base"]))
     check_model_dir(base_dir)
     further = read_texts(request.texts) if request.texts else []
-    lines = data.plan(further, request.samples, say)
     device = resolve_device(request.device)
+    usual = SAMPLES // 2 if request.brief and device.type == "cpu" else SAMPLES
+    lines = data.plan(further, request.samples or usual, say)
     base = AdaptedBase(base_dir, device, resolve_precision(request.precision, device))
     folder = evaluation_folder(run)
     with exclusive(folder, f"the evaluation of project '{run.project}'"):
@@ -152,7 +156,7 @@ def recommended(run: Run, request: Request, say: Say) -> Checkpoint:
     steps = {checkpoint.step for checkpoint in run.checkpoints()}
     board = Leaderboard.read(file) if file.is_file() else None
     if board is None or not steps <= {row.step for row in board.rows}:
-        board = evaluate(run, replace(request, steps=()), say)
+        board = evaluate(run, replace(request, steps=(), brief=False), say)
     best = board.recommendation
     if best.verdict != "use":
         raise ValueError(
@@ -209,13 +213,18 @@ def _first_record(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
 
 def _data_dir(record: dict[str, Any], request: Request) -> Path:
     """Where the run says that it was trained, or where that has gone."""
-    recorded = Path(record["data_dir"])
+    recorded = _typed(Path(record["data_dir"]))
     if not recorded.is_dir() and request.data_dir is None:
         raise FileNotFoundError(
             f"{recorded}: the data set of this project is not there any more; "
             "give its place with --data-dir"
         )
     return recorded if recorded.is_dir() else request.data_dir
+
+
+def _typed(path: Path) -> Path:
+    """A path as one would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _losses(

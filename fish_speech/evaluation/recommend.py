@@ -32,8 +32,8 @@ def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands
     base, *others = rows
     measured = [row for row in others if row.error is None]
     if base.error or not measured:
-        what = "the base" if base.error else "no checkpoint"
-        return _keep(base, f"{what} could be measured", commands)
+        what = "the base could not" if base.error else "no checkpoint could"
+        return _keep(base, f"{what} be measured", commands)
     sound = [row for row in measured if not compare.worse_words(row, base)]
     if not sound:
         return _keep(base, f"every checkpoint {compare.loses}, beyond the interval", commands)

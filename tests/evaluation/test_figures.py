@@ -1,0 +1,38 @@
+"""Means with intervals that hold the truth, and differences told from chance."""
+
+import numpy as np
+import pytest
+
+from fish_speech.evaluation.figures import difference, figure
+
+
+def test_a_rate_is_errors_over_words_and_its_interval_surrounds_it():
+    found = figure([0, 1, 2, 0], [5, 10, 5, 20])
+    assert found.mean == pytest.approx(3 / 40)
+    assert 0 <= found.low < found.mean < found.high <= 0.4
+    assert found.n == 4
+    assert found == figure([0, 1, 2, 0], [5, 10, 5, 20])  # seeded
+    assert figure([]) is None
+    assert figure([1.0], [0]) is None
+
+
+def test_the_interval_of_twelve_samples_holds_the_truth_about_19_times_in_20():
+    rng = np.random.default_rng(1)
+    found = [figure(list(rng.normal(0.7, 0.1, 12))) for _ in range(300)]
+    held = np.mean([each.low <= 0.7 <= each.high for each in found])
+    assert 0.91 < held < 0.98
+
+
+def test_a_paired_difference_is_found_where_the_samples_vary_far_more():
+    rng = np.random.default_rng(2)
+    base = rng.normal(0.5, 0.3, 12)
+    low, high = difference(base + rng.normal(0.1, 0.02, 12), base)
+    assert 0 < low < 0.1 < high < 0.15
+    assert difference(base, base) == (0, 0)
+    low, high = difference(base + rng.normal(0, 0.02, 12), base)
+    assert low < 0 < high
+
+
+def test_with_next_to_no_samples_nothing_is_certain():
+    assert difference([1, 1], [0, 0]) == (float("-inf"), float("inf"))
+    assert difference([], []) == (float("-inf"), float("inf"))

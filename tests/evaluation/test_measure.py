@@ -1,0 +1,177 @@
+"""Planted models through the whole of it: speaking, listening, figures, recommendation."""
+
+import pytest
+import torch
+
+from fish_speech.evaluation.leaderboard import Leaderboard
+from fish_speech.evaluation.measure import measure
+from fish_speech.evaluation.recommend import Commands
+from fish_speech.evaluation.takes import Candidate, Line, Recording, plan_lines
+from tests.conftest import ROOT
+from tests.evaluation.conftest import CLIPS, STRANGER, planted, text_of, waveform_of
+
+COMMANDS = Commands("merge", "more steps", "keep")
+HELD_OUT = {text_of(clip): clip for clip in CLIPS[:4]}
+REAL = [Recording(clip, text_of(clip)) for clip in CLIPS[4:8]]
+
+
+def good(text, seed):
+    return waveform_of(HELD_OUT[text])
+
+
+def stranger(text, seed):
+    """Another voice, whose words nobody knows."""
+    start = 8000 * list(HELD_OUT).index(text)
+    return waveform_of(STRANGER)[:, start : start + 40_000]
+
+
+def noise(text, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 * torch.randn(1, 24_000, generator=generator)
+
+
+@pytest.fixture
+def run(tmp_path, listener):
+    """`run(candidates...)` measures them on four texts, said once without a reference."""
+    texts = [
+        Line("", text, voice="rms", recording=Recording(clip, text))
+        for text, clip in HELD_OUT.items()
+    ]
+
+    def run(*candidates, references=None, **more):
+        return measure(
+            candidates,
+            plan_lines(texts, 4, references or {}),
+            {"rms": REAL},
+            tmp_path,
+            title="t",
+            listener=listener,
+            commands=COMMANDS,
+            strangers=[STRANGER],
+            **more,
+        )
+
+    return run
+
+
+def test_planted_models_get_the_figures_that_they_deserve(run, tmp_path):
+    models = {"base": stranger, "step_1": noise, "step_2": good, "step_3": good}
+    rows = [planted(name, speak, step)[0] for step, (name, speak) in enumerate(models.items())]
+    said = []
+    board = run(*rows, say=said.append)
+    base, bad, best, same = board.rows
+    assert best.figures["wer"].mean == 0
+    assert base.figures["wer"].mean == bad.figures["wer"].mean == 1
+    assert best.figures["similarity"].low > base.figures["similarity"].high
+    assert best.figures == same.figures
+    assert board.recommendation.choice == "step_2"
+    assert board.recommendation.verdict == "use"
+    for row in board.rows:
+        for found in filter(None, row.figures.values()):
+            assert found.low <= found.mean <= found.high
+            assert found.n == 4
+    recording, within, across = board.scale
+    assert recording.figures["wer"].mean == 0
+    assert within.figures["similarity"].low > across.figures["similarity"].high
+    assert within.figures["similarity"].high > best.figures["similarity"].mean > 0.8
+    assert best.figures["pitch_median"].mean == pytest.approx(
+        recording.figures["pitch_median"].mean, rel=0.05
+    )
+    assert bad.figures["pitch_median"] is None
+    assert 8 < best.figures["speaking_rate"].mean < 25
+    assert len(said) == 4
+    assert "step_2: word error rate 0%" in said[2]
+    spoken = board.samples[0].spoken["step_2"]
+    assert (tmp_path / spoken.audio).is_file()
+    assert spoken.heard == board.samples[0].text
+    assert board.samples[0].recording == str(CLIPS[0])
+    assert Leaderboard.read(board.write(tmp_path)) == board
+
+
+def test_silence_and_endless_speech_are_counted(run):
+    base, _ = planted("base", good)
+    mute, _ = planted("mute", lambda text, seed: None if "tide" in text else good(text, seed))
+    endless, _ = planted("endless", good, runs_on=True)
+    rows = run(base, mute, endless).rows
+    assert [row.figures["empty"].mean for row in rows] == [0, 0.25, 0]
+    assert [row.figures["runaways"].mean for row in rows] == [0, 0, 1]
+    assert rows[1].figures["wer"].mean == pytest.approx(12 / 42)  # its words are missing
+    assert rows[1].figures["similarity"].n == 3
+
+
+def test_a_candidate_that_fails_has_a_row_and_the_rest_goes_on(run):
+    def broken():
+        raise ValueError("x.ckpt: damaged")
+
+    base, _ = planted("base", stranger)
+    fine, _ = planted("step_2", good, 2)
+    said = []
+    board = run(base, Candidate("step_1", ROOT, "d", broken, 1), fine, say=said.append)
+    assert [row.error for row in board.rows] == [None, "x.ckpt: damaged", None]
+    assert board.rows[1].figures == {}
+    assert "could not be measured: x.ckpt: damaged" in said[1]
+    assert board.recommendation.choice == "step_2"
+
+
+def test_running_out_of_memory_ends_it_with_the_remedy(run):
+    def full():
+        raise RuntimeError("CUDA out of memory")
+
+    with pytest.raises(MemoryError, match="--device cpu"):
+        run(Candidate("base", ROOT, "d", full))
+
+
+def test_what_was_spoken_is_not_spoken_again_until_something_changes(run, tmp_path):
+    def stops_at_third(text, seed):
+        if voice.said == 3:
+            raise KeyboardInterrupt
+        return good(text, seed)
+
+    candidate, voice = planted("base", stops_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(candidate)
+    candidate, again = planted("base", good)
+    first = run(candidate)
+    assert again.said == 2
+    (tmp_path / "audio/base/0001.wav").unlink()
+    (tmp_path / "audio/base/0002.json").write_text("{")
+    assert run(candidate) == first
+    assert again.said == 4
+    other = Candidate("base", ROOT, "other weights", candidate.load)
+    run(other)
+    assert again.said == 8
+
+
+def test_a_cached_candidate_is_not_even_loaded(run):
+    candidate, _ = planted("base", good)
+    run(candidate)
+
+    def not_again():
+        raise AssertionError
+
+    assert run(Candidate("base", ROOT, "base", not_again)).rows[0].error is None
+
+
+def test_with_and_without_a_reference(run):
+    candidate, voice = planted("base", good)
+    board = run(candidate, references={"rms": REAL[0]})
+    assert voice.said == 8
+    assert [sample.referenced for sample in board.samples] == [False, True] * 4
+    assert len({sample.name for sample in board.samples}) == 8
+    figures = board.rows[0].figures
+    assert figures["similarity_referenced"].n == figures["similarity"].n == 4
+    assert figures["runaways"].n == 8
+
+
+def test_a_damaged_recording_is_left_out_and_named(tmp_path, listener):
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"RIFF....")
+    said = []
+    candidate, _ = planted("base", good)
+    lines = plan_lines([Line("", next(iter(HELD_OUT)), voice="rms")], 1, {})
+    board = measure(
+        [candidate], lines, {"rms": [*REAL[:2], Recording(bad, "x")]}, tmp_path, title="t",
+        listener=listener, commands=COMMANDS, say=said.append,
+    )  # fmt: skip
+    assert "bad.wav" in said[0]
+    assert board.scale[1].figures["similarity"].n == 2

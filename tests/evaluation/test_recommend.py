@@ -1,0 +1,119 @@
+"""The recommendation for planted good, bad and identical checkpoints."""
+
+import numpy as np
+import pytest
+
+from fish_speech.evaluation.figures import figure
+from fish_speech.evaluation.leaderboard import Row, Sample, Spoken
+from fish_speech.evaluation.recommend import Commands, recommend
+
+TEXT = "one two three four five six seven eight nine ten"
+COMMANDS = Commands("merge {path}", "more steps", "speak with the base")
+
+
+def board(*models, samples=12, loss=None):
+    """Rows and samples of models given as (word error rate, similarity), the base first.
+
+    Sentences vary far more than models do, as they really do.
+    """
+    rng = np.random.default_rng(0)
+    hard, unlike = rng.uniform(0, 0.2, samples), rng.normal(0, 0.05, samples)
+    rows = [Row("base", 0, "base")]
+    rows += [Row(f"step_{step}", step, f"{step}.ckpt") for step in range(1, len(models))]
+    listed = [Sample(f"{i:04d}", TEXT, False) for i in range(samples)]
+    for row, (wer, similarity) in zip(rows, models, strict=True):
+        for i, sample in enumerate(listed):
+            jitter = rng.normal(0, 0.005, 2)
+            sample.spoken[row.name] = Spoken(
+                None,
+                wer and wer + hard[i] + jitter[0],
+                None,
+                similarity and similarity + unlike[i] + jitter[1],
+            )
+        spoken = [sample.spoken[row.name] for sample in listed]
+        for name in ("wer", "similarity"):
+            row.figures[name] = figure([v for s in spoken if (v := getattr(s, name)) is not None])
+        if loss:
+            row.figures["held_out_loss"] = figure([loss[len(row.name) > 4 and row.step]])
+    return rows, listed
+
+
+def verdict(*models, **more):
+    found = recommend(*board(*models, **more), COMMANDS)
+    return found.verdict, found.step
+
+
+BASE = (0.1, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ([BASE, (0.1, 0.8)], ("use", 1)),
+        ([BASE, (0.1, 0.7), (0.1, 0.8)], ("use", 2)),
+        ([BASE, (0.1, 0.8), (0.1, 0.8)], ("use", 1)),  # no better: the earliest
+        ([BASE, (0.1, 0.8), (0.1, 0.7)], ("use", 1)),
+        ([BASE, (0.1, 0.75), (0.9, 0.9)], ("use", 1)),  # more like it, but not understood
+        ([BASE, (0.9, 0.9), (0.1, 0.75)], ("use", 2)),
+        ([BASE, (0.02, 0.75), (0.1, 0.75)], ("use", 1)),
+        ([BASE, (0.9, 0.8)], ("keep the base", 0)),
+        ([BASE, (0.1, 0.5), (0.1, 0.4)], ("keep the base", 0)),
+        ([BASE, BASE], ("keep the base", 0)),
+        ([(None, 0.6), (None, 0.8)], ("use", 1)),  # without a recogniser
+        ([(0.5, None), (0.1, None)], ("use", 1)),  # without a voice to compare with
+        ([(None, None), (None, None)], ("keep the base", 0)),
+    ],
+)
+def test_the_planted_best_is_found(models, expected):
+    assert verdict(*models) == expected
+
+
+def test_without_a_gain_yet_it_depends_on_the_held_out_loss():
+    assert verdict(BASE, BASE, BASE, loss=[5, 4, 3]) == ("train longer", None)
+    assert verdict(BASE, BASE, BASE, loss=[5, 3, 4]) == ("keep the base", 0)
+    assert verdict(BASE, BASE, (0.9, 0.6), loss=[5, 4, 3]) == ("keep the base", 0)
+
+
+def test_a_row_that_is_the_base_itself_is_never_better():
+    rows, samples = board(BASE, BASE)
+    for sample in samples:
+        sample.spoken["step_1"] = sample.spoken["base"]
+    assert recommend(rows, samples, COMMANDS).verdict == "keep the base"
+
+
+def test_the_reason_and_the_command_name_what_was_found():
+    found = recommend(*board(BASE, (0.1, 0.8)), COMMANDS)
+    assert "step_1 is more like the voice than the base (0.79 against 0.59)" in found.reason
+    assert "only checkpoint" in found.reason
+    assert found.next == "merge 1.ckpt"
+    assert str(found).startswith("use step_1: ")
+    rising = recommend(*board(BASE, (0.1, 0.7), (0.1, 0.8)), COMMANDS)
+    assert "still getting better" in rising.reason
+    bad = recommend(*board(BASE, (0.9, 0.8)), COMMANDS)
+    assert "more word errors than the base" in bad.reason
+    assert bad.next == "speak with the base"
+
+
+def test_too_few_samples_tell_nothing():
+    found = recommend(*board(BASE, (0.1, 0.9), samples=2), COMMANDS)
+    assert (found.verdict, found.choice) == ("keep the base", "base")
+    assert "too few" in found.reason
+
+
+def test_silence_and_endless_speech_count_as_errors_where_nobody_listens():
+    rows, samples = board((None, 0.6), (None, 0.8))
+    for sample in samples[:10]:
+        sample.spoken["step_1"].runaway = True
+    found = recommend(rows, samples, COMMANDS)
+    assert found.verdict == "keep the base"
+    assert "runs on or says nothing" in found.reason
+
+
+def test_rows_that_failed_are_passed_over():
+    rows, samples = board(BASE, (0.1, 0.8), (0.1, 0.9))
+    rows[2].error = "damaged"
+    assert recommend(rows, samples, COMMANDS).step == 1
+    rows[1].error = "damaged"
+    assert "no checkpoint could be measured" in recommend(rows, samples, COMMANDS).reason
+    rows[0].error = "damaged"
+    assert "the base could not be measured" in recommend(rows, samples, COMMANDS).reason
