@@ -229,6 +229,8 @@ def plan_jobs(args: argparse.Namespace, text: str) -> list[Job]:
     if args.output == "-":
         if args.batch or args.num_samples > 1:
             raise ValueError("'-o -' takes one speech: no --batch and no --num-samples")
+        if sys.stdout is None:
+            raise ValueError("standard output is closed; give -o FILE")
         output = None
     else:
         output = Path(args.output or default_output(text, args.batch))

@@ -156,6 +156,9 @@ def test_a_batch_is_remade_when_what_decides_the_speech_changes(place, voice, ta
         with (place / "own" / name).open("a") as file:
             file.write("\n")
         assert spoken() == 2
+    codec = torch.load(place / "own" / CODEC_FILE)
+    torch.save({name: weight * 0.9 for name, weight in codec.items()}, place / "own" / CODEC_FILE)
+    assert spoken() == 2
 
 
 def test_a_line_whose_speech_has_a_gap_is_kept_but_not_done(run, monkeypatch, capsys):
@@ -452,10 +455,13 @@ def test_a_line_beyond_the_context_fails_and_the_others_are_spoken(run, takes, c
     assert "2 spoken, 0 were there already, 1 failed" in err
 
 
-def test_a_closed_standard_input_is_named(run, monkeypatch, capsys):
+def test_closed_streams_are_named(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
     assert run("-", "-o", "a.wav") == 2
     assert "standard input is closed" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("Hello.", "-o", "-") == 2
+    assert "standard output is closed" in capsys.readouterr().err
 
 
 def test_control_tokens_and_control_characters_are_no_danger(run, takes, voice):
@@ -590,6 +596,7 @@ def start(voice, place, *arguments, **options):
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_it_without_a_half_file(voice, place, name):
     process = start(voice, place, LONG, "-o", "a.wav")
@@ -600,6 +607,7 @@ def test_a_signal_ends_it_without_a_half_file(voice, place, name):
     assert files() == []
 
 
+@pytest.mark.slow
 def test_under_nohup_it_speaks_on(voice, place):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup hands it down
     try:
@@ -612,6 +620,7 @@ def test_under_nohup_it_speaks_on(voice, place):
     assert files() == ["a.wav"]
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_ends_it_quietly(voice, place):
     process = start(voice, place, "Hello.", "-o", "-", "--max-new-tokens", "40", "--retries", "0")
     process.stdout.close()
