@@ -75,11 +75,14 @@ def spoken_tokens(ids: list[int], frames: int, durations: np.ndarray) -> Tensor:
 
 
 def batches(
-    corpus: Corpus, tokenizer: FishTokenizer, mixture: Mixture, generator: torch.Generator
+    corpus: Corpus,
+    tokenizer: FishTokenizer,
+    mixture: Mixture,
+    durations: np.ndarray,
+    generator: torch.Generator,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Endless shuffled batches: tokens and labels [B, K+1, T] and places [B, T], padded to a
     bucket's T."""
-    durations = token_durations(corpus, tokenizer)
     by_speaker: dict[str, list[Utterance]] = {}
     for speaker, utterance in corpus:
         by_speaker.setdefault(speaker, []).append(utterance)

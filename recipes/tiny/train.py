@@ -18,6 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -29,10 +30,11 @@ from fish_speech.conversation import IGNORED
 from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.llama import rotary_table, rotate
-from recipes.tiny.batches import NOWHERE, Mixture, batches
+from recipes.tiny.batches import NOWHERE, Corpus, Mixture, batches, token_durations
 from recipes.tiny.corpus import read_corpus
 from recipes.tiny.model import new_model, tiny_tokenizer
 from recipes.tiny.texts import CACHE
+from recipes.tiny.words import is_closed
 
 ADAM_RATE, MUON_RATE = 1.5e-3, 0.02  # peaks
 WARM_UP, LAST_SHARE = 200, 0.01
@@ -157,13 +159,14 @@ class Run:
         codebook_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
         return torch.stack([token_loss, codebook_loss, reading])
 
-    def validate(self, held_out: list) -> list[float]:
+    def validate(self, held_out: Corpus, durations: np.ndarray) -> list[float]:
         """Mean losses on batches that no step trains on, without noise.
 
         Gradients stay enabled: what was compiled for training is used again.
         """
         plain = Mixture(joined=0, referenced=0, unnamed=0, noise=0)
-        source = batches(held_out, tiny_tokenizer(), plain, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        source = batches(held_out, tiny_tokenizer(), plain, durations, generator)
         losses = [self.losses(*next(source)).detach() for _ in range(12)]
         return torch.stack(losses).mean(0).tolist()
 
@@ -208,10 +211,18 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def train(run: Run, corpus: list, args: argparse.Namespace) -> None:
+def closed_only(corpus: Corpus) -> Corpus:
+    """The utterances whose words are all of the templates' vocabulary."""
+    return [(speaker, spoken) for speaker, spoken in corpus if is_closed(spoken.text)]
+
+
+def train(run: Run, corpus: Corpus, args: argparse.Namespace) -> None:
     """Train to the end of the schedule; save and validate every `save_minutes`."""
+    durations = token_durations(corpus, tiny_tokenizer())
     training, held_out = corpus[:-VALIDATION], corpus[-VALIDATION:]
-    source = batches(training, tiny_tokenizer(), Mixture(), run.generator)
+    if args.closed:
+        training, held_out = map(closed_only, (training, held_out))
+    source = batches(training, tiny_tokenizer(), Mixture(), durations, run.generator)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=5, disable=rank() > 0)
     seconds = saved = run.seconds
     began, means = time.monotonic() - run.seconds, torch.zeros(3)
@@ -225,7 +236,7 @@ def train(run: Run, corpus: list, args: argparse.Namespace) -> None:
         if rank() == 0 and seconds - saved >= 60 * args.save_minutes:
             saved = seconds
             run.save()
-            known = "{:.3f} + {:.3f}, reading {:.3f}".format(*run.validate(held_out))
+            known = "{:.3f} + {:.3f}, reading {:.3f}".format(*run.validate(held_out, durations))
             report = f"step {run.step}, {seconds / 60:.0f} min: training {figures}"
             bar.write(f"{report}; held out {known}", sys.stderr)
     bar.close()
@@ -255,6 +266,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the shards")
     parser.add_argument("--steps", type=int, default=24000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="end the schedule earlier")
+    parser.add_argument(
+        "--closed", action="store_true", help="only sentences of the templates' vocabulary"
+    )
     parser.add_argument("--save-minutes", type=float, default=10.0)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--processes", type=int, default=1 if cuda else 2)

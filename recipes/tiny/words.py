@@ -1,5 +1,7 @@
 """Words and sentence patterns of the templates: everyday English with many sounds."""
 
+import re
+
 _NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     " fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty"
@@ -99,3 +101,16 @@ TEMPLATES = {
         "nobody wants to <verb> <the> <noun> <time>.",
     ],
 }
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a text, in lower case."""
+    return set(re.findall(r"[a-z']+", text.lower()))
+
+
+VOCABULARY = words_of(" ".join(value for values in TEMPLATES.values() for value in values))
+
+
+def is_closed(text: str) -> bool:
+    """Whether every word of a text is one of the templates' vocabulary."""
+    return words_of(text) <= VOCABULARY

@@ -38,6 +38,7 @@ from recipes.tiny.train import (
     reading_loss,
 )
 
+EVEN = np.ones(tiny_tokenizer().vocab_size)  # every token takes as long
 TINY = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny"
 
 
@@ -105,7 +106,7 @@ def corpus(count: int = 60) -> list[tuple[str, Utterance]]:
 def test_batches_are_deterministic_and_fill_a_bucket():
     def first(seed):
         generator = torch.Generator().manual_seed(seed)
-        source = batches(corpus(), tiny_tokenizer(), Mixture(), generator)
+        source = batches(corpus(), tiny_tokenizer(), Mixture(), EVEN, generator)
         return [next(source) for _ in range(4)]
 
     for (tokens, labels, _), (again, _, _) in zip(first(1), first(1), strict=True):
@@ -120,7 +121,7 @@ def test_noise_changes_frames_only_and_row_0_follows():
     tokenizer = tiny_tokenizer()
     generator = torch.Generator().manual_seed(0)
     quiet = Mixture(joined=0, referenced=0, noise=0)
-    tokens, labels, _ = next(batches(corpus(), tokenizer, quiet, generator))
+    tokens, labels, _ = next(batches(corpus(), tokenizer, quiet, EVEN, generator))
     noisy = add_noise(tokens, tokenizer, 0.25, generator)
     frames = tokens[:, 0] >= tokenizer.semantic_begin_id
     assert torch.equal(noisy[:, 0][~frames], tokens[:, 0][~frames])
@@ -167,7 +168,7 @@ def test_reading_loss_is_what_attention_misses_of_its_place():
 
 def test_reading_heads_are_those_of_the_model():
     model = new_model(0).eval()
-    tokens = next(batches(corpus(), tiny_tokenizer(), Mixture(), torch.Generator()))[0]
+    tokens = next(batches(corpus(), tiny_tokenizer(), Mixture(), EVEN, torch.Generator()))[0]
     hidden, attention = hidden_states(model, tokens)
     assert torch.allclose(hidden, model.hidden_states(tokens), atol=1e-5)
     assert len(attention) == len(READING_LAYERS)
@@ -176,7 +177,7 @@ def test_reading_heads_are_those_of_the_model():
 
 def test_losses_of_whole_batches_are_those_of_the_package(tmp_path, monkeypatch):
     tokens, labels, places = next(
-        batches(corpus(), tiny_tokenizer(), Mixture(), torch.Generator().manual_seed(0))
+        batches(corpus(), tiny_tokenizer(), Mixture(), EVEN, torch.Generator().manual_seed(0))
     )
     frames = int((labels[:, 1] != IGNORED).sum())
     monkeypatch.setattr(train, "FAST_FRAMES", frames)
