@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 SAVE_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
 _BLOCK_SECONDS = 30.0
+CANCELLED = 0.05  # share of the channels' power in their mean; one of six that sounds has 0.17
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def audio_info(path: str | Path) -> AudioInfo:
 
     path = _existing(path)
     try:
-        info = soundfile.info(str(path))
+        info = soundfile.info(_native(path))
         return AudioInfo(info.samplerate, info.channels, info.frames / info.samplerate)
     except soundfile.LibsndfileError:
         pass
@@ -46,7 +48,18 @@ def audio_info(path: str | Path) -> AudioInfo:
             duration = float(stream.duration * stream.time_base)
         else:
             duration = None
+        if not stream.rate:
+            raise ValueError(f"{path}: not an audio file that can be decoded (no sample rate)")
         return AudioInfo(stream.rate, stream.channels, duration)
+
+
+def breaks_off(path: str | Path, seconds: float) -> str | None:
+    """How a file that gave `seconds` of audio is not whole, as words for people; None if it is."""
+    path = _existing(path)
+    promised = max(audio_info(path).duration or 0.0, seconds / _share_of_chunk(path))
+    if seconds < 0.97 * promised:
+        return f"breaks off after {seconds:.1f} of {promised:.1f} s"
+    return None if _ogg_has_an_end(path) else f"breaks off after {seconds:.1f} s"
 
 
 def decode_blocks(
@@ -60,8 +73,9 @@ def decode_blocks(
 
     Yields float32 arrays [n] at `sample_rate` (Hz; the file's own where None), at most
     `max_seconds` of them. What libsndfile can't read goes through PyAV, whose wheel carries its
-    decoders. Raises `FileNotFoundError`, or `ValueError` that names the file where it is no audio
-    or breaks off in the middle.
+    decoders. Where channels cancel each other, as with a wire's poles swapped, the loudest is taken
+    instead of their mean. Raises `FileNotFoundError`, or `ValueError` that names the file where it
+    is no audio or damaged.
     """
     path = _existing(path)
     native = audio_info(path).sample_rate
@@ -231,6 +245,33 @@ def _without_offset(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     return sosfiltfilt(filters, samples.astype(np.float64), padlen=reach).astype(np.float32)
 
 
+def _share_of_chunk(path: Path) -> float:
+    """How much of its samples' chunk a WAV or AIFF file has; 1 for other files."""
+    with path.open("rb") as file:
+        kind, order = {b"RIFF": (b"data", "little"), b"RIFX": (b"data", "big"),
+                       b"FORM": (b"SSND", "big")}.get(file.read(4), (None, ""))  # fmt: skip
+        file.seek(12)
+        while kind is not None and len(head := file.read(8)) == 8:
+            size = int.from_bytes(head[4:], order)
+            if head[:4] == kind:
+                there = path.stat().st_size - file.tell()
+                # Programs that write to a pipe don't know the size, and write one of these two.
+                return 1.0 if size in (0, 0xFFFFFFFF) else max(1e-3, min(1.0, there / size))
+            file.seek(size + size % 2, 1)
+    return 1.0
+
+
+def _ogg_has_an_end(path: Path) -> bool:
+    """Whether a file is no Ogg, or has the page that says that it is the last."""
+    with path.open("rb") as file:
+        if file.read(4) != b"OggS":
+            return True
+        file.seek(max(0, path.stat().st_size - (1 << 17)))  # two pages are never larger
+        tail = file.read()
+    last = tail.rfind(b"OggS")
+    return last >= 0 and len(tail) > last + 27 and bool(tail[last + 5] & 4)
+
+
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
@@ -255,21 +296,37 @@ def _limit(blocks: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
             return
 
 
+def _native(path: Path) -> str | bytes:
+    """`path` as C code takes it, whatever bytes its name is made of."""
+    return str(path) if os.name == "nt" else os.fsencode(path)
+
+
 def _mono_blocks(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
     import soundfile
 
     try:
-        file = soundfile.SoundFile(str(path))
+        file = soundfile.SoundFile(_native(path))
     except soundfile.LibsndfileError:
-        yield from _mono_blocks_av(path)
+        yield from map(_mixed, _blocks_av(path, block_seconds))
         return
     with file:
         frames = max(1, round(block_seconds * file.samplerate))
         try:
             while len(block := file.read(frames, dtype="float32", always_2d=True)):
-                yield block.mean(axis=1)
+                yield _mixed(block)
         except soundfile.LibsndfileError as error:
             raise ValueError(f"{path}: damaged audio ({error})") from error
+
+
+def _mixed(block: np.ndarray) -> np.ndarray:
+    """The mean [n] of channels [n, C]; where they cancel each other, the loudest of them."""
+    mono = block.mean(axis=1)
+    if block.shape[1] == 1:
+        return mono
+    powers = np.square(block).mean(axis=0)
+    if np.square(mono).mean() < CANCELLED * powers.mean():
+        return block[:, powers.argmax()].copy()
+    return mono
 
 
 def _open_av(path: Path):
@@ -278,24 +335,39 @@ def _open_av(path: Path):
     try:
         container = av.open(str(path.absolute()))  # a bare "10:30.m4a" would be a protocol
     except (av.error.FFmpegError, ValueError) as error:
-        raise ValueError(f"{path}: not an audio file that can be decoded ({error})") from error
+        raise ValueError(
+            f"{path}: not an audio file that can be decoded ({_said(error)})"
+        ) from error
     if not container.streams.audio:
         container.close()
         raise ValueError(f"{path}: the file has no audio track")
     return container
 
 
-def _mono_blocks_av(path: Path) -> Iterator[np.ndarray]:
+def _blocks_av(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
+    """Blocks [n, C] of at least that many seconds, the last one shorter."""
     import av
 
     with _open_av(path) as container:
         stream = container.streams.audio[0]
-        # Packed floats keep the channels beside each other, so that the mean below sees them all.
+        # Packed floats keep the channels beside each other.
         to_float = av.AudioResampler(format="flt", layout=stream.layout, rate=stream.rate)
+        parts: list[np.ndarray] = []
+        count = 0
         try:
             for frame in container.decode(stream):
                 for part in to_float.resample(frame):
-                    channels = part.layout.nb_channels
-                    yield part.to_ndarray().reshape(-1, channels).mean(axis=1, dtype=np.float32)
+                    parts.append(part.to_ndarray().reshape(-1, part.layout.nb_channels))
+                    count += len(parts[-1])
+                if count >= block_seconds * stream.rate:
+                    yield np.concatenate(parts)
+                    parts, count = [], 0
         except av.error.FFmpegError as error:
-            raise ValueError(f"{path}: damaged audio ({error})") from error
+            raise ValueError(f"{path}: damaged audio ({_said(error)})") from error
+        if parts:
+            yield np.concatenate(parts)
+
+
+def _said(error: Exception) -> str:
+    """What FFmpeg says, without its number and the path."""
+    return getattr(error, "strerror", None) or str(error)

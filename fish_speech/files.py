@@ -9,10 +9,10 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -128,23 +128,38 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: not a JSON file ({error})") from error
 
 
-def list_audio(folder: str | Path) -> list[Path]:
-    """All audio and video files under `folder`, sorted; hidden ones and symlink loops left out."""
+def is_audio(path: Path) -> bool:
+    """Whether a file's name says that it holds sound."""
+    return path.suffix.lower() in AUDIO_SUFFIXES
+
+
+def list_files(
+    folder: str | Path, on_error: Callable[[OSError], object] | None = None
+) -> list[Path]:
+    """All files under `folder`, sorted; hidden ones and symlink loops left out.
+
+    A folder that can't be read goes to `on_error`, or is raised, so that none is missed in silence.
+    """
     found: list[Path] = []
     seen: set[str] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=on_error or _raise, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(root, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
-        ]
+        found += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def list_audio(folder: str | Path) -> list[Path]:
+    """The audio and video files among `list_files`. Raises `OSError` for an unreadable folder."""
+    return [path for path in list_files(folder) if is_audio(path)]
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def shown_path(path: Path) -> str:

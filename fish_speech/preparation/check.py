@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fish_speech.files import list_files
 from fish_speech.preparation import quality, sources
 from fish_speech.preparation.clips import Job, inspect
 from fish_speech.preparation.pipeline import Options, in_processes, recogniser_for
@@ -27,7 +28,7 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
     folder = Path(options.input)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    found = sources.find_local(folder, None, sources.speaker_name(folder.resolve().name))
+    found = sources.find_local(folder, None, sources.speaker_name(folder.resolve().name), say=say)
     work = [Job(recording, options) for recording in sources.name_recordings(found, {})]
     recogniser = None
     if options.auto_transcribe:
@@ -48,7 +49,11 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
         for record in records
         if record.failure is not None
     ]
-    labels = {path for path in folder.rglob("*.lab") if sources.REJECTED not in path.parts}
+    labels = {
+        path
+        for path in list_files(folder, lambda error: None)  # which `find_local` has named
+        if path.suffix == ".lab" and sources.REJECTED not in path.relative_to(folder).parts
+    }
     for label in sorted(labels - {item.path.with_suffix(".lab") for item in found}):
         skipped.append({"source": sources.display_path(label), "reason": "has no recording"})
     return Summary(quality.mark_twins(clips), skipped, [], [], len(skipped))

@@ -10,12 +10,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fish_speech.audio import audio_info, level, resample, save_audio
-from fish_speech.files import write_text
+from fish_speech.audio import audio_info, breaks_off, level, resample, save_audio
+from fish_speech.files import read_text, write_text
 from fish_speech.preparation import align, quality, rates, segment, sources, transcribe
 from fish_speech.preparation.segment import Piece, Segment, Speech
 from fish_speech.preparation.sources import Recording
-from fish_speech.preparation.summary import Record
+from fish_speech.preparation.summary import FRESH, Record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,7 @@ SAMPLE_RATE = 44_100  # of the codec, and so of every clip
 LONGEST_UNCUT = (
     120.0  # seconds; more than this is no utterance, and wouldn't fit in memory at hours
 )
-VERSION = 1  # raise it where the same options make other clips: old ones are then made anew
+VERSION = 2  # raise it where the same options make other clips: old ones are then made anew
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,13 @@ def carry_out(
     recogniser: transcribe.Recogniser | None = None,
     progress: Callable[[float], Any] = lambda seconds: None,
 ) -> Record:
-    """Prepare one recording: its clips are written, its record is returned.
+    """Prepare one recording: its clips are written under `FRESH`, its record is returned.
 
-    A recording that can't be used comes back as a record with a `failure`. Raises `OSError` only
-    where the output can't be written.
+    A recording that can't be used comes back as a record with a `failure`, whatever the reason.
+    Raises `OSError` only where the output can't be written.
     """
     recording = job.recording
-    record = Record(
-        recording.speaker, recording.name, recording.source, recording.digest, job.recipe,
-        origin=recording.origin,
-    )  # fmt: skip
+    record = _record_of(job, job.recipe)
     try:
         if recording.problem:
             raise ValueError(recording.problem)
@@ -104,14 +101,48 @@ def carry_out(
             raise ValueError(
                 f"has no transcript: {'' if recording.origin else beside}use --auto-transcribe"
             )
-        speech = segment.find_speech(recording.path, max_seconds=job.max_seconds)
+        speech = _listen(job)
         record.duration = round(speech.duration, 3)
         plan = make_plan(job, speech, recogniser, progress)
         record.skipped = plan.skipped
         record.clips = list(write_clips(job, plan, speech))
-    except ValueError as error:
+        if missing := _missing(job, speech):
+            record.clips[-1]["breaks_off"] = True
+            reason = f"{missing}; what is there is used"
+            record.skipped.append({"source": recording.source, "reason": reason})
+    except OSError:
+        raise
+    except Exception as error:
         record.failure = _reason(error, recording)
+        record.duration = record.duration or round(job.seconds, 3)
+        record.skipped, record.clips = [], []
     return record
+
+
+def _record_of(job: Job, recipe: str) -> Record:
+    """A record of the job's recording, in which nothing is noted yet."""
+    recording = job.recording
+    return Record(
+        recording.speaker, recording.name, recording.source, recording.address, recording.digest,
+        recipe, origin=recording.origin, scripted=recording.transcript is not None,
+        encoding=recording.encoding,
+    )  # fmt: skip
+
+
+def _listen(job: Job, max_seconds: float | None = None) -> Speech:
+    """Find the speech in a job's recording. Raises `ValueError` where it can't be read."""
+    try:
+        return segment.find_speech(job.recording.path, max_seconds=max_seconds or job.max_seconds)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror or error})") from error
+
+
+def _missing(job: Job, speech: Speech) -> str | None:
+    """How the recording ends before it should, if it does."""
+    limit = job.max_seconds
+    if limit is not None and speech.duration > limit - 0.01:
+        return None
+    return breaks_off(job.recording.path, speech.duration)
 
 
 def make_plan(
@@ -173,7 +204,7 @@ def write_clips(job: Job, plan: Plan, speech: Speech) -> Iterator[dict[str, Any]
         else:
             clip["loudness"] = quality.loudness(samples, SAMPLE_RATE)
         samples = segment.fade(samples, SAMPLE_RATE) if options.split_long else samples
-        path = Path(options.output, file)
+        path = Path(options.output, FRESH, file)
         save_audio(path, samples, SAMPLE_RATE)
         write_text(path.with_suffix(".lab"), part.text)
         yield {**clip, **({"estimated": True} if plan.estimated else {})}
@@ -182,14 +213,16 @@ def write_clips(job: Job, plan: Plan, speech: Speech) -> Iterator[dict[str, Any]
 def inspect(job: Job, recogniser: transcribe.Recogniser | None = None) -> Record:
     """Look at a clip of a data set as it is, writing nothing: its entry, or why it has none."""
     recording = job.recording
-    record = Record(recording.speaker, recording.name, recording.source, recording.digest, "")
+    record = _record_of(job, "")
     try:
         if recording.problem:
             raise ValueError(recording.problem)
-        if recording.transcript is None:
-            raise ValueError(f"has no transcript {recording.path.stem}.lab")
-        speech = segment.find_speech(recording.path, max_seconds=LONGEST_UNCUT)
-        whole = Segment(0.0, speech.duration, recording.transcript)
+        label = recording.path.with_suffix(".lab")
+        if not label.is_file():
+            raise ValueError(f"has no transcript {label.name}")
+        text = sources.fold(read_text(label))  # as training reads it: in UTF-8 only
+        speech = _listen(job, LONGEST_UNCUT)
+        whole = Segment(0.0, speech.duration, text)
         if recogniser is not None:
             heard = next(_hear(job, [whole], recogniser, lambda seconds: None))
             whole = replace(whole, heard=heard.text)
@@ -198,7 +231,9 @@ def inspect(job: Job, recogniser: transcribe.Recogniser | None = None) -> Record
         file = sources.printable(recording.path.relative_to(job.options.input).as_posix())
         clip = describe(file, recording, whole, samples, rate, speech)
         record.clips = [{**clip, "loudness": quality.loudness(samples, rate)}]
-    except ValueError as error:
+        if speech.duration < LONGEST_UNCUT and breaks_off(recording.path, speech.duration):
+            record.clips[0]["breaks_off"] = True
+    except Exception as error:
         record.failure = _reason(error, recording)
     return record
 
@@ -277,9 +312,11 @@ def _recognised(job: Job, segments: list[Segment], heard: list[transcribe.Heard]
     return Plan(kept, skipped)
 
 
-def _reason(error: ValueError, recording: Recording) -> str:
+def _reason(error: Exception, recording: Recording) -> str:
     """An error as one line that doesn't repeat the file's name."""
-    return str(error).removeprefix(f"{recording.path}: ").strip().splitlines()[0]
+    text = sources.printable(str(error)).removeprefix(f"{sources.printable(str(recording.path))}: ")
+    line = (text.strip().splitlines() or [""])[0]
+    return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 
 
 def _skip(job: Job, part: Segment, reason: str) -> dict[str, Any]:

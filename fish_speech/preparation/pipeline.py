@@ -20,7 +20,7 @@ from fish_speech.files import exclusive, remove_temporaries
 from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.clips import Job, carry_out
 from fish_speech.preparation.quality import Thresholds
-from fish_speech.preparation.summary import RECORDS, Books, Record, Summary
+from fish_speech.preparation.summary import Books, Record, Summary
 from fish_speech.preparation.transcribe import Journal, Recogniser, load_recogniser
 
 
@@ -72,30 +72,49 @@ def prepare(
     sources.refuse_overlap(options.input, output)
     with exclusive(output, f"data set {output}"):
         remove_temporaries(output)
-        books = Books(output)
+        books = Books(output, say)
         if options.youtube:
             found = youtube.fetch(
                 options.input, output / youtube.FOLDER, default_speaker,
                 cookies=options.cookies, cookies_from_browser=options.cookies_from_browser, say=say,
             )  # fmt: skip
         else:
-            found = sources.find_local(options.input, speaker, default_speaker, but=output)
+            found = sources.find_local(options.input, speaker, default_speaker, but=output, say=say)
+            found = sources.only_raw(found, say)
         recordings = sources.name_recordings(found, books.owners())
-        names = [(recording.speaker, recording.name) for recording in recordings]
+        _say_what_is_odd(recordings, books, say)
         plain, heard, recogniser = _sort_work(options, recordings, recogniser, say)
         plain, heard = ([job for job in jobs if not books.is_done(job)] for jobs in (plain, heard))
         if before := len(recordings) - len(plain) - len(heard):
             say(f"{before} of {len(recordings)} recordings were prepared before")
-        books.clear({(job.recording.speaker, job.recording.name) for job in (*plain, *heard)})
         done = in_processes(carry_out, plain, options.num_workers)
         for record in chain(done, _listen(heard, recogniser)):
             books.enter(record)
             if options.strict and record.failure is not None:
                 break
-        summary = books.compose(options.thresholds, drop_flagged=options.drop_flagged)
-    failed = sum((record := books.find(*name)) is not None and record.failure is not None
-                 for name in names)  # fmt: skip
-    return replace(summary, failed=failed)
+        return books.compose(options.thresholds, drop_flagged=options.drop_flagged)
+
+
+def _say_what_is_odd(
+    recordings: list[sources.Recording], books: Books, say: Callable[[str], None]
+) -> None:
+    """Say which texts were read in a guessed encoding, and who else speaks the same recordings."""
+    guessed = [r for r in recordings if r.encoding is not None]
+    if guessed:
+        say(f"{_named(guessed)}: the text is not UTF-8 and was read as "
+            f"{', '.join(sorted({r.encoding for r in guessed}))}; have a look at it")  # fmt: skip
+    speaks = {(r.digest, r.speaker) for r in (*books.records.values(), *recordings) if r.digest}
+    for other in sorted({speaker for _, speaker in speaks}):
+        same = [r for r in recordings if r.speaker != other and (r.digest, other) in speaks]
+        if same:
+            say(f"{_named(same)}: {other} speaks the same recording in this data set; if that is "
+                f"wrong, delete the clips of one of them")  # fmt: skip
+
+
+def _named(recordings: list[sources.Recording], most: int = 3) -> str:
+    named = ", ".join(recording.source for recording in recordings[:most])
+    more = len(recordings) - most
+    return f"{named} and {more} more" if more > 0 else named
 
 
 def _checked(options: Options) -> Options:
@@ -148,7 +167,7 @@ def _sort_work(
     listen = {id(recording) for recording in (*needed, *useful)}
     identity = recogniser.identity if recogniser and listen else None
     if identity is not None:
-        recogniser = Journal(recogniser, options.output / RECORDS / "heard.jsonl")
+        recogniser = Journal(recogniser, options.output / sources.RECORDS / "heard.jsonl")
     jobs = [Job(r, options, identity if id(r) in listen else None) for r in recordings]
     plain = [job for job in jobs if job.recogniser is None]
     return plain, [job for job in jobs if job.recogniser is not None], recogniser

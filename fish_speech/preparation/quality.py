@@ -17,7 +17,7 @@ FULL_SCALE = 0.999
 SLICES, BANDS = 16, 8  # of a clip's shape
 # Flags of what a voice learns as wrong; the others only waste a little of the data.
 SPOILING = {"too_long", "little_speech", "clipping", "clipped_start", "clipped_end"} | {
-    "cut_in_speech", "slow_text", "fast_text", "disagreement",
+    "cut_in_speech", "breaks_off", "slow_text", "fast_text", "disagreement",
 }  # fmt: skip
 SAME_SHAPE = 0.97  # correlation of shapes; different sentences of one voice stay far below
 
@@ -76,7 +76,10 @@ def shape(samples: np.ndarray, sample_rate: int) -> str:
 
 
 def near_duplicates(clips: Sequence[dict[str, Any]]) -> dict[int, int]:
-    """Clips that sound like an earlier one of the same speaker: {index: index of the earlier}."""
+    """Clips that sound like an earlier one of the same speaker: {index: index of the earlier}.
+
+    The earlier one is a clip without flags: one of the two should be fit to stay.
+    """
     if not clips:
         return {}
     shapes = [np.frombuffer(bytes.fromhex(clip["shape"]), np.int8) for clip in clips]
@@ -87,7 +90,8 @@ def near_duplicates(clips: Sequence[dict[str, Any]]) -> dict[int, int]:
     for index, clip in enumerate(clips):
         close = np.abs(durations[:index] - durations[index]) < 0.03 * durations[index]
         for earlier in np.flatnonzero(close & (vectors[:index] @ vectors[index] > SAME_SHAPE)):
-            if clips[earlier]["speaker"] == clip["speaker"] and int(earlier) not in found:
+            same_speaker = clips[earlier]["speaker"] == clip["speaker"]
+            if same_speaker and int(earlier) not in found and not clips[earlier].get("flags"):
                 found[index] = int(earlier)
                 break
     return found
@@ -134,6 +138,7 @@ def flags(clip: dict[str, Any], thresholds: Thresholds) -> list[str]:
         "clipped_start": clip["edge_start"] > thresholds.max_edge,
         "clipped_end": clip["edge_end"] > thresholds.max_edge,
         "cut_in_speech": clip.get("cut_in_speech", False),
+        "breaks_off": clip.get("breaks_off", False),
         "slow_text": clip["characters_per_second"] < thresholds.min_rate,
         "fast_text": clip["characters_per_second"] > thresholds.max_rate,
         "disagreement": clip.get("disagreement", 0.0) > thresholds.max_disagreement,

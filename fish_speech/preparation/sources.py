@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
 
-from fish_speech.files import AUDIO_SUFFIXES, file_digest, list_audio, safe_name
+from fish_speech.files import AUDIO_SUFFIXES, file_digest, is_audio, list_files, safe_name
+from fish_speech.preparation import encodings
 
 SUMMARY_NAME = "dataset_summary.json"
+RECORDS = ".prepared"
 REJECTED = "rejected"
-SIDECAR_SUFFIXES = (".lab", ".txt")
+SIDECAR_SUFFIXES = (".lab", ".txt", ".LAB", ".TXT")
 
 
 @dataclass(frozen=True)
 class Recording:
     """One input file. `name` is what its clips are called; `source` is what people know it as.
 
-    `problem` says why it can't be used, where that is known before it is decoded. `transcript` is
-    the text beside it, white space folded, or None. `prepared`: it is a clip of a data set.
-    `origin` holds a download's provenance.
+    `address` tells it from all others, wherever a program is started. `problem` says why it can't
+    be used, where that is known before it is decoded. `transcript` is the text beside it, white
+    space folded, or None; `encoding` is the text's where that was guessed. `prepared`: it is a clip
+    of a data set. `origin` holds a download's provenance.
     """
 
     path: Path
     source: str
+    address: str
     speaker: str
-    name: str
-    digest: str
+    name: str = ""
+    digest: str = ""
     transcript: str | None = None
+    encoding: str | None = None
     problem: str | None = None
     prepared: bool = False
     origin: dict[str, Any] = field(default_factory=dict)
@@ -37,38 +45,71 @@ class Recording:
 
 @dataclass(frozen=True)
 class Found:
-    """A file to prepare, before it has a name; fields as in `Recording`."""
+    """A file to prepare, before it has a name; fields as in `Recording`. `data_set` holds it."""
 
     path: Path
     speaker: str
-    prepared: bool = False
+    data_set: Path | None = None
     problem: str | None = None
     origin: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_clip(self) -> bool:
+        return self.data_set is not None and _label(self.path).is_file()
+
 
 def find_local(
-    source: str | Path, speaker: str | None, default_speaker: str, *, but: Path | None = None
+    source: str | Path,
+    speaker: str | None,
+    default_speaker: str,
+    *,
+    but: Path | None = None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> list[Found]:
     """All audio at `source`, a file or a folder (its first subfolders are speakers).
 
-    What lies under `but` is left out. Raises `FileNotFoundError` where nothing is there,
-    `ValueError` where nothing in it is audio.
+    What lies under `but` is left out; what else is no input is said. A folder that can't be read
+    comes back with its `problem`. Raises `FileNotFoundError` where nothing is there, `ValueError`
+    where nothing in it is audio.
     """
     source = Path(source)
     if source.is_file():
         return [Found(source, speaker or default_speaker)]
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder (for a web address, --youtube)")
+    closed: list[OSError] = []
+    files = list_files(source, closed.append)
+    if but is not None:
+        files = [path for path in files if not path.resolve().is_relative_to(but.resolve())]
+    data_sets = {path: _data_set_of(path, source) for path in files}
+    files = [path for path in files if not _is_rejected(path, data_sets[path])]
     found = [
-        Found(path, speaker or _speaker_of(path, source) or default_speaker, _is_clip(path, source))
-        for path in list_audio(source)
-        if not _is_rejected(path, source)
-        and not (but and path.resolve().is_relative_to(but.resolve()))
-    ]
+        Found(path, speaker or _speaker_of(path, home or source) or default_speaker, home)
+        for path in files if is_audio(path) for home in [data_sets[path]]
+    ]  # fmt: skip
+    found = [_with_a_speaker(item) if speaker is None else item for item in found]
+    others = (path for path in files if data_sets[path] is None and not is_audio(path))
+    _say_others([path for path in others if path.suffix not in SIDECAR_SUFFIXES], say)
+    for error in closed:
+        problem = f"cannot be read ({error.strerror})"
+        found.append(Found(Path(error.filename), speaker or default_speaker, problem=problem))
     if not found:
         known = " ".join(sorted(AUDIO_SUFFIXES))
         raise ValueError(f"{source}: no audio in this folder (looked for {known})")
     return found
+
+
+def only_raw(found: list[Found], say: Callable[[str], None] = lambda message: None) -> list[Found]:
+    """Without the clips of data sets, where there are raw recordings too: they were made of such.
+
+    A clip that was laid out by hand (it has a `.lab`) is no raw recording.
+    """
+    if all(item.data_set or _label(item.path).is_file() for item in found):
+        return found
+    made = sorted({str(item.data_set) for item in found if item.data_set is not None})
+    if made:
+        say(f"left out, for it is a data set already: {printable(', '.join(made))}")
+    return [item for item in found if item.data_set is None]
 
 
 def is_data_set(folder: str | Path) -> bool:
@@ -90,35 +131,57 @@ def name_recordings(found: list[Found], owner_of: dict[tuple[str, str], Any]) ->
     """Give every file a name that no other has, the same one in every run.
 
     `owner_of` maps (speaker, name), both casefolded, to the recording that an earlier run gave the
-    name to, as (source, digest): a file that moved or changed keeps it.
+    name to, as (address, digest): a file that moved or changed keeps it.
     """
-    recordings, taken, first_with = [], set(), {}
-    for item in sorted(found, key=lambda item: (item.speaker, str(item.path))):
-        source, speaker = item.origin.get("url") or display_path(item.path), item.speaker
-        digest, text, problem = "", None, item.problem
-        try:
-            digest = file_digest(item.path)
-            text = read_transcript(item.path)
-        except ValueError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = problem or f"cannot be read ({error.strerror})"
-        name = safe_name(item.origin.get("title") or item.path.stem)
-        key = (speaker.casefold(), name.casefold())
-        owner = owner_of.get(key)
-        if key in taken or (owner and source != owner[0] and digest != owner[1]):
-            name = f"{name}-{unique_suffix(source)}"
-            key = (speaker.casefold(), name.casefold())
-        twin = first_with.setdefault((speaker, digest, text), source) if digest else source
-        if twin != source:
-            problem = f"has the same bytes as {twin}"
+    recordings, taken = [], set()
+    in_order = sorted(found, key=lambda item: (item.speaker, str(item.path)))
+    known = {address for address, _ in owner_of.values()}
+    read = _without_copies([_read(item) for item in in_order], known)
+    for recording in sorted(read, key=lambda recording: recording.address not in known):
+        name = safe_name(recording.origin.get("title") or recording.path.stem)
+        key = (recording.speaker.casefold(), name.casefold())
+        owner, digest = owner_of.get(key, (recording.address, ""))
+        if key in taken or (recording.address != owner and recording.digest != digest):
+            name = f"{name}-{unique_suffix(recording.address)}"
+            key = (recording.speaker.casefold(), name.casefold())
         taken.add(key)
-        recordings.append(
-            Recording(
-                item.path, source, speaker, name, digest, text, problem, item.prepared, item.origin
-            )
-        )
+        recordings.append(replace(recording, name=name))
     return recordings
+
+
+def _read(item: Found) -> Recording:
+    """Look at a file and at the transcript beside it."""
+    source = printable(item.origin.get("url") or display_path(item.path))
+    digest, text, encoding, problem = "", None, None, item.problem
+    try:
+        digest = file_digest(item.path)
+        text, encoding = read_transcript(item.path)
+    except ValueError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = problem or f"cannot be read ({error.strerror})"
+    return Recording(
+        item.path, source, item.origin.get("url") or address_of(item.path), item.speaker, "",
+        digest, text, encoding, problem, item.is_clip, item.origin,
+    )  # fmt: skip
+
+
+def _without_copies(recordings: list[Recording], known: set[str]) -> list[Recording]:
+    """The recordings, those that are copies of another marked with the problem.
+
+    The first is not a copy: of those that can be used, one that is `known` before the others.
+    """
+    usable = [recording for recording in recordings if recording.problem is None]
+    firsts: dict[tuple, Recording] = {}
+    for recording in sorted(usable, key=lambda recording: recording.address not in known):
+        firsts.setdefault((recording.speaker, recording.digest, recording.transcript), recording)
+    marked = []
+    for recording in recordings:
+        first = firsts.get((recording.speaker, recording.digest, recording.transcript), recording)
+        if recording.problem is None and first is not recording:
+            recording = replace(recording, problem=f"has the same bytes as {first.source}")
+        marked.append(recording)
+    return marked
 
 
 def unique_suffix(text: str) -> str:
@@ -126,6 +189,17 @@ def unique_suffix(text: str) -> str:
     import hashlib
 
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+
+
+def address_of(path: Path) -> str:
+    """The address of a file, the same from every folder: `file:///...`."""
+    return Path(os.path.abspath(path)).as_uri()
+
+
+def has_vanished(address: str) -> bool:
+    """Whether an address is that of a file which is there no more."""
+    parts = urlsplit(address)
+    return parts.scheme == "file" and not os.path.lexists(unquote_to_bytes(parts.path))
 
 
 def display_path(path: Path) -> str:
@@ -149,7 +223,7 @@ def speaker_name(text: str) -> str:
     if not any(character.isalnum() for character in text):
         raise ValueError(f"--speaker {text!r}: a speaker's name needs a letter or a digit")
     name = safe_name(text)
-    if name == REJECTED:
+    if name.casefold() == REJECTED:
         raise ValueError(f"--speaker {text!r}: this name is kept for the clips that are rejected")
     return name
 
@@ -163,45 +237,26 @@ def sidecar_of(path: Path) -> Path | None:
     return None
 
 
-def read_transcript(path: Path) -> str | None:
-    """The transcript beside the recording at `path`, white space folded; None without a sidecar.
+def read_transcript(path: Path) -> tuple[str | None, str | None]:
+    """The transcript beside the recording at `path`, white space folded, and its guessed encoding.
 
-    Raises `ValueError` where the sidecar is there and has no letter in it, or no known encoding.
+    Both are None without a sidecar. Raises `ValueError` where the sidecar has no letter in it, or
+    no known encoding.
     """
     sidecar = sidecar_of(path)
     if sidecar is None:
-        return None
-    text = fold(decode_text(sidecar.read_bytes(), sidecar.name))
-    if not text:
-        raise ValueError(f"its transcript {sidecar.name} is empty")
-    if not any(character.isalnum() for character in text):
-        raise ValueError(f"its transcript {sidecar.name} has no letter in it: {text[:40]!r}")
-    return text
-
-
-def decode_text(data: bytes, name: str) -> str:
-    """Decode a text file: a byte order mark, UTF-8, or the legacy encoding that fits best."""
-    for mark, encoding in (
-        (b"\xef\xbb\xbf", "utf-8-sig"),
-        (b"\xff\xfe\x00\x00", "utf-32"),
-        (b"\x00\x00\xfe\xff", "utf-32"),
-        (b"\xff\xfe", "utf-16"),
-        (b"\xfe\xff", "utf-16"),
-    ):
-        if data.startswith(mark):
-            return data.decode(encoding, "replace")
+        return None, None
+    name = f"its transcript {printable(sidecar.name)}"
     try:
-        text = data.decode("utf-8")
-        if "\0" not in text:
-            return text
-    except UnicodeDecodeError:
-        pass
-    from charset_normalizer import from_bytes
-
-    best = from_bytes(data).best()
-    if best is None:
-        raise ValueError(f"its transcript {name} is no text in a known encoding; save it as UTF-8")
-    return str(best)
+        text, encoding = encodings.decode(sidecar.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
+    text = fold(text)
+    if not text:
+        raise ValueError(f"{name} is empty")
+    if not any(character.isalnum() for character in text):
+        raise ValueError(f"{name} has no letter in it: {text[:40]!r}")
+    return text, encoding
 
 
 def fold(text: str) -> str:
@@ -211,28 +266,40 @@ def fold(text: str) -> str:
 
 
 def _speaker_of(path: Path, root: Path) -> str | None:
-    """The first folder between `root` and `path`; a prepared data set on the way starts anew."""
+    """The first folder between `root` and `path`."""
     folders = path.relative_to(root).parts[:-1]
-    for depth in range(len(folders) - 1, -1, -1):
-        if root.joinpath(*folders[:depth], SUMMARY_NAME).is_file():
-            folders = folders[depth:]
-            break
     return safe_name(folders[0]) if folders else None
 
 
-def _is_clip(path: Path, root: Path) -> bool:
-    """Whether `path` belongs to a data set that was prepared before."""
-    return path.with_suffix(".lab").is_file() and any(
-        (folder / SUMMARY_NAME).is_file()
-        for folder in path.parents
-        if folder == root or root in folder.parents
-    )
+def _with_a_speaker(item: Found) -> Found:
+    """`item`, with the problem where its folder's name can't be a speaker's."""
+    if item.speaker.casefold() != REJECTED:
+        return item
+    problem = f"a folder {REJECTED!r} is for clips: rename it, or give --speaker"
+    return replace(item, problem=problem)
 
 
-def _is_rejected(path: Path, root: Path) -> bool:
-    """Whether `path` is among the rejected clips of a prepared data set."""
-    return any(
-        folder.name == REJECTED and (folder.parent / SUMMARY_NAME).is_file()
-        for folder in path.parents
-        if folder == root or root in folder.parents
-    )
+def _data_set_of(path: Path, root: Path) -> Path | None:
+    """The data set that `path`, a file under `root`, was prepared for."""
+    for folder in path.parents:
+        if (folder / SUMMARY_NAME).is_file() or (folder / RECORDS).is_dir():
+            return folder
+        if folder == root:
+            return None
+    return None
+
+
+def _is_rejected(path: Path, home: Path | None) -> bool:
+    """Whether `path` is among the rejected clips of its data set."""
+    return home is not None and path.relative_to(home).parts[0] == REJECTED
+
+
+def _label(path: Path) -> Path:
+    return path.with_suffix(".lab")
+
+
+def _say_others(paths: list[Path], say: Callable[[str], None]) -> None:
+    counts = Counter(path.suffix.lower() or "no suffix" for path in paths)
+    if counts:
+        kinds = ", ".join(f"{count} {printable(suffix)}" for suffix, count in counts.most_common())
+        say(f"{len(paths)} files were not looked at: {kinds}")

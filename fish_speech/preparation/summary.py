@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.files import read_json, read_text, write_json, write_text
 from fish_speech.preparation import quality
-from fish_speech.preparation.sources import REJECTED, SUMMARY_NAME
+from fish_speech.preparation.corrections import Corrections
+from fish_speech.preparation.sources import RECORDS, REJECTED, SUMMARY_NAME, has_vanished
 
 if TYPE_CHECKING:
     from fish_speech.preparation.clips import Job
 
-RECORDS = ".prepared"
+FRESH = f"{RECORDS}/.tmp-clips"  # in the data set: clips that are made and not yet entered
 _CLIP_FILE = re.compile(r"(.+)_\d{4,}\.(wav|lab|json)")
 
 Key = tuple[str, str]  # (speaker, name), casefolded: file systems may not tell cases apart
@@ -31,12 +33,14 @@ class Record:
     """What became of one recording.
 
     `clips` and `skipped` are entries of the summary, the clips yet without flags; `failure` says
-    why nothing of it could be used; `recipe` tells what it was made with.
+    why nothing of it could be used; `recipe` tells what it was made with. `scripted`: its texts are
+    those of a transcript beside it, whose `encoding` is there where it was guessed.
     """
 
     speaker: str
     name: str
     source: str
+    address: str
     digest: str
     recipe: str
     duration: float = 0.0
@@ -44,6 +48,8 @@ class Record:
     clips: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     origin: dict[str, Any] = field(default_factory=dict)
+    scripted: bool = False
+    encoding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,42 +83,61 @@ class Summary:
 
 
 class Books:
-    """The records of the data set at `folder`."""
+    """The records of the data set at `folder`; `failures` are those of this run.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    What a recording became stays until it has become something else: clips are made under `FRESH`
+    and change places with the old ones when all are there.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = lambda message: None) -> None:
+        self.folder, self.say = folder, say
         self.records: dict[Key, Record] = {}
+        self.failures: dict[Key, Record] = {}
         for path in sorted((folder / RECORDS).glob("*/*.json")):
             try:
                 record = Record(**read_json(path))
             except (TypeError, ValueError):
                 continue  # of another version: its recording is prepared anew
             self.records[_key(record.speaker, record.name)] = record
+        self.corrections = Corrections(folder / "corrections.json")
 
     def owners(self) -> dict[Key, tuple[str, str]]:
-        """(source, digest) of the recording that holds each name."""
-        return {key: (record.source, record.digest) for key, record in self.records.items()}
-
-    def find(self, speaker: str, name: str) -> Record | None:
-        return self.records.get(_key(speaker, name))
+        """(address, digest) of the recording that holds each name."""
+        return {key: (record.address, record.digest) for key, record in self.records.items()}
 
     def is_done(self, job: Job) -> bool:
         """Whether an earlier run did just that and all its clips are still there."""
-        record = self.find(job.recording.speaker, job.recording.name)
+        record = self.records.get(_key(job.recording.speaker, job.recording.name))
         return (
             record is not None
             and record.recipe == job.recipe
             and record.failure is None
-            and all(any(path.is_file() for path in self._places(clip)) for clip in record.clips)
+            and all(map(self._is_there, record.clips))
         )
 
     def enter(self, record: Record) -> None:
-        self.records[_key(record.speaker, record.name)] = record
+        """Note what became of a recording. Where it failed, clips that it has from before stay."""
+        key = _key(record.speaker, record.name)
+        old = self.records.get(key)
+        if record.failure is not None:
+            self.failures[key] = record
+            if old is not None and any(map(self._is_there, old.clips)):
+                record.failure += "; its clips from before are kept"
+                return
+        self._note_corrections(old)
+        self.clear([key])
+        for clip in record.clips:
+            fresh, home = self.folder / FRESH / clip["file"], self.folder / clip["file"]
+            home.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(fresh.with_suffix(".lab"), home.with_suffix(".lab"))
+            os.replace(fresh, home)
+        self._correct(record, old)
+        self.records[key] = record
         write_json(self.folder / RECORDS / record.speaker / f"{record.name}.json", asdict(record))
 
-    def clear(self, names: Iterable[tuple[str, str]]) -> None:
-        """Remove what stands under these names (speaker, name), finished or left half done."""
-        keys = {_key(*name) for name in names}
+    def clear(self, keys: Iterable[Key]) -> None:
+        """Remove what stands under these names, finished or left half done."""
+        keys = set(keys)
         for key in keys & self.records.keys():
             record = self.records.pop(key)
             (self.folder / RECORDS / record.speaker / f"{record.name}.json").unlink(missing_ok=True)
@@ -127,24 +152,55 @@ class Books:
         Transcripts are read back from the `.lab` files, so that corrections made there count. With
         `drop_flagged` the clips with flags are moved to `rejected/`, without it they come back.
         """
-        self._drop_vanished_failures()
+        self._forget_what_was_taken_away()
         clips = [clip for _, record in sorted(self.records.items()) for clip in record.clips]
         clips = [quality.judged(self._with_text(clip), thresholds) for clip in clips]
         kept, rejected = [], []
         for clip in quality.mark_twins(clips):
             (rejected if self._settle(clip, drop_flagged) else kept).append(clip)
-        summary = Summary(kept, *self._accounts(rejected))
+        summary = Summary(kept, *self._accounts(rejected), failed=len(self.failures))
         write_json(self.folder / SUMMARY_NAME, summary.as_json())
+        shutil.rmtree(self.folder / FRESH, ignore_errors=True)
         return summary
 
     def _places(self, clip: dict[str, Any]) -> tuple[Path, Path]:
         return self.folder / clip["file"], self.folder / REJECTED / clip["file"]
 
+    def _is_there(self, clip: dict[str, Any]) -> bool:
+        return any(path.is_file() for path in self._places(clip))
+
     def _with_text(self, clip: dict[str, Any]) -> dict[str, Any]:
-        label = self._places(clip)[0].with_suffix(".lab")
-        if not label.is_file():
-            return clip
-        return {**clip, "text": read_text(label).strip()}
+        """The entry of a clip with its text as it is on disk, which may have been corrected."""
+        home, away = self._places(clip)
+        if (label := home.with_suffix(".lab")).is_file():
+            return {**clip, "text": read_text(label).strip()}
+        if away.is_file() and (note := away.with_suffix(".json")).is_file():
+            return {**clip, "text": read_json(note).get("text", clip["text"])}
+        return clip
+
+    def _note_corrections(self, old: Record | None) -> None:
+        """Keep what was corrected in the texts of a recording before its clips are made anew."""
+        if old is None:
+            return
+        for clip in old.clips:
+            self.corrections.note(clip, self._with_text(clip)["text"])
+        self.corrections.save()
+
+    def _correct(self, record: Record, old: Record | None) -> None:
+        """Give new clips the texts that were corrected in clips of the same seconds."""
+        fitting = []
+        for clip in record.clips:
+            text = self.corrections.find(clip, any_text=not record.scripted)
+            if text is not None:
+                write_text(self.folder / Path(clip["file"]).with_suffix(".lab"), text)
+                fitting.append(Corrections.key(clip))
+        for clip in old.clips if old is not None else ():
+            known = self.corrections.find(clip, any_text=True)
+            if known is not None and Corrections.key(clip) not in fitting:
+                self.say(
+                    f"the text {known[:60]!r} that {clip['file']} was given by hand fits no clip "
+                    f"any more; it is kept in {self.corrections.path}"
+                )
 
     def _settle(self, clip: dict[str, Any], drop_flagged: bool) -> bool:
         """Put a clip where it belongs; true where that is `rejected/`. Any crash can be redone."""
@@ -156,8 +212,9 @@ class Books:
                 os.replace(home, away)
             home.with_suffix(".lab").unlink(missing_ok=True)
         else:
+            if not (label := home.with_suffix(".lab")).is_file():
+                write_text(label, clip["text"])
             if away.is_file():
-                write_text(home.with_suffix(".lab"), clip["text"])
                 os.replace(away, home)
             away.with_suffix(".json").unlink(missing_ok=True)
         return reject
@@ -165,12 +222,15 @@ class Books:
     def _accounts(self, rejected: list[dict[str, Any]]) -> tuple[list, list, list]:
         """The lists `skipped`, `rejected` and `recordings`: where every second went."""
         skipped, recordings = [], []
-        for _, record in sorted(self.records.items()):
-            if record.failure is not None:
-                skipped.append({"source": record.source, "reason": record.failure})
+        for key, record in sorted(self.records.items()):
+            failed = self.failures.get(key, record)
+            if failed.failure is not None:
+                skipped.append({"source": failed.source, "reason": failed.failure})
             skipped += record.skipped
             in_clips = sum(clip["end"] - clip["start"] for clip in record.clips)
-            left_out = sum(part["end"] - part["start"] for part in record.skipped)
+            left_out = sum(part["end"] - part["start"] for part in record.skipped if "end" in part)
+            if record.failure is not None:
+                left_out = record.duration
             recordings.append(
                 {
                     "source": record.source,
@@ -179,9 +239,8 @@ class Books:
                     "duration": record.duration,
                     "in_clips": round(in_clips, 3),
                     "left_out": round(left_out, 3),
-                    "silence": round(max(0.0, record.duration - in_clips - left_out), 3)
-                    if record.failure is None
-                    else 0.0,
+                    "silence": round(max(0.0, record.duration - in_clips - left_out), 3),
+                    **({"encoding": record.encoding} if record.encoding else {}),
                     **({"origin": record.origin} if record.origin else {}),
                 }
             )
@@ -191,15 +250,20 @@ class Books:
         ]
         return skipped, named, recordings
 
-    def _drop_vanished_failures(self) -> None:
-        """Forget failures of files that the user has taken away since."""
+    def _forget_what_was_taken_away(self) -> None:
+        """Drop failures of files that are gone, and recordings all of whose clips were deleted."""
         for key, record in list(self.records.items()):
-            if (
-                record.failure is not None
-                and not record.origin
-                and not os.path.lexists(record.source)
-            ):
+            if record.failure is not None:
+                gone = has_vanished(record.address)
+            else:
+                gone = bool(record.clips) and not any(map(self._is_there, record.clips))
+            if gone:
                 self.clear([key])
+        for record in self.records.values():
+            for clip in [clip for clip in record.clips if not self._is_there(clip)]:
+                record.clips.remove(clip)
+                span = {name: clip[name] for name in ("source", "start", "end")}
+                record.skipped.append({**span, "reason": f"its clip {clip['file']} was deleted"})
 
 
 def _key(speaker: str, name: str) -> Key:

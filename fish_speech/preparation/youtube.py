@@ -7,7 +7,7 @@ fetched twice, and what broke off goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +30,69 @@ def fetch(
 ) -> list[Found]:
     """Download what is at `address` into `folder`: one file, or one for each playlist entry.
 
-    An entry that can't be had comes back with its `problem`. Raises `ValueError` with the remedy
-    where nothing can be had at all.
+    Playlists of playlists (a channel) are followed. An entry that can't be had comes back with its
+    `problem`. Raises `ValueError` with the remedy where nothing can be had at all.
     """
-    known = _downloaded(address, folder)
-    if known is not None:
-        return [_found(known, folder, speaker)]
-    if Path(address).exists():
+    if _downloaded(address, folder) is None and Path(address).exists():
         raise ValueError(f"--input {address} is on this machine: leave out --youtube")
     settings = _settings(folder, cookies, cookies_from_browser, say)
-    listing = _ask(address, {**settings, "extract_flat": "in_playlist"}, download=False)
-    if listing.get("_type") != "playlist":
-        return [_found(_download(address, folder, settings), folder, speaker)]
-    found = []
-    for entry in listing.get("entries") or ():
-        link = entry.get("webpage_url") or entry.get("url") or ""
-        try:
-            known = _downloaded(link, folder) or _download(link, folder, settings)
-            found.append(_found(known, folder, speaker))
-        except ValueError as error:
-            origin = {"url": link, "title": entry.get("title") or entry.get("id") or "video"}
-            found.append(Found(folder / _key(link), speaker, origin=origin, problem=str(error)))
+    found = list(_entries({"url": address}, folder, speaker, settings, set()))
     if not found:
         raise ValueError(f"{address}: an empty playlist")
     return found
 
 
-def _download(address: str, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Download one video; returns what `_downloaded` will know of it."""
+def _entries(
+    entry: dict[str, Any], folder: Path, speaker: str, settings: dict[str, Any], seen: set[str]
+) -> Iterator[Found]:
+    """What an entry of a listing holds. Raises `ValueError` where it can't be had."""
+    link, inner = _link(entry), entry.get("entries")
+    if inner is None:
+        if link in seen:
+            return
+        seen.add(link)
+        known = _downloaded(link, folder)
+        if known is None:
+            info = _download(link, settings)
+            inner = info.get("entries")
+            known = _note(link, info, folder) if inner is None else {}
+        if inner is None:
+            origin = {key: value for key, value in known.items() if key != "file"}
+            yield Found(folder / known["file"], speaker, origin=origin)
+            return
+    for number, part in enumerate(inner, 1):
+        try:
+            if part is None:
+                raise ValueError("is private or was deleted")
+            yield from _entries(part, folder, speaker, settings, seen)
+        except ValueError as error:
+            url = (part and _link(part)) or f"{link}#{number}"
+            title = (part and (part.get("title") or part.get("id"))) or f"entry {number}"
+            origin = {"url": url, "title": title}
+            yield Found(folder / _key(url), speaker, origin=origin, problem=str(error))
+
+
+def _link(entry: dict[str, Any]) -> str:
+    return entry.get("webpage_url") or entry.get("url") or entry.get("id") or ""
+
+
+def _download(address: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Download a video, or list a playlist without its videos; returns what yt-dlp knows of it."""
     with tqdm(desc="downloading", unit="B", unit_scale=True, disable=None) as progress:
 
         def show(status: dict[str, Any]) -> None:
             progress.total = status.get("total_bytes") or status.get("total_bytes_estimate")
             progress.update(status.get("downloaded_bytes", 0) - progress.n)
 
-        info = _ask(address, {**settings, "progress_hooks": [show]}, download=True)
-    path = Path(info["requested_downloads"][0]["filepath"])
+        return _ask(address, {**settings, "progress_hooks": [show]})
+
+
+def _note(address: str, info: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write down, and return, where the download of `address` came from."""
+    downloads = info.get("requested_downloads")
+    if not downloads:
+        raise ValueError(f"{address} can't be downloaded: there is no audio at it (yet)")
+    path = Path(downloads[0]["filepath"])
     known = {
         "file": path.name,
         "url": info.get("webpage_url") or address,
@@ -85,11 +112,6 @@ def _downloaded(address: str, folder: Path) -> dict[str, Any] | None:
     return known if (folder / known["file"]).is_file() else None
 
 
-def _found(known: dict[str, Any], folder: Path, speaker: str) -> Found:
-    origin = {key: value for key, value in known.items() if key != "file"}
-    return Found(folder / known["file"], speaker, origin=origin)
-
-
 def _key(address: str) -> str:
     return hashlib.sha256(address.encode()).hexdigest()[:16]
 
@@ -103,6 +125,7 @@ def _settings(
     folder.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {
         "format": "bestaudio/best",
+        "extract_flat": "in_playlist",  # a playlist is listed; its videos come one by one
         "outtmpl": "%(id).100B.%(ext)s",
         "paths": {"home": str(folder)},
         "windowsfilenames": True,
@@ -123,12 +146,12 @@ def _settings(
     return settings
 
 
-def _ask(address: str, settings: dict[str, Any], *, download: bool) -> dict[str, Any]:
+def _ask(address: str, settings: dict[str, Any]) -> dict[str, Any]:
     import yt_dlp
 
     try:
         with yt_dlp.YoutubeDL(settings) as downloader:
-            return downloader.extract_info(address, download=download)
+            return downloader.extract_info(address) or {}
     except yt_dlp.utils.YoutubeDLError as error:
         reason = str(error).removeprefix("ERROR: ").split("; please report")[0].strip()
         raise ValueError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import os
+from pathlib import Path
 
 import pytest
 
@@ -38,20 +40,16 @@ def names(found: list[Found], owners=None) -> list[str]:
 )
 def test_transcripts_are_read_in_any_encoding(tmp_path, data):
     put(tmp_path / "a.txt", data)
-    assert read_transcript(tmp_path / "a.wav") == TEXT
-
-
-def test_a_cyrillic_transcript_in_a_legacy_encoding_is_read(tmp_path):
-    text = "Старый маяк стоял на самом краю скалы, и каждый вечер смотритель зажигал огонь."
-    put(tmp_path / "a.txt", text.encode("cp1251"))
-    assert read_transcript(tmp_path / "a.wav") == text
+    assert read_transcript(tmp_path / "a.wav")[0] == TEXT
 
 
 def test_a_label_wins_over_a_text_and_none_is_none(tmp_path):
-    assert read_transcript(tmp_path / "a.wav") is None
+    assert read_transcript(tmp_path / "a.wav") == (None, None)
+    put(tmp_path / "a.TXT", b"shouted")
+    assert read_transcript(tmp_path / "a.wav") == ("shouted", None)
     put(tmp_path / "a.txt", b"draft")
     put(tmp_path / "a.lab", b"final")
-    assert read_transcript(tmp_path / "a.wav") == "final"
+    assert read_transcript(tmp_path / "a.wav") == ("final", None)
 
 
 @pytest.mark.parametrize(("data", "reason"), [(b" \r\n", "is empty"), (b"... !", "no letter")])
@@ -78,7 +76,7 @@ def test_in_a_prepared_data_set_speakers_are_its_folders_and_rejected_clips_stay
     for root in (tmp_path, tmp_path / "my_voice"):
         (found,) = find_local(root, None, "voice")
         assert found.speaker == "Anna"
-        assert found.prepared
+        assert found.is_clip
 
 
 def test_nothing_to_prepare_is_said(tmp_path):
@@ -101,11 +99,11 @@ def test_files_of_one_stem_get_names_of_their_own_and_keep_them(tmp_path):
     first = names(found)
     assert len({name.casefold() for name in first}) == 3
     owners = {
-        ("me", recording.name.casefold()): (recording.source, recording.digest)
+        ("me", recording.name.casefold()): (recording.address, recording.digest)
         for recording in name_recordings(found, {})
     }
     newcomer = Found(put(tmp_path / "a.aac", b"new"), "me")
-    assert names([newcomer, *found], owners)[-2:] == first[-2:]
+    assert names([newcomer, *found], owners)[:3] == first
     assert len(set(names([newcomer, *found], owners))) == 4
 
 
@@ -113,11 +111,35 @@ def test_a_moved_recording_keeps_its_name_and_a_copy_is_a_problem(tmp_path):
     old = put(tmp_path / "old" / "a.wav", b"same")
     (before,) = name_recordings([Found(old, "me")], {})
     moved = put(tmp_path / "new" / "a.wav", b"same")
-    owners = {("me", "a"): (before.source, before.digest)}
+    owners = {("me", "a"): (before.address, before.digest)}
     assert names([Found(moved, "me")], owners) == ["a"]
     one, two = name_recordings([Found(moved, "me"), Found(old, "me")], {})
     assert one.problem is None
     assert two.problem == f"has the same bytes as {one.source}"
+    one, two = name_recordings([Found(moved, "me"), Found(old, "me")], owners)
+    assert (one.path, one.name, one.problem) == (old, "a", None)  # the one that was there before
+    assert two.problem == f"has the same bytes as {one.source}"
+
+
+def test_a_recording_that_cannot_be_used_has_no_copies(tmp_path):
+    bare = Found(put(tmp_path / "1" / "a.wav", b"same"), "me", problem="is broken")
+    whole = Found(put(tmp_path / "2" / "a.wav", b"same"), "me")
+    one, two = name_recordings([bare, whole], {})
+    assert (one.problem, two.problem) == ("is broken", None)
+
+
+def test_one_path_seen_from_two_folders_is_two_recordings(tmp_path, monkeypatch):
+    owners = {}
+    for name in ("monday", "tuesday", "friday"):
+        put(tmp_path / name / "in" / "take.flac", name.encode())
+        monkeypatch.chdir(tmp_path / name)
+        (recording,) = name_recordings([Found(Path("in", "take.flac"), "me")], owners)
+        assert recording.source == "in/take.flac"
+        owners["me", recording.name] = (recording.address, recording.digest)
+    assert len(owners) == 3
+    monkeypatch.chdir(tmp_path)
+    (again,) = name_recordings([Found(Path("monday/in/take.flac"), "me")], owners)
+    assert again.name == "take"
 
 
 @pytest.mark.parametrize(
@@ -152,3 +174,59 @@ def test_what_was_prepared_below_the_input_is_no_input(tmp_path):
     put(tmp_path / "data" / "me" / "a_0001.wav")
     (found,) = find_local(tmp_path, None, "me", but=tmp_path / "data")
     assert found.path.name == "a.wav"
+
+
+def test_data_sets_among_raw_recordings_are_no_input(tmp_path):
+    put(tmp_path / "a.wav")
+    put(tmp_path / "done" / sources.SUMMARY_NAME)
+    put(tmp_path / "done" / "Anna" / "b_0001.wav")
+    put(tmp_path / "done" / "Anna" / "b_0001.lab")
+    put(tmp_path / "killed" / ".prepared" / "Anna" / "c.json")
+    put(tmp_path / "killed" / "Anna" / "c_0001.wav")
+    said = []
+    (found,) = sources.only_raw(find_local(tmp_path, None, "me"), said.append)
+    assert found.path.name == "a.wav"
+    (message,) = said
+    assert str(tmp_path / "done") in message
+    assert str(tmp_path / "killed") in message
+    put(tmp_path / "a.lab")  # a clip that was laid out by hand
+    put(tmp_path / "killed" / "Anna" / "c_0001.lab")
+    assert len(sources.only_raw(find_local(tmp_path, None, "me"))) == 3
+
+
+def test_a_folder_named_rejected_is_no_speaker_unless_one_is_given(tmp_path):
+    put(tmp_path / "rejected" / "raw" / "Rejected" / "a.wav")  # its own place doesn't matter
+    put(tmp_path / "rejected" / "raw" / "Anna" / "rejected" / "b.wav")
+    root = tmp_path / "rejected" / "raw"
+    first, second = find_local(root, None, "me")
+    assert (first.speaker, first.problem) == ("Anna", None)
+    assert "rename it, or give --speaker" in second.problem
+    assert [item.problem for item in find_local(root, "Zoe", "me")] == [None, None]
+
+
+def test_what_is_not_looked_at_is_said(tmp_path):
+    for name in ("a.wav", "a.txt", "b.pdf", "c.PDF", "Makefile", ".hidden", "voice/n.docx"):
+        put(tmp_path / name)
+    said = []
+    find_local(tmp_path, None, "me", say=said.append)
+    (message,) = said
+    assert message == "4 files were not looked at: 2 .pdf, 1 no suffix, 1 .docx"
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    put(tmp_path / "a.wav")
+    closed = put(tmp_path / "closed" / "b.wav").parent
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = find_local(tmp_path, None, "me")
+    assert [(item.path, item.problem) for item in found][1:] == [
+        (closed, "cannot be read (Permission denied)")
+    ]
+    (found,) = find_local(closed, None, "me")
+    assert "Permission denied" in found.problem

@@ -112,6 +112,45 @@ def test_a_playlist_gives_what_can_be_had_and_names_the_rest(server, tmp_path):
     assert {entry["source"][-5:] for entry in summary.skipped} == {"a.wav", "b.wav"}
 
 
+def test_playlists_of_playlists_are_followed_and_what_is_gone_is_named(monkeypatch, tmp_path):
+    folder = tmp_path / "downloads"
+    channel, videos = "https://y/channel", "https://y/channel/videos"
+    talk = {"webpage_url": "https://y/talk", "title": "Talk", "id": "talk"}
+    listings = {
+        channel: [{"url": videos}, {"title": "Shorts", "entries": [None, {"url": "https://y/live"}]}],
+        videos: [{"url": "https://y/talk"}, {"url": "https://y/talk"}, None],
+    }  # fmt: skip
+
+    class Downloader:
+        def __init__(self, settings):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def extract_info(self, address):
+            if address in listings:
+                return {"_type": "playlist", "entries": listings[address]}
+            if address == "https://y/live":
+                return {"id": "live", "is_live": True}  # announced, nothing to download yet
+            (folder / "talk.webm").touch()
+            return {**talk, "requested_downloads": [{"filepath": str(folder / "talk.webm")}]}
+
+    monkeypatch.setattr("yt_dlp.YoutubeDL", Downloader)
+    found = youtube.fetch(channel, folder, "me")
+    assert [item.problem for item in found] == [
+        None,
+        "is private or was deleted",
+        "is private or was deleted",
+        "https://y/live can't be downloaded: there is no audio at it (yet)",
+    ]
+    assert found[0].path == folder / "talk.webm"
+    assert len({item.origin["url"] for item in found}) == 4
+
+
 def test_cookies_and_local_files_are_checked_first(tmp_path):
     (tmp_path / "a.wav").touch()
     with pytest.raises(ValueError, match="leave out --youtube"):
@@ -133,7 +172,7 @@ def test_cookies_are_passed_on(monkeypatch, tmp_path):
         def __exit__(self, *_):
             pass
 
-        def extract_info(self, address, download):
+        def extract_info(self, address):
             return {"_type": "playlist", "entries": []}
 
     monkeypatch.setattr("yt_dlp.YoutubeDL", Downloader)
