@@ -26,6 +26,7 @@ from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.preparation.rates import word_errors
 from recipes.tiny.speech import VOICES, speak, speaker_of
 from recipes.tiny.texts import CACHE
+from recipes.tiny.words import is_closed
 
 
 @lru_cache(maxsize=1)
@@ -84,19 +85,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of heldout.txt")
     parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny"))
-    parser.add_argument("--sentences", type=int, default=120, help="shared by the voices")
+    parser.add_argument(
+        "--sentences", type=int, default=120, help="of each kind, shared by the voices"
+    )
     args = parser.parse_args(argv)
     file = args.cache / "heldout.txt"
     if not file.exists():
         print(f"{file}: missing; run `python -m recipes.tiny.texts`", file=sys.stderr)
         return 2
-    texts = file.read_text(encoding="utf-8").splitlines()[: args.sentences]
+    texts = file.read_text(encoding="utf-8").splitlines()
+    groups = {
+        "words of the templates": [text for text in texts if is_closed(text)],
+        "any words": [text for text in texts if not is_closed(text)],
+    }
     codec, voice = load_codec(args.model), TextToSpeech.from_pretrained(args.model, device="cpu")
-    print(f"word error rate, {len(texts)} held-out sentences")
-    print(f"{'voice':8}{'teacher':>9}{'codec':>9}{'synthesis':>11}{'runaways':>10}")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for name, teacher, resynthesis, synthesis, ran in rows(texts, codec, voice, pool.map):
-            print(f"{name:8}{teacher:9.3f}{resynthesis:9.3f}{synthesis:11.3f}{ran:10d}", flush=True)
+        for title, group in groups.items():
+            group = group[: args.sentences]
+            print(f"word error rate, {len(group)} held-out sentences, {title}")
+            print(f"{'voice':8}{'teacher':>9}{'codec':>9}{'synthesis':>11}{'runaways':>10}")
+            for name, *rates, ran in rows(group, codec, voice, pool.map):
+                shown = "{:9.3f}{:9.3f}{:11.3f}".format(*rates)
+                print(f"{name:8}{shown}{ran:10d}", flush=True)
     return 0
 
 
