@@ -85,9 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of heldout.txt")
     parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny"))
-    parser.add_argument(
-        "--sentences", type=int, default=120, help="of each kind, shared by the voices"
-    )
+    parser.add_argument("--sentences", type=int, default=120, help="of each kind, for all voices")
     args = parser.parse_args(argv)
     file = args.cache / "heldout.txt"
     if not file.exists():
