@@ -11,7 +11,7 @@ LAYERS = (
     {"evaluation"},
     {"preparation", "training", "inference"},
     {"datasets", "models"},
-    {"conversation"},
+    {"conversation", "pages"},
     {"tokenizer", "text", "hub", "audio", "devices"},
     {"files"},
 )

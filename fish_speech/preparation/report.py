@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +11,7 @@ import numpy as np
 
 from fish_speech.audio import decode_blocks
 from fish_speech.files import write_text
+from fish_speech.pages import document, player, text
 from fish_speech.preparation.summary import Summary
 
 REPORT_NAME = "report.html"
@@ -24,23 +24,16 @@ _FIGURES = (
     ("disagreement", "", "with the recogniser"),
 )
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1b2733; background: #fff }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 .totals { display: flex; flex-wrap: wrap; gap: 2rem; padding: 0; list-style: none }
 .totals b { display: block; font-size: 1.6rem }
 .plots { display: flex; flex-wrap: wrap; gap: 3rem }
-svg { fill: #3a7ca5 } svg text { fill: #5b6b79; font-size: 11px }
+svg { fill: var(--blue) } svg text { fill: var(--muted); font-size: 11px }
 article { display: grid; grid-template-columns: 15rem 1fr; gap: .3rem 1.5rem; padding: .8rem 0;
-  border-top: 1px solid #d8e0e6 }
+  border-top: 1px solid var(--line) }
 article p { margin: 0 } .name { grid-column: 1 / -1; overflow-wrap: anywhere }
-.figures { color: #5b6b79; font-size: .85rem }
-.flag { background: #fbe3d6; color: #8a3a10; border-radius: .6rem; padding: .05rem .6rem;
-  margin-left: .5rem; font-size: .8rem }
+.figures { color: var(--muted); font-size: .85rem }
+.flag { margin-left: .5rem }
 audio { width: 15rem; height: 2rem }
-@media (prefers-color-scheme: dark) { body { background: #14191e; color: #dde5ea }
-  article { border-color: #303a42 } svg { fill: #6db1d9 }
-  .flag { background: #5a2d17; color: #fbd7c2 } }
 """
 
 
@@ -60,45 +53,37 @@ def write_report(summary: Summary, folder: Path) -> Path:
     lost = [(entry["source"], entry) for entry in summary.skipped]
     lost += [(entry["file"], entry) for entry in summary.rejected]
     page = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width">',
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1><ul class='totals'>",
-        *(f"<li><b>{escape(str(value))}</b>{name}</li>" for value, name in totals),
+        f"<h1>{text(title)}</h1><ul class='totals'>",
+        *(f"<li><b>{text(value)}</b>{name}</li>" for value, name in totals),
         "</ul><div class='plots'>",
         _plot("Durations", "seconds", [clip["duration"] for clip in summary.clips]),
         _plot("Loudness", "LUFS", [clip["loudness"] for clip in summary.clips]),
         "</div>",
         "<h2>Skipped and rejected</h2><ul>" if lost else "",
-        *(
-            f"<li>{escape(name)}{_span(entry)}: {escape(entry['reason'])}</li>"
-            for name, entry in lost
-        ),
+        *(f"<li>{text(name)}{_span(entry)}: {text(entry['reason'])}</li>" for name, entry in lost),
         "</ul>" if lost else "",
         "<h2>Clips</h2>",
         *(_article(clip, folder) for clip in ordered),
-        "</body></html>\n",
     ]
     path = folder / REPORT_NAME
-    write_text(path, "\n".join(page))
+    write_text(path, document(title, "\n".join(page), style=_STYLE))
     return path
 
 
 def _article(clip: dict[str, Any], folder: Path) -> str:
     path = folder / clip["file"]
-    flags = "".join(f"<span class='flag'>{escape(flag)}</span>" for flag in clip["flags"])
+    flags = "".join(f"<span class='flag'>{text(flag)}</span>" for flag in clip["flags"])
     figures = " · ".join(
         f"<span title='{meaning}'>{clip[name]:g} {unit}</span>".replace(" </", "</")
         for name, unit, meaning in _FIGURES
         if name in clip
     )
-    heard = f"<p class='figures'>heard: {escape(clip['heard'])}</p>" if clip.get("heard") else ""
-    source = f"{escape(clip['source'])}{_span(clip)}"
+    heard = f"<p class='figures'>heard: {text(clip['heard'])}</p>" if clip.get("heard") else ""
+    source = f"{text(clip['source'])}{_span(clip)}"
     return (
-        f"<article><p class='name'>{escape(clip['file'])}{flags}</p>"
-        f"<div>{_thumbnail(path)}<audio controls preload='none' "
-        f"src='{escape(quote(clip['file']), quote=True)}'></audio></div>"
-        f"<div><p>{escape(clip['text'])}</p>{heard}"
+        f"<article><p class='name'>{text(clip['file'])}{flags}</p>"
+        f"<div>{_thumbnail(path)}{player(quote(clip['file']))}</div>"
+        f"<div><p>{text(clip['text'])}</p>{heard}"
         f"<p class='figures'>{figures} · {source}</p></div></article>"
     )
 
