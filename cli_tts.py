@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 SMALL_MODEL = 100_000_000  # bytes of weights
 EPILOG = """\
-exit status: 0 spoken; 1 some texts failed; 2 bad usage or bad input; 130 interrupted
+exit status: 0 spoken; 1 some texts failed or have a gap; 2 bad usage or bad input; 130 interrupted
 
 examples:
   cli_tts.py "Hello there." --play
