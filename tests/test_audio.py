@@ -58,15 +58,7 @@ def test_channels_are_averaged(tmp_path):
 
 @pytest.mark.parametrize(("name", "codec"), [("a.m4a", "aac"), ("a.webm", "libopus")])
 def test_what_libsndfile_cannot_read_is_decoded_all_the_same(tmp_path, name, codec):
-    import av
-
-    tone = sine(440, 1.0, 48_000)
-    with av.open(str(tmp_path / name), "w") as container:
-        stream = container.add_stream(codec, rate=48_000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
-        frame.sample_rate = 48_000
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            container.mux(packet)
+    encode(tmp_path / name, sine(440, 1.0, 48_000), codec)
     samples = audio.load_audio(tmp_path / name, SECOND)[0][0].numpy()
     assert len(samples) == pytest.approx(SECOND, abs=1000)
     assert pitch(samples, SECOND) == pytest.approx(440, abs=2)
@@ -103,6 +95,80 @@ def test_broken_files_are_refused_with_their_names(tmp_path):
     (tmp_path / "cut.flac").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"cut\.flac: damaged audio"):
         audio.load_audio(tmp_path / "cut.flac")
+
+
+def encode(path, samples, codec, rate=48_000):
+    """Write what libsndfile can't, with PyAV."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        frame.sample_rate = rate
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.wav", {"subtype": "PCM_16"}),
+        ("a.wav", {"subtype": "FLOAT", "endian": "BIG"}),
+        ("a.aiff", {}),
+        ("a.mp3", {}),
+        ("a.ogg", {}),
+        ("a.opus", {"format": "OGG", "subtype": "OPUS"}),
+        ("a.webm", None),
+    ],
+)
+def test_files_that_break_off_are_told_from_whole_ones(tmp_path, name, options):
+    noise = np.random.default_rng(0).normal(0, 0.1, 6 * 48_000).astype(np.float32)
+    path = tmp_path / name
+    if options is None:
+        encode(path, noise, "libopus")
+    else:
+        soundfile.write(path, noise, 48_000, **options)
+
+    def seconds():
+        return sum(map(len, audio.decode_blocks(path))) / 48_000
+
+    assert audio.breaks_off(path, seconds()) is None
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert seconds() < 4
+    assert audio.breaks_off(path, seconds()).startswith("breaks off after ")
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
+def test_a_wave_file_from_a_pipe_does_not_know_its_size_and_is_whole(tmp_path, size):
+    soundfile.write(tmp_path / "a.wav", sine(440, 1.0, SECOND), SECOND)
+    data = (tmp_path / "a.wav").read_bytes()
+    at = data.index(b"data") + 4
+    (tmp_path / "a.wav").write_bytes(data[:at] + size.to_bytes(4, "little") + data[at + 4 :])
+    assert audio.breaks_off(tmp_path / "a.wav", 1.0) is None
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.mkv"])
+def test_channels_that_cancel_each_other_are_not_averaged(tmp_path, name):
+    tone = sine(440, 1.0, 48_000)
+    soundfile.write(tmp_path / "a.wav", np.stack([tone, -0.9 * tone], 1), 48_000, "FLOAT")
+    if name == "a.mkv":
+        import av
+
+        with av.open(str(tmp_path / "a.wav")) as source, av.open(str(tmp_path / name), "w") as copy:
+            stream = copy.add_stream("pcm_s16le", rate=48_000, layout="stereo")
+            to_int = av.AudioResampler(format="s16", layout="stereo", rate=48_000)
+            for frame in source.decode(audio=0):
+                copy.mux([p for part in to_int.resample(frame) for p in stream.encode(part)])
+    samples = audio.load_audio(tmp_path / name)[0][0].numpy()
+    assert samples == pytest.approx(tone, abs=1e-3)
+
+
+def test_bytes_that_are_no_sound_are_refused_whatever_their_suffix(tmp_path):
+    for seed in range(5):
+        (tmp_path / "a.aac").write_bytes(np.random.default_rng(seed).bytes(40_000))
+        with pytest.raises(ValueError, match=r"a\.aac: not an audio file that can be decoded"):
+            audio.load_audio(tmp_path / "a.aac")
 
 
 def test_saving_keeps_the_wave_and_scales_what_would_clip(tmp_path):

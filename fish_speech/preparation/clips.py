@@ -103,10 +103,11 @@ def carry_out(
             )
         speech = _listen(job)
         record.duration = round(speech.duration, 3)
+        missing = _missing(job, speech)
         plan = make_plan(job, speech, recogniser, progress)
         record.skipped = plan.skipped
         record.clips = list(write_clips(job, plan, speech))
-        if missing := _missing(job, speech):
+        if missing:
             record.clips[-1]["breaks_off"] = True
             reason = f"{missing}; what is there is used"
             record.skipped.append({"source": recording.source, "reason": reason})
@@ -138,11 +139,20 @@ def _listen(job: Job, max_seconds: float | None = None) -> Speech:
 
 
 def _missing(job: Job, speech: Speech) -> str | None:
-    """How the recording ends before it should, if it does."""
+    """How the recording ends before it should, if it does.
+
+    Raises `ValueError` where it was ended by `--max-duration` and its transcript wasn't.
+    """
     limit = job.max_seconds
-    if limit is not None and speech.duration > limit - 0.01:
-        return None
-    return breaks_off(job.recording.path, speech.duration)
+    if limit is None or speech.duration < limit - 0.01:
+        return breaks_off(job.recording.path, speech.duration)
+    length = audio_info(job.recording.path).duration
+    if job.recording.transcript is not None and (length is None or length > limit + 1):
+        raise ValueError(
+            "is longer than --max-duration, and its transcript can't be cut with it: shorten both, "
+            "or take the transcript away and use --auto-transcribe"
+        )
+    return None
 
 
 def make_plan(

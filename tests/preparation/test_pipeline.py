@@ -104,6 +104,163 @@ def test_corrections_in_labels_are_kept_and_count(folder, options):
     assert prepare(options).clips[0]["text"] == "Corrected by hand."
 
 
+def test_what_cannot_be_done_again_keeps_its_clips(folder, options):
+    options = replace(options, input=str(folder(2)))
+    prepare(options)
+    before = tree(options.output / "Me")
+    Path(options.input, "take 0.txt").unlink()
+    Path(options.input, "take 1.wav").write_bytes(b"broken since")
+    summary = prepare(replace(options, normalize=False))
+    assert tree(options.output / "Me") == before
+    assert (len(summary.clips), summary.failed) == (2, 2)
+    reasons = [entry["reason"] for entry in summary.skipped]
+    assert all(reason.endswith("; its clips from before are kept") for reason in reasons)
+    assert "has no transcript" in reasons[0]
+    Path(options.input, "take 0.txt").write_text("Here again.")
+    assert prepare(replace(options, normalize=False)).failed == 1
+
+
+def test_a_deleted_label_comes_back_and_a_deleted_clip_is_forgotten(folder, options, utterances):
+    options = replace(options, input=str(folder(2)))
+    prepare(options)
+    label = options.output / "Me" / "take_0_0001.lab"
+    label.unlink()
+    prepare(options)
+    assert label.read_text() == utterances[0].text
+    for path in (options.output / "Me").glob("take_1*"):
+        path.unlink()
+    others = replace(options, input=str(folder(1, "others")), speaker="Other")
+    assert {clip["file"] for clip in prepare(others).clips} == {
+        "Me/take_0_0001.wav",
+        "Other/take_0_0001.wav",
+    }
+
+
+def test_corrections_survive_rejection(folder, options):
+    options = replace(options, input=str(folder(2)))
+    prepare(options)
+    label = options.output / "Me" / "take_0_0001.lab"
+    label.write_text("Corrected by hand.")
+    strict = replace(options, drop_flagged=True, thresholds=Thresholds(min_snr=99))
+    for _ in range(2):
+        assert prepare(strict).clips == []
+    assert prepare(options).clips[0]["text"] == "Corrected by hand."
+    assert label.read_text() == "Corrected by hand."
+
+
+def test_corrections_survive_other_options_where_they_fit(take, options, monkeypatch):
+    recording = take(8)
+    script = recording.path.with_suffix(".txt")
+    script.write_text(" ".join(recording.texts))
+    options = replace(options, input=str(recording.path), segment_duration=4.0)
+    label = options.output / "Me" / "long_0002.lab"
+    old = prepare(options).clips[1]["text"]
+    label.write_text(old.upper())
+    said = []
+    louder = replace(options, normalize=False)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    monkeypatch.setattr("fish_speech.preparation.summary.Books._correct", die)
+    with pytest.raises(Killed):  # between the old clips and the new ones
+        prepare(louder)
+    monkeypatch.undo()
+    assert prepare(louder, say=said.append).clips[1]["text"] == old.upper()
+    assert said == []
+    prepare(replace(options, segment_duration=20.0), say=said.append)
+    (message,) = said
+    assert old.upper()[:60] in message
+    (kept,) = json.loads((options.output / "corrections.json").read_text())
+    assert str(options.output / "corrections.json") in message
+    assert (kept["text"], kept["instead_of"]) == (old.upper(), old)
+    assert prepare(options).clips[1]["text"] == old.upper()
+    label.write_text(old)  # not to be corrected any more
+    assert prepare(louder).clips[1]["text"] == old
+
+
+def test_a_new_transcript_wins_over_an_old_correction(folder, options):
+    options = replace(options, input=str(folder(1)))
+    prepare(options)
+    (options.output / "Me" / "take_0_0001.lab").write_text("Corrected by hand.")
+    Path(options.input, "take 0.txt").write_text("What was really said.")
+    said = []
+    assert prepare(options, say=said.append).clips[0]["text"] == "What was really said."
+    assert "'Corrected by hand.'" in said[0]
+
+
+def test_a_recording_that_breaks_off_is_used_and_named(folder, options):
+    source = folder(1)
+    path = source / "take 0.wav"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    summary = prepare(replace(options, input=str(source)))
+    assert "breaks_off" in summary.clips[0]["flags"]
+    (entry,) = summary.skipped
+    assert entry["reason"].startswith("breaks off after 2.")
+    assert entry["reason"].endswith("; what is there is used")
+    assert summary.failed == 0
+
+
+def test_any_exception_is_the_failure_of_its_file(folder, options, monkeypatch):
+    plan = clips.make_plan
+
+    def fail(job, *args):
+        if "take 0" in job.recording.source:
+            raise RuntimeError("no kernel for this")
+        return plan(job, *args)
+
+    monkeypatch.setattr(clips, "make_plan", fail)
+    summary = prepare(replace(options, input=str(folder(2)), num_workers=1))
+    assert len(summary.clips) == 1
+    assert summary.skipped[0]["reason"] == "RuntimeError: no kernel for this"
+    assert summary.recordings[0]["left_out"] == summary.recordings[0]["duration"] > 2
+
+
+def test_seconds_of_recordings_that_fail_are_left_out(folder, options, utterances):
+    source = folder(1, texts=False)
+    (account,) = prepare(replace(options, input=str(source))).recordings
+    assert account["duration"] == pytest.approx(utterances[0].duration, abs=0.01)
+    assert account["left_out"] == account["duration"]
+    assert account["silence"] == account["in_clips"] == 0
+
+
+def test_names_that_are_not_utf_8_are_no_trouble(folder, options):
+    source = os.fsencode(folder(1))
+    for name, keep_text in ((b"caf\xe9", True), (b"th\xe9", False)):
+        for suffix in (b".wav", b".txt"):
+            content = Path(os.fsdecode(source + b"/take 0" + suffix)).read_bytes()
+            if suffix == b".wav" or keep_text:
+                Path(os.fsdecode(source + b"/" + name + suffix)).write_bytes(content + b" ")
+    options = replace(options, input=os.fsdecode(source))
+    summary = prepare(options)
+    assert {clip["file"] for clip in summary.clips} == {"Me/take_0_0001.wav", "Me/caf_0001.wav"}
+    (entry,) = summary.skipped
+    assert entry["source"].endswith("recordings/th\ufffd.wav")
+    assert "has no transcript" in entry["reason"]
+    Path(os.fsdecode(source + b"/th\xe9.wav")).unlink()
+    assert prepare(options).skipped == []
+
+
+def test_what_is_odd_about_recordings_is_said(folder, options):
+    source = folder(2)
+    prepare(replace(options, input=str(source), speaker="Anna"))
+    (source / "take 1.txt").write_bytes("Caf\xe9 au lait.".encode("cp1252"))
+    said = []
+    summary = prepare(replace(options, input=str(source), speaker="Ben"), say=said.append)
+    assert "take 1.wav: the text is not UTF-8 and was read as cp1252" in said[0]
+    assert "take 0.wav" in said[1]
+    assert "Anna speaks the same recording in this data set" in said[1]
+    assert [account.get("encoding") for account in summary.recordings] == [
+        None,
+        None,
+        None,
+        "cp1252",
+    ]
+
+
 @pytest.mark.slow
 def test_any_number_of_workers_makes_the_same(folder, options, tmp_path):
     options = replace(options, input=str(folder(4)))
@@ -333,12 +490,16 @@ def test_a_model_that_would_only_help_is_done_without(take, options, monkeypatch
     assert said == ["whisper model 'base' can't be downloaded; going on without it"]
 
 
-def test_only_the_first_minutes_are_used(take, options):
+def test_only_the_first_minutes_are_used(take, options, reader):
     recording = take(8)
-    recording.path.with_suffix(".txt").write_text(" ".join(recording.texts[:2]))
-    summary = prepare(replace(options, input=str(recording.path), max_duration=9 / 60))
+    options = replace(options, input=str(recording.path), max_duration=9 / 60)
+    summary = prepare(replace(options, auto_transcribe=True), recogniser=reader(recording))
     assert summary.recordings[0]["duration"] == 9
     assert max(clip["end"] for clip in summary.clips) <= 9
+    recording.path.with_suffix(".txt").write_text(" ".join(recording.texts))
+    summary = prepare(options)  # the script says more than these minutes
+    assert "its transcript can't be cut with it" in summary.skipped[0]["reason"]
+    assert len(prepare(replace(options, max_duration=60)).clips) > 2
 
 
 def test_two_runs_on_one_data_set_exclude_each_other(folder, options):

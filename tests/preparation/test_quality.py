@@ -100,3 +100,12 @@ def test_a_second_take_of_the_same_is_a_near_duplicate_and_another_sentence_is_n
     assert marked[1]["flags"] == ["near_duplicate"]
     assert marked[1]["duplicate_of"] == "x"
     assert "shape" not in marked[0]
+
+
+def test_the_twin_that_stays_is_one_without_flags(utterances):
+    shape = quality.shape(utterances[0].samples, 16_000)
+    clips = [
+        {**GOOD, "file": name, "shape": shape, "flags": flags}
+        for name, flags in (("bad", ["noisy"]), ("good", []), ("copy", []))
+    ]
+    assert [clip.get("duplicate_of") for clip in quality.mark_twins(clips)] == [None, None, "good"]
