@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fish_speech.console import print_anything
+
 if TYPE_CHECKING:
     from fish_speech.datasets.shards import Manifest
     from fish_speech.training.config import RunConfig
@@ -70,8 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("going on").add_argument
     add("--resume-latest", action="store_true",
         help="this project's newest checkpoint, else the newest on the same data")
-    add("--resume-from-checkpoint", metavar="FILE",
-        help="exactly, or its adapters if not this project's")
+    add("--resume-from-checkpoint", metavar="FILE", help="exactly, or another project's adapters")
     add("--checkpoint-path", metavar="PATH",
         help="only the adapters of a file or folder's newest; with --merge-weights, what to merge")
     add("--checkpoint-step", type=int, nargs="+", metavar="STEP",
@@ -80,8 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("evaluating").add_argument
     add("--eval-samples", type=int, metavar="N", help="texts that each model speaks (12)")
     add("--texts", type=Path, metavar="FILE", help="further texts to speak, one a line")
-    add("--eval-every", type=int, metavar="STEPS",
-        help="a small one during training, for TensorBoard")
+    add("--eval-every", type=int, metavar="STEPS", help="a small one in training, for TensorBoard")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="auto (default: CUDA, else CPU), cpu, cuda or mps")
@@ -378,6 +378,7 @@ def say(message: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_anything()
     args = build_parser().parse_args(argv)
     args.failures = 0
     try:

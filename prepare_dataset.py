@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from fish_speech.console import print_anything
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -114,6 +116,7 @@ def say(message: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_anything()
     arguments = build_parser().parse_args(argv)
     try:
         return run(arguments)

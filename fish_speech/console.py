@@ -1,0 +1,13 @@
+"""What a program prints to: terminals and pipes of any encoding."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+
+
+def print_anything() -> None:
+    """Let no character stop the program: what the console's encoding lacks is printed as `?`."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # somebody else's stream, or none
+            stream.reconfigure(errors="replace")
