@@ -35,8 +35,11 @@ def resolve_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+def resolve_precision(name: str, device: torch.device, *, training: bool = False) -> torch.dtype:
     """The dtype of the weights: `auto` is bf16 on a CUDA card that has it, else fp32.
+
+    For `training`, where most of the work is large products with a frozen base, `auto` is bf16 on a
+    CPU too that multiplies it natively.
 
     Raises `ValueError` for a combination that would end in a dtype error later.
     """
@@ -44,12 +47,28 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
     if name not in PRECISIONS:
         raise ValueError(f"--precision {name}: unknown; use one of {', '.join(PRECISIONS)}")
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
+        native = {
+            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+            "cpu": lambda: training and _cpu_multiplies_bf16(),
+            "mps": lambda: False,
+        }[device.type]()
         return torch.bfloat16 if native else torch.float32
     if name == "bf16" and device.type == "mps":
         raise ValueError("--precision bf16: MPS computes this model in fp32 only; use fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether products of bf16 matrices run on instructions made for them.
+
+    Elsewhere they are emulated, and slower than fp32.
+    """
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    instructions = ("avx512_bf16", "amx_bf16", "bf16")  # the last on ARM
+    return torch.backends.mkldnn.is_available() and any(map(has.get, instructions))
 
 
 def set_threads(count: int) -> None:

@@ -320,6 +320,7 @@ def test_two_processes_are_one_with_twice_the_batch(project, tmp_path, base_dir,
     flags = [
         "--data-dir", "data", "--full-pipeline", "--max-steps", "3", "--learning-rate", "1e-3",
         "--save-every", "2", "--override", "lora.dropout=0", "--device", "cpu",
+        "--precision", "fp32",
     ]  # fmt: skip
     assert project(*flags, "--batch-size", 2, name="one") == 1
     shutil.rmtree(tmp_path / "data" / "protos")

@@ -99,7 +99,7 @@ def _train(
         )
         return Trained(start.checkpoint, None)
     device = resolve_device(config.device)
-    dtype = resolve_precision(config.precision, device)
+    dtype = resolve_precision(config.precision, device, training=True)
     lora = config.adapters
     base_digest = file_digest(base_dir / MODEL_FILE)
     if start.checkpoint is not None:

@@ -16,7 +16,7 @@ from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
 from fish_speech.training.loss import loss_sums
 from fish_speech.training.runs import Run, choose_start
 from fish_speech.training.train import train
-from tests.conftest import golden_tensors
+from tests.conftest import ROOT, golden_tensors
 from tests.made_data import make_data_set
 
 
@@ -110,7 +110,7 @@ def test_the_base_never_changes_and_only_adapters_are_stored(
 
 
 def test_accumulated_batches_are_one_batch(trainer):
-    options = ("train.max_steps=3", "lora.dropout=0", "data.reference_share=0")
+    options = ("train.max_steps=3", "lora.dropout=0", "data.reference_share=0", "precision=fp32")
     together = trainer("together", "data.batch_size=4", *options)
     apart = trainer("apart", "data.batch_size=2", "train.gradient_accumulation_steps=2", *options)
     torch.testing.assert_close(adapters(apart), adapters(together), atol=1e-5, rtol=1e-4)
@@ -146,6 +146,23 @@ def test_no_combination_of_base_and_precision_ends_in_a_dtype_error(
     losses = Run.of("p").validation_losses()
     assert losses[1] == pytest.approx(15.8, abs=0.8)
     assert losses[2] < losses[1] + 0.1
+
+
+@pytest.mark.parametrize("steps", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_base_in_bf16_learns_as_one_in_fp32(trainer, tmp_path, steps):
+    """Every loss of a run on the embedded model, which is what `auto` may choose by itself."""
+    data = make_data_set(tmp_path / "many", {"Ann": 20})
+    curves = {}
+    for precision in ("fp32", "bf16"):
+        trainer(
+            precision, f"precision={precision}", f"train.max_steps={steps}", "data.batch_size=4",
+            "optimizer.learning_rate=5e-4", base=ROOT / "checkpoints" / "tiny", data=data,
+        )  # fmt: skip
+        curves[precision] = np.array([float(loss) for loss in losses(precision).values()])
+    assert len(curves["fp32"]) == steps
+    assert curves["fp32"][-4:].mean() < 0.97 * curves["fp32"][:4].mean()
+    np.testing.assert_allclose(curves["bf16"], curves["fp32"], rtol=0.01)
+    assert not np.array_equal(curves["bf16"], curves["fp32"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -249,7 +266,7 @@ def adapters_of(checkpoint):
 def test_running_out_of_memory_says_what_to_change_and_following_it_loses_nothing(
     trainer, monkeypatch
 ):
-    options = ("lora.dropout=0", "data.reference_share=0", "train.max_steps=5")
+    options = ("lora.dropout=0", "data.reference_share=0", "train.max_steps=5", "precision=fp32")
     whole = trainer("whole", "data.batch_size=4", *options)
     step, calls = TextToSemantic.training_step, []
 

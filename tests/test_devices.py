@@ -1,0 +1,42 @@
+"""Which number format a device gets."""
+
+import pytest
+import torch
+
+from fish_speech.devices import resolve_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("has", "chosen"),
+    [
+        ({"avx512_bf16": True, "avx512_f": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"bf16": True}, torch.bfloat16),  # ARM
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True, "avx2": True}, torch.float32),
+        ({"bf16": False, "neon": True}, torch.float32),
+    ],
+)
+def test_a_cpu_trains_in_bf16_only_where_it_is_not_emulated(monkeypatch, has, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert resolve_precision("auto", CPU, training=True) == chosen
+    assert resolve_precision("auto", CPU) == torch.float32  # speaking
+    assert resolve_precision("auto", torch.device("mps"), training=True) == torch.float32
+    for training in (False, True):
+        assert resolve_precision("fp32", CPU, training=training) == torch.float32
+        assert resolve_precision("bf16", CPU, training=training) == torch.bfloat16
+
+
+def test_a_cpu_without_a_library_of_bf16_products_trains_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert resolve_precision("auto", CPU, training=True) == torch.float32
+
+
+def test_what_can_not_be_is_refused():
+    with pytest.raises(ValueError, match="--precision int3: unknown; use one of auto, fp32, bf16"):
+        resolve_precision("int3", CPU)
+    with pytest.raises(ValueError, match="MPS computes this model in fp32 only"):
+        resolve_precision("bf16", torch.device("mps"))
