@@ -1,0 +1,146 @@
+"""How figures are called, written and read: what the page and the table in Markdown share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Recommendation
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure as people read it; `best` is "low" or "high", None where neither end is good."""
+
+    name: str
+    title: str
+    unit: str
+    best: str | None
+    meaning: str
+    digits: int = 2
+    percent: bool = False
+
+    def show(self, value: float) -> str:
+        shown = f"{100 * value:.0f}%" if self.percent else f"{value:.{self.digits}f}"
+        return shown.replace("-", "−")
+
+    def interval(self, figure: Figure) -> str:
+        """The ends of the interval, the unit said once."""
+        low, high = self.show(figure.low), self.show(figure.high)
+        return f"{low.removesuffix('%')} to {high}"
+
+
+def _share(name: str, title: str, meaning: str) -> Column:
+    return Column(name, title, "", "low", meaning, percent=True)
+
+
+COLUMNS = (
+    _share("wer", "Word errors", "words that the recogniser did not hear as they were written"),
+    _share("cer", "Letter errors", "the same, counted in letters and digits"),
+    Column("similarity", "Similarity", "cosine", "high",
+           "how like the voice's real clips it sounds to a speaker encoder; 1 is the same"),
+    _share("wer_referenced", "Word errors, cloning", "with a reference clip in front"),
+    _share("cer_referenced", "Letter errors, cloning", "with a reference clip in front"),
+    Column("similarity_referenced", "Similarity, cloning", "cosine", "high",
+           "with a reference clip in front"),
+    _share("runaways", "Runs on", "speech that did not end by itself"),
+    _share("empty", "Says nothing", "texts that came out as silence"),
+    Column("speaking_rate", "Pace", "letters/s", None, "letters a second of speech", digits=1),
+    Column("pitch_median", "Pitch", "Hz", None, "the median of each clip", digits=0),
+    Column("pitch_range", "Pitch range", "semitones", None, "how lively the melody is", digits=1),
+    Column("held_out_loss", "Held-out loss", "nats", "low",
+           "how little it expects clips that it was not trained on", digits=3),
+    Column("training_loss", "Training loss", "nats", "low",
+           "how little it expects what it was trained on, before the checkpoint", digits=3),
+)  # fmt: skip
+
+
+def measured_columns(board: Leaderboard) -> list[Column]:
+    """Those columns in which any model has a figure."""
+    return [column for column in COLUMNS if any(row.figure(column.name) for row in board.rows)]
+
+
+def label(name: str) -> str:
+    """A row's name for people.
+
+    >>> label("step_000000300")
+    'step 300'
+    """
+    step = re.fullmatch(r"step_0*(\d+)", name)
+    return f"step {step[1]}" if step else name
+
+
+def verdict(recommendation: Recommendation) -> str:
+    """The recommendation in three words."""
+    choice = recommendation.choice and label(recommendation.choice)
+    if recommendation.verdict == "use" and choice:
+        return f"Use {choice}"
+    if recommendation.verdict == "keep the base" and choice not in (None, "base"):
+        return f"Keep {choice}"
+    return recommendation.verdict.capitalize()
+
+
+def reason(board: Leaderboard) -> str:
+    """Why, as a sentence."""
+    said = board.recommendation.reason
+    for row in board.rows:
+        said = said.replace(row.name, label(row.name))
+    return f"{said[:1].upper()}{said[1:]}." if said else ""
+
+
+def facts(board: Leaderboard) -> list[str]:
+    """What one must know to read the figures, a sentence each."""
+    shown = ", ".join(f"{name.replace('_', ' ')} {v:g}" for name, v in _numbers(board.settings))
+    found = [f"Every model speaks the same texts once ({shown})." if shown else ""]
+    if board.recogniser:
+        found.append(
+            f"Errors are what {board.recogniser} hears; both texts: {board.normalisation}."
+        )
+    else:
+        found.append("No recogniser understands these texts, so no errors were counted.")
+    if board.speaker_encoder:
+        found.append(f"Similarity is by {board.speaker_encoder}.")
+    found.append("Ranges are 95% bootstrap intervals.")
+    return [fact for fact in found if fact]
+
+
+def _numbers(settings: dict) -> list[tuple[str, float]]:
+    return [(name, v) for name, v in settings.items() if isinstance(v, int | float)]
+
+
+def markdown(board: Leaderboard) -> str:
+    """The recommendation and the table, for a README or an issue."""
+    columns = measured_columns(board)
+    titles = [f"{c.title} ({c.unit})" if c.unit else c.title for c in columns]
+    lines = [["", *titles], ["---", *("--:" for _ in columns)]]
+    for row in [*board.rows, *board.scale]:
+        chosen = board.recommendation.verdict == "use" and row.name == board.recommendation.choice
+        name = _cell(label(row.name))
+        name = f"**{name}** ★" if chosen else f"*{name}*" if row in board.scale else name
+        if row.error is not None:
+            cells = [f"could not be measured: {_cell(row.error)}", *[""] * (len(columns) - 1)]
+        else:
+            cells = [
+                f"{c.show(f.mean)} ({c.interval(f)})" if (f := row.figure(c.name)) else ""
+                for c in columns
+            ]
+        lines.append([name, *cells])
+    advice = board.recommendation
+    return "\n".join(
+        [
+            f"## {_cell(board.title)}: {_cell(verdict(advice)).lower()}",
+            "",
+            _cell(reason(board)),
+            *(["", "```bash", advice.next, "```"] if advice.next else []),
+            "",
+            *(f"| {' | '.join(cells)} |" for cells in lines),
+            "",
+            _cell(" ".join(facts(board))),
+            "",
+        ]
+    )
+
+
+def _cell(words: str) -> str:
+    """`words` on one line, with nothing in it that Markdown or HTML would take for itself."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", " ".join(words.split()))

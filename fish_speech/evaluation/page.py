@@ -1,0 +1,297 @@
+"""The leaderboard as people read it: `leaderboard.html`, to look at and listen to, and a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fish_speech.audio import audio_info
+from fish_speech.evaluation.columns import (
+    COLUMNS,
+    Column,
+    facts,
+    label,
+    markdown,
+    measured_columns,
+    reason,
+    verdict,
+)
+from fish_speech.evaluation.curves import charts
+from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Row, Sample, Spoken
+from fish_speech.evaluation.spectrogram import spectrogram_png
+from fish_speech.files import write_text
+from fish_speech.pages import audio_uri, data_uri, document, player, text
+from fish_speech.preparation.rates import normal_words
+
+HTML_NAME, MARKDOWN_NAME = "leaderboard.html", "leaderboard.md"
+MOST_SOUND = 30 * 2**20  # bytes of a page that may be sound; phones have to hold it too
+_RECORDING = "recording"
+_SHOWN = {column.name: column for column in COLUMNS}
+
+
+def write_markdown(board: Leaderboard, folder: str | Path) -> Path:
+    """Write the recommendation and the table as `leaderboard.md`."""
+    write_text(path := Path(folder) / MARKDOWN_NAME, markdown(board))
+    return path
+
+
+def write_page(board: Leaderboard, folder: str | Path, most_sound: int = MOST_SOUND) -> Path:
+    """Write `leaderboard.html` into the folder that the audio of `board` lies in.
+
+    The page holds all that it shows and plays. Where its sound would take more than `most_sound`
+    bytes, the recordings, the base and the recommended model come first, and the rest is linked to.
+    """
+    folder, beside = Path(folder), Path(__file__).with_name
+    takes = _Takes(board, folder, most_sound)
+    title = f"{board.title}: {verdict(board.recommendation)}"
+    body = [
+        "<main>",
+        _advice(board),
+        "<section aria-labelledby='figures'><h2 id='figures'>Figures</h2>",
+        "<p class='hint'>A range below a figure is where it lies with 95% certainty. "
+        "A click on a heading sorts.</p>",
+        _table(board),
+        "</section>",
+        _curves(board),
+        _listen(board, takes),
+        f"<footer><p>{text(' '.join(facts(board)))}</p></footer>",
+        "</main>",
+    ]
+    style, script = (beside(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    path = folder / HTML_NAME
+    write_text(path, document(title, "\n".join(body), style=style, script=script))
+    return path
+
+
+def _advice(board: Leaderboard) -> str:
+    advice = board.recommendation
+    then = f"<p class='next'>Next: <code>{text(advice.next)}</code></p>" if advice.next else ""
+    return (
+        f"<header><p class='kicker'>{text(board.title)}</p><h1>{text(verdict(advice))}</h1>"
+        f"<p>{text(reason(board))}</p>{then}</header>"
+    )
+
+
+def _table(board: Leaderboard) -> str:
+    columns = measured_columns(board)
+    heads = "".join(
+        f"<th scope='col' aria-sort='none' data-first='{_first(column)}'>"
+        f"<button type='button' title='{text(column.meaning)}'>{column.title}"
+        f"<small>{column.unit or '&nbsp;'}</small></button></th>"
+        for column in columns
+    )
+    rows = [_row(board, row, columns, index) for index, row in enumerate(board.rows)]
+    scale = [_row(board, row, columns, index) for index, row in enumerate(board.scale)]
+    return (
+        "<div class='scroll' role='region' aria-labelledby='figures' tabindex='0'>"
+        "<table class='figures sortable'><thead><tr>"
+        "<th scope='col' aria-sort='ascending' data-first='ascending'><button type='button'>"
+        f"Model<small>&nbsp;</small></button></th>{heads}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody><tbody class='scale'>{''.join(scale)}</tbody></table></div>"
+    )
+
+
+def _first(column: Column) -> str:
+    """How a column is sorted at first: the best on top."""
+    return "ascending" if column.best == "low" else "descending"
+
+
+def _row(board: Leaderboard, row: Row, columns: Sequence[Column], index: int) -> str:
+    chosen = _is_chosen(board, row.name)
+    mark = " <span class='chosen-mark'>★ recommended</span>" if chosen else ""
+    head = (
+        f"<tr{' class=chosen' if chosen else ''}><th scope='row' data-value='{index}' "
+        f"title='{text(row.path or '')}'>{text(label(row.name))}{mark}</th>"
+    )
+    if row.error is not None:
+        said = f"could not be measured: {text(row.error)}"
+        return f"{head}<td class='error' colspan='{len(columns)}'>{said}</td></tr>"
+    return head + "".join(_figure(board, column, row) for column in columns) + "</tr>"
+
+
+def _figure(board: Leaderboard, column: Column, row: Row) -> str:
+    figure = row.figure(column.name)
+    if figure is None:
+        return "<td>–</td>"
+    everywhere = [f for r in [*board.rows, *board.scale] if (f := r.figure(column.name))]
+    return (
+        f"<td data-value='{figure.mean:g}' title='of {figure.n}'><b>{column.show(figure.mean)}</b>"
+        f"<small>{column.interval(figure)}</small>{_whisker(figure, everywhere)}</td>"
+    )
+
+
+def _whisker(figure: Figure, everywhere: Sequence[Figure]) -> str:
+    """Where a figure and its interval lie among those of its column."""
+    low, high = min(f.low for f in everywhere), max(f.high for f in everywhere)
+    at = [4 + 72 * (v - low) / (high - low or 1) for v in (figure.low, figure.mean, figure.high)]
+    return (
+        "<svg class='whisker' viewBox='0 0 80 8' aria-hidden='true'><path d='M0 4H80'/>"
+        f"<path class='reach' d='M{at[0]:.1f} 4H{at[2]:.1f}'/>"
+        f"<circle cx='{at[1]:.1f}' cy='4' r='3'/></svg>"
+    )
+
+
+def _is_chosen(board: Leaderboard, name: str) -> bool:
+    return board.recommendation.verdict == "use" and board.recommendation.choice == name
+
+
+def _curves(board: Leaderboard) -> str:
+    drawn = charts(board)
+    if not drawn:
+        return ""
+    return (
+        "<section><h2>Curves</h2><p class='hint'>Bands and bars are 95% intervals, dashed lines "
+        f"real recordings.</p><div class='charts'>{''.join(drawn)}</div></section>"
+    )
+
+
+def _listen(board: Leaderboard, takes: _Takes) -> str:
+    if not board.samples:
+        return ""
+    columns = [_RECORDING] if any(sample.recording for sample in board.samples) else []
+    columns += [row.name for row in board.rows if row.error is None]
+    heads = "".join(
+        f"<th scope='col'>{text(label(name))}{' ★' if _is_chosen(board, name) else ''}</th>"
+        for name in columns
+    )
+    rows = "".join(takes.row(sample, columns) for sample in board.samples)
+    kinds = {sample.referenced for sample in board.samples}
+    note = (
+        f"<p class='hint'>{takes.left_out} takes are not in this page, which would be too large: "
+        "they are links to the files beside it.</p>"
+        if takes.left_out else ""
+    )  # fmt: skip
+    return (
+        "<section aria-labelledby='listen'><h2 id='listen'>Listen</h2>"
+        "<p class='hint'>Below each take: word errors and similarity; open it for what was heard. "
+        "Arrow keys go from player to player, space plays, escape stops.</p>"
+        f"{note}<div class='choices'>{_KINDS if len(kinds) > 1 else ''}"
+        "<button type='button' id='all-heard' aria-pressed='false'>Show what was heard</button>"
+        "</div><div class='scroll' role='region' aria-labelledby='listen' tabindex='0'>"
+        f"<table class='takes'><thead><tr><th scope='col'>Text</th>{heads}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+_KINDS = (
+    "<fieldset><legend>Show</legend>"
+    "<label><input type='radio' name='kind' id='all' checked> all</label>"
+    "<label><input type='radio' name='kind' id='plain'> from text alone</label>"
+    "<label><input type='radio' name='kind' id='cloned'> cloning</label></fieldset>"
+)
+
+
+class _Takes:
+    """The grid of players; what they play is embedded once, as far as there is room."""
+
+    def __init__(self, board: Leaderboard, folder: Path, most: int) -> None:
+        self._board, self._folder = board, folder
+        self._sounds: dict[Path, str] = {}  # address by file
+        self._identities: dict[Path, str] = {}  # of players that are in the page already
+        self.left_out = 0
+        for file in dict.fromkeys(self._by_importance()):
+            try:
+                address = audio_uri(file)
+            except (ValueError, OSError):
+                continue  # its cell says so
+            if len(address) <= most:
+                most -= len(address)
+                self._sounds[file] = address
+            else:
+                self.left_out += 1
+
+    def _by_importance(self) -> Iterator[Path]:
+        board = self._board
+        names = [row.name for row in board.rows]
+        chosen = [name for name in names if _is_chosen(board, name)]
+        for name in dict.fromkeys([_RECORDING, *names[:1], *chosen, *reversed(names)]):
+            for sample in board.samples:
+                if (file := self._file(sample, name)) is not None:
+                    yield file
+
+    def _file(self, sample: Sample, name: str) -> Path | None:
+        if name == _RECORDING:
+            return Path(sample.recording) if sample.recording else None
+        spoken = sample.spoken.get(name)
+        return self._folder / spoken.audio if spoken and spoken.audio else None
+
+    def row(self, sample: Sample, columns: Sequence[str]) -> str:
+        seconds = {name: self._seconds(sample, name) for name in columns}
+        longest = max(seconds.values(), default=0.0) or 1.0
+        cells = "".join(self._cell(sample, name, seconds[name] / longest) for name in columns)
+        kind = "cloned" if sample.referenced else "plain"
+        how = "<span class='kind'>cloning a reference clip</span>" if sample.referenced else ""
+        head = f"<th scope='row' dir='auto'>{text(sample.text)}{how}</th>"
+        return f"<tr class='{kind}'>{head}{cells}</tr>"
+
+    def _seconds(self, sample: Sample, name: str) -> float:
+        if (file := self._file(sample, name)) is None:
+            return 0.0
+        try:
+            return audio_info(file).duration or 0.0
+        except (ValueError, OSError):
+            return 0.0
+
+    def _cell(self, sample: Sample, name: str, share: float) -> str:
+        file, spoken = self._file(sample, name), sample.spoken.get(name)
+        shown = self._player(file, f"{label(name)}: {sample.text}", share) if file else ""
+        if not shown and not (spoken and spoken.empty):
+            shown = "<p class='none'>–</p>" if file is None else "<p class='none'>can't be read</p>"
+        heard = _heard(sample.text, spoken) if spoken else ""
+        return f"<td data-model='{text(label(name))}'>{shown}{heard}</td>"
+
+    def _player(self, file: Path, name: str, share: float) -> str:
+        """As long as its sound is within the row, so that one sees who runs on."""
+        if (address := self._sounds.get(file)) is None:
+            if not file.is_file():
+                return ""
+            near = file.relative_to(self._folder) if file.is_relative_to(self._folder) else None
+            return f"<a href='{text(near)}'>{text(near)}</a>" if near else f"<p>{text(file)}</p>"
+        element = ""
+        if file not in self._identities:
+            self._identities[file] = f"sound{len(self._identities)}"
+            element = player(address, name)
+        identity = self._identities[file]
+        picture = data_uri(spectrogram_png(file), "image/png")
+        return (
+            f"<button type='button' class='play' data-sound='{identity}' aria-pressed='false' "
+            f"aria-label='Play {text(name)}'><span class='track' style='--share:{share:.3f}'>"
+            f"<img src='{picture}' alt=''></span></button>"
+            + element.replace("<audio", f"<audio id='{identity}'")
+        )
+
+
+def _heard(wanted: str, spoken: Spoken) -> str:
+    """Word errors and similarity, what went wrong, and what was heard."""
+    flags = ["runs on"] * spoken.runaway + ["says nothing"] * spoken.empty
+    said = "".join(f" <span class='flag'>{flag}</span>" for flag in flags)
+    figures = " · ".join(
+        _SHOWN[name].show(value)
+        for name in ("wer", "similarity")
+        if (value := getattr(spoken, name)) is not None
+    )
+    if spoken.heard is None:
+        return f"<p class='heard'>{figures}{said}</p>"
+    return (
+        f"<details class='heard'><summary title='heard: {text(spoken.heard)}'>{figures}{said}"
+        f"</summary><p dir='auto'>{_marked(wanted, spoken.heard)}</p></details>"
+    )
+
+
+def _marked(wanted: str, heard: str) -> str:
+    """`heard`, the words that were to be said struck out and those that were not marked."""
+    wanted, heard = normal_words(wanted), normal_words(heard)
+    if not wanted or not heard:
+        return text(heard) or "nothing"
+    import jiwer
+
+    said, found, parts = wanted.split(), heard.split(), []
+    for piece in jiwer.process_words(wanted, heard).alignments[0]:
+        missed = " ".join(said[piece.ref_start_idx : piece.ref_end_idx])
+        instead = " ".join(found[piece.hyp_start_idx : piece.hyp_end_idx])
+        if piece.type == "equal":
+            parts.append(text(instead))
+        else:
+            parts += [f"<del>{text(missed)}</del>"] * bool(missed)
+            parts += [f"<ins>{text(instead)}</ins>"] * bool(instead)
+    return " ".join(parts)
