@@ -173,6 +173,32 @@ def test_any_kind_of_sound_becomes_44_khz_mono(home, rate, channels, subtype):
     assert info.duration == pytest.approx(len(voice) / rate, abs=0.01)
 
 
+def test_a_truncated_recording_is_used_as_far_as_it_goes_and_named(home, capsys):
+    cut = add(home / "samples" / "cut.wav")
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    assert run("--input", "samples", "--output", "data") == 0
+    printed = capsys.readouterr().out
+    assert "samples/cut.wav: breaks off after 1.7 of 3.5 s; what is there is used" in printed
+    assert "would spoil training" in printed
+    assert "data: 2 clips" in printed
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_the_rest_is_done(home, capsys, monkeypatch):
+    add(home / "samples" / "closed" / "second.wav")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert run("--input", "samples", "--output", "data") == 1
+    printed = capsys.readouterr().out
+    assert "samples/closed: cannot be read (Permission denied)" in printed
+    assert "data: 1 clips" in printed
+
+
 def test_a_clip_that_is_all_clipping_is_flagged_and_dropped(home, capsys):
     voice, _ = soundfile.read(SAMPLES[2])
     add(
@@ -210,6 +236,8 @@ def test_bad_input_ends_in_one_line(home, capsys):
     for words, message in (
         (["--input", "nowhere", "--output", "data"], "nowhere: no such file or folder"),
         (["--input", "empty", "--output", "data"], "empty: no audio in this folder"),
+        (["--input", "n" * 300, "--output", "data"], "no such file or folder"),
+        (["--check", "n" * 300], "no such folder"),
         (["--input", "samples"], "--input needs --output"),
         (["--check", "nowhere"], "nowhere: no such folder"),
         ([], "give either --input with --output, or --check"),
@@ -231,6 +259,8 @@ def test_a_speaker_is_a_folder_never_a_path(home, capsys):
     assert run("--input", "samples", "--output", "data", "--speaker", "../../x") == 0
     assert [path.name for path in (home / "data").iterdir() if path.name[0] not in ".d"] == ["x"]
     assert "the speaker '../../x' is written as x" in capsys.readouterr().err
+    assert run("--input", "samples", "--output", "long", "--speaker", "n" * 300) == 0
+    assert (home / "long" / ("n" * 80) / "first_0001.wav").is_file()
 
 
 def test_an_output_that_cannot_be_written_is_said(home, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -26,7 +27,7 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
     can be had. Raises `FileNotFoundError` or `ValueError` where there is no data set.
     """
     folder = Path(options.input)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # pathlib raises for a name that is too long
         raise FileNotFoundError(f"{folder}: no such folder")
     found = sources.find_local(folder, None, sources.speaker_name(folder.resolve().name), say=say)
     work = [Job(recording, options) for recording in sources.name_recordings(found, {})]

@@ -11,6 +11,7 @@ import unicodedata
 from functools import lru_cache
 from itertools import pairwise
 
+ENOUGH = 5000  # bytes to judge by
 # The first of equally odd readings is taken.
 ENCODINGS = (
     *("cp1252", "cp1255", "cp1251", "koi8_r", "cp1256", "cp1250", "cp1254", "cp1253"),
@@ -61,19 +62,24 @@ def decode(data: bytes) -> tuple[str, str | None]:
             return data.decode(encoding, "replace"), encoding
     try:
         return data.decode("utf-8"), None
-    except UnicodeDecodeError:
-        pass
-    readings = []
+    except UnicodeDecodeError as error:
+        wrong_at = error.start
+    first = next(index for index, byte in enumerate(data) if byte > 127)
+    sample = data[max(0, first - 9) : first + ENOUGH]
+    damaged = sample.decode("utf-8", "replace")
+    readings = [(oddness(damaged, "utf-8") + 2 * damaged.count("\ufffd"), 0, "", "utf-8")]
     for encoding in ENCODINGS:
         try:
             text = data.decode(encoding)
         except UnicodeDecodeError:
             continue
-        readings.append((oddness(text, encoding), len(readings), text, encoding))
-    foreign = sum(byte > 127 for byte in data)
-    if not readings or min(readings)[0] > 0.3 * foreign:
+        odd = oddness(sample.decode(encoding, "ignore"), encoding)
+        readings.append((odd, len(readings), text, encoding))
+    odd, _, text, encoding = min(readings)
+    if odd > 0.3 * sum(byte > 127 for byte in sample):
         raise ValueError("is no text in a known encoding; save it as UTF-8")
-    _, _, text, encoding = min(readings)
+    if encoding == "utf-8":
+        raise ValueError(f"is UTF-8 with a wrong byte at {wrong_at}; save it anew")
     return text, encoding
 
 

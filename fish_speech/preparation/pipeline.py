@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -103,12 +104,15 @@ def _say_what_is_odd(
     if guessed:
         say(f"{_named(guessed)}: the text is not UTF-8 and was read as "
             f"{', '.join(sorted({r.encoding for r in guessed}))}; have a look at it")  # fmt: skip
-    speaks = {(r.digest, r.speaker) for r in (*books.records.values(), *recordings) if r.digest}
-    for other in sorted({speaker for _, speaker in speaks}):
-        same = [r for r in recordings if r.speaker != other and (r.digest, other) in speaks]
-        if same:
-            say(f"{_named(same)}: {other} speaks the same recording in this data set; if that is "
-                f"wrong, delete the clips of one of them")  # fmt: skip
+    speakers = defaultdict(set)
+    usable = [r for r in recordings if r.problem is None]
+    for r in (*(r for r in books.records.values() if r.failure is None), *usable):
+        speakers[r.digest].add(r.speaker)
+    shared = [r for r in usable if len(speakers[r.digest]) > 1]
+    if shared:
+        names = sorted(set().union(*(speakers[r.digest] for r in shared)))
+        say(f"{_named(shared)}: in this data set as spoken by {' and by '.join(names)}; if that is "
+            "wrong, delete the clips of one of them")  # fmt: skip
 
 
 def _named(recordings: list[sources.Recording], most: int = 3) -> str:

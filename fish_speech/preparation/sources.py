@@ -73,9 +73,9 @@ def find_local(
     where nothing in it is audio.
     """
     source = Path(source)
-    if source.is_file():
+    if os.path.isfile(source):  # pathlib raises for a name that is too long
         return [Found(source, speaker or default_speaker)]
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise FileNotFoundError(f"{source}: no such file or folder (for a web address, --youtube)")
     closed: list[OSError] = []
     files = list_files(source, closed.append)
@@ -120,7 +120,7 @@ def is_data_set(folder: str | Path) -> bool:
 
 def refuse_overlap(source: str, output: Path) -> None:
     """Raise `ValueError` where the recordings would be read from the data set to be written."""
-    if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
+    if os.path.exists(source) and Path(source).resolve().is_relative_to(output.resolve()):
         raise ValueError(
             f"--input {source} is in the data set --output {output}; write to another folder "
             "(to look at a data set: --check)"
@@ -154,6 +154,8 @@ def _read(item: Found) -> Recording:
     source = printable(item.origin.get("url") or display_path(item.path))
     digest, text, encoding, problem = "", None, None, item.problem
     try:
+        if item.path.exists() and not item.path.is_file():
+            raise ValueError(problem or "is no file but a device or a pipe")  # it might never end
         digest = file_digest(item.path)
         text, encoding = read_transcript(item.path)
     except ValueError as error:
@@ -302,4 +304,4 @@ def _say_others(paths: list[Path], say: Callable[[str], None]) -> None:
     counts = Counter(path.suffix.lower() or "no suffix" for path in paths)
     if counts:
         kinds = ", ".join(f"{count} {printable(suffix)}" for suffix, count in counts.most_common())
-        say(f"{len(paths)} files were not looked at: {kinds}")
+        say(f"not looked at, by their suffixes: {kinds}")

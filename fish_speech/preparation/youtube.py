@@ -7,6 +7,7 @@ fetched twice, and what broke off goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def fetch(
     Playlists of playlists (a channel) are followed. An entry that can't be had comes back with its
     `problem`. Raises `ValueError` with the remedy where nothing can be had at all.
     """
-    if _downloaded(address, folder) is None and Path(address).exists():
+    if _downloaded(address, folder) is None and os.path.exists(address):
         raise ValueError(f"--input {address} is on this machine: leave out --youtube")
     settings = _settings(folder, cookies, cookies_from_browser, say)
     found = list(_entries({"url": address}, folder, speaker, settings, set()))

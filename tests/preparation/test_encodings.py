@@ -53,6 +53,17 @@ def test_what_is_utf_8_is_never_guessed():
         assert encodings.decode(text.encode()) == (text, None)
 
 
+def test_a_long_text_is_judged_by_what_is_not_ascii():
+    text = "All plain so far. " * 1000 + "Grüße aus Köln. " * 1000
+    assert encodings.decode(text.encode("cp1252")) == (text, "cp1252")
+
+
+def test_damaged_utf_8_is_not_taken_for_something_else():
+    data = "Grüße aus Köln, schöne Straße, für alle Gäste.".encode()
+    with pytest.raises(ValueError, match="UTF-8 with a wrong byte at 50"):
+        encodings.decode(data[:50] + b"\xff" + data[50:])
+
+
 def test_what_is_no_text_is_refused():
     data = np.random.default_rng(0).integers(0, 256, (50, 200), np.uint8)
     for row in data:

@@ -252,7 +252,7 @@ def test_what_is_odd_about_recordings_is_said(folder, options):
     summary = prepare(replace(options, input=str(source), speaker="Ben"), say=said.append)
     assert "take 1.wav: the text is not UTF-8 and was read as cp1252" in said[0]
     assert "take 0.wav" in said[1]
-    assert "Anna speaks the same recording in this data set" in said[1]
+    assert "in this data set as spoken by Anna and by Ben" in said[1]
     assert [account.get("encoding") for account in summary.recordings] == [
         None,
         None,

@@ -204,13 +204,19 @@ def test_a_folder_named_rejected_is_no_speaker_unless_one_is_given(tmp_path):
     assert [item.problem for item in find_local(root, "Zoe", "me")] == [None, None]
 
 
+def test_a_pipe_is_no_recording(tmp_path):
+    os.mkfifo(tmp_path / "a.wav")
+    (recording,) = name_recordings(find_local(tmp_path, None, "me"), {})
+    assert "a pipe" in recording.problem
+
+
 def test_what_is_not_looked_at_is_said(tmp_path):
     for name in ("a.wav", "a.txt", "b.pdf", "c.PDF", "Makefile", ".hidden", "voice/n.docx"):
         put(tmp_path / name)
     said = []
     find_local(tmp_path, None, "me", say=said.append)
     (message,) = said
-    assert message == "4 files were not looked at: 2 .pdf, 1 no suffix, 1 .docx"
+    assert message == "not looked at, by their suffixes: 2 .pdf, 1 no suffix, 1 .docx"
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
