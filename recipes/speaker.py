@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
     extract(args.wheel, args.output / "encoder.pth")
-    for name in VOICES:
-        samples = speak(" ".join(SENTENCES), name)
+    for name, sentence in zip(VOICES, SENTENCES, strict=True):
+        samples = speak(sentence, name)
         save_audio(args.output / "strangers" / f"{name}.ogg", samples, SAMPLE_RATE)
 
 

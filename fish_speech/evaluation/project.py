@@ -16,6 +16,7 @@ from fish_speech.evaluation.held_out import HeldOut
 from fish_speech.evaluation.leaderboard import JSON_NAME, Figure, Leaderboard
 from fish_speech.evaluation.listen import Listener
 from fish_speech.evaluation.measure import AUDIO, Say, measure
+from fish_speech.evaluation.page import write_markdown, write_page
 from fish_speech.evaluation.recognise import choose_recogniser
 from fish_speech.evaluation.recommend import Commands
 from fish_speech.evaluation.speaker import FOLDER, SpeakerEncoder
@@ -173,6 +174,8 @@ def evaluation_folder(run: Run) -> Path:
 def write(board: Leaderboard, folder: Path) -> None:
     """The leaderboard as JSON, as text and as a page."""
     board.write(folder)
+    write_markdown(board, folder)
+    write_page(board, folder)
 
 
 def listener_for(

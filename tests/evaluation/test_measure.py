@@ -22,7 +22,7 @@ def good(text, seed):
 def stranger(text, seed):
     """Another voice, whose words nobody knows."""
     start = 8000 * list(HELD_OUT).index(text)
-    return waveform_of(STRANGER)[:, start : start + 40_000]
+    return waveform_of(STRANGER)[:, start : start + 32_000]
 
 
 def noise(text, seed):

@@ -1,0 +1,263 @@
+"""`finetune_tts.py --evaluate` on a small random model and a few real clips."""
+
+import json
+import os
+import shutil
+
+import pytest
+import soundfile
+
+import finetune_tts
+from fish_speech.evaluation.leaderboard import Leaderboard
+from fish_speech.evaluation.recognise import choose_recogniser
+from fish_speech.training.runs import Run
+from tests.conftest import ROOT
+from tests.evaluation.conftest import CLIPS, Hearing, text_of
+from tests.random_voice import make_voice
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning")
+FOLDER = "results/p/evaluation"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a base, six clips in training_data/p and a run of four steps, untouched."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_voice(folder / "base")
+    (folder / "training_data/p/rms").mkdir(parents=True)
+    for clip in CLIPS[:6]:
+        shutil.copy(clip, folder / "training_data/p/rms")
+        (folder / "training_data/p/rms" / f"{clip.stem}.lab").write_text(text_of(clip))
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert finetune(
+            "--data-dir", "training_data/p", "--train", "--max-steps", 4, "--save-every", 2,
+            "--learning-rate", "0.05", "--override", "data.validation_share=0.34",
+            "--pretrained-ckpt-path", "base",
+        ) == 0  # fmt: skip
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def finetune(*flags):
+    return finetune_tts.main(["--project", "p", *map(str, flags)])
+
+
+@pytest.fixture
+def project(trained, tmp_path, monkeypatch):
+    """A copy of it to work in; the recogniser is one that takes no time."""
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    monkeypatch.chdir(folder)
+    for checkpoint in Run.of("p").checkpoints():
+        move(checkpoint.path, trained, folder)
+    monkeypatch.setattr(
+        "fish_speech.evaluation.project.choose_recogniser", lambda *a: (Hearing(), None)
+    )
+    # A random model never ends by itself: let it be half a second.
+    monkeypatch.setattr("fish_speech.inference.synthesize.longest_speech", lambda text: 0.5)
+    return folder
+
+
+def move(checkpoint, old, new):
+    """A checkpoint remembers where its data and its base are."""
+    import torch
+
+    content = torch.load(checkpoint, weights_only=True)
+    for key in ("base", "data_dir"):
+        content["run"][key] = content["run"][key].replace(str(old.resolve()), str(new.resolve()))
+    torch.save(content, checkpoint)
+
+
+def last_error(capsys):
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_base_and_every_checkpoint_are_measured(project, capsys):
+    assert finetune("--evaluate", "--eval-samples", 3) == 0
+    said = capsys.readouterr()
+    board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
+    assert [(row.name, row.step) for row in board.rows] == [
+        ("base", 0), ("step_000000002", 2), ("step_000000004", 4),
+    ]  # fmt: skip
+    assert all(row.error is None for row in board.rows)
+    losses = [row.figures["held_out_loss"].mean for row in board.rows]
+    logged = Run.of("p").validation_losses()
+    assert losses[1:] == pytest.approx([logged[2], logged[4]], rel=2e-3)
+    assert board.rows[0].figures["training_loss"] is None
+    assert board.rows[2].figures["training_loss"].n == 4
+    held_out = json.loads((project / "training_data/p/protos/manifest.json").read_text())
+    texts = {text_of(ROOT / "samples" / f"{name.split('/')[1]}.flac")
+             for name in held_out["validation"]}  # fmt: skip
+    assert {sample.text for sample in board.samples} == texts
+    assert len(board.samples) == 6  # three, with and without a reference
+    assert "2 texts for 3 samples: --texts FILE gives more" in said.err
+    assert said.out.splitlines()[0].split(":")[0] in ("train longer", "keep the base") or (
+        said.out.startswith("use step_")
+    )
+    for sample in board.samples:
+        spoken = [sample.spoken[row.name] for row in board.rows]
+        assert all(soundfile.info(f"{FOLDER}/{each.audio}").frames for each in spoken)
+        assert len({soundfile.read(f"{FOLDER}/{each.audio}")[0].tobytes() for each in spoken}) > 1
+    assert not list((project / "results/p").rglob("model.pth"))
+
+
+def test_again_and_with_one_more_step_only_what_is_new_is_spoken(project, monkeypatch):
+    from fish_speech.inference import TextToSpeech
+
+    said = []
+    pieces = TextToSpeech.pieces
+    monkeypatch.setattr(
+        TextToSpeech,
+        "pieces",
+        lambda self, text, *more: said.append(text) or pieces(self, text, *more),
+    )
+    assert finetune("--evaluate", "--eval-samples", 1, "--checkpoint-step", 2) == 0
+    assert len(said) == 4
+    first = Leaderboard.read(f"{FOLDER}/leaderboard.json")
+    assert [row.step for row in first.rows] == [0, 2]
+    assert finetune("--evaluate", "--eval-samples", 1) == 0
+    assert len(said) == 6
+    second = Leaderboard.read(f"{FOLDER}/leaderboard.json")
+    assert second.rows[:2] == first.rows
+
+
+def test_a_damaged_checkpoint_has_a_row_and_one_over_another_base_too(project, capsys):
+    import torch
+
+    folder = project / "results/p/checkpoints"
+    damaged, strange = folder / "step_000000001.ckpt", folder / "step_000000003.ckpt"
+    damaged.write_bytes(b"PK nothing")
+    content = torch.load(folder / "step_000000002.ckpt", weights_only=True)
+    torch.save({**content, "run": {**content["run"], "base_digest": "other"}}, strange)
+    assert finetune("--evaluate", "--eval-samples", 1) == 0
+    board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
+    errors = [row.error for row in board.rows]
+    assert [error is None for error in errors] == [True, False, True, False, True]
+    assert "step_000000001.ckpt: damaged" in errors[1]
+    assert "not the same" in errors[3]
+    assert "step_000000001: could not be measured" in capsys.readouterr().err
+
+
+def test_further_texts_are_spoken_too(project):
+    (project / "more.txt").write_text("Hello there.\n\n?\nGood bye.\n", encoding="utf-8")
+    flags = ("--evaluate", "--eval-samples", 3, "--texts", "more.txt")
+    assert finetune(*flags, "--checkpoint-step", 2) == 0
+    board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
+    texts = [sample.text for sample in board.samples if not sample.referenced]
+    assert texts[:2] == ["Hello there.", "Good bye."]
+    assert [sample.recording is None for sample in board.samples[::2]] == [True, True, False]
+
+
+def test_the_best_is_merged_and_where_there_is_none_the_reason_is_said(project, capsys):
+    assert finetune("--evaluate", "--eval-samples", 1) == 0
+    assert finetune("--merge-best") == 2
+    assert "nothing is merged: keep the base: 1 samples are too few to tell" in last_error(capsys)
+    file = project / FOLDER / "leaderboard.json"
+    board = json.loads(file.read_text())
+    board["recommendation"] |= {"verdict": "use", "choice": "step_000000002", "step": 2}
+    file.write_text(json.dumps(board))
+    assert finetune("--merge-best") == 0
+    assert "merging results/p/checkpoints/step_000000002.ckpt" in capsys.readouterr().err
+    assert (project / "checkpoints/p-merged/model.pth").is_file()
+    board["rows"].pop()  # as if training had gone on since
+    file.write_text(json.dumps(board))
+    assert finetune("--merge-best", "--eval-samples", 1) == 2
+    assert len(json.loads(file.read_text())["rows"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--evaluate", "--checkpoint-step", 3), "no such step, only 2, 4"),
+        (("--evaluate", "--texts", "none.txt"), "--texts none.txt: no such file"),
+        (("--evaluate", "--texts", "base/model.pth"), "--texts base/model.pth: not UTF-8 text"),
+        (("--evaluate", "--texts", "empty.txt"), "empty.txt: no line has a letter or a number"),
+        (("--evaluate", "--eval-samples", 0), "--eval-samples 0: must be above 0"),
+        (("--evaluate", "--pretrained-ckpt-path", "nowhere"), "nowhere: no such model directory"),
+        (("--merge-weights", "--checkpoint-step", 2, 4), "one step can be merged"),
+        (("--merge-best", "--merge-weights"), "--merge-best chooses by itself"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_remedy(project, capsys, flags, message):
+    (project / "empty.txt").write_text("...\n")
+    assert finetune(*flags) == 2
+    said = last_error(capsys)
+    assert said.startswith("error: ")
+    assert message in said
+
+
+def test_a_data_set_without_held_out_clips_or_that_is_gone_says_what_to_do(project, capsys):
+    manifest = project / "training_data/p/protos/manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "validation": []}))
+    assert finetune("--evaluate") == 2
+    said = last_error(capsys)
+    assert "no clip is held out" in said
+    assert "data.validation_share" in said
+    assert "--texts" in said
+    (project / "texts.txt").write_text("Hello there.")
+    flags = ("--evaluate", "--eval-samples", 1, "--checkpoint-step", 2)
+    assert finetune(*flags, "--texts", "texts.txt") == 0
+    manifest.unlink()
+    assert finetune("--evaluate") == 2
+    assert "--build-dataset" in last_error(capsys)
+    (project / "training_data").rename(project / "moved")
+    assert finetune("--evaluate") == 2
+    assert "give its place with --data-dir" in last_error(capsys)
+
+
+def test_nothing_trained_yet(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert finetune("--evaluate") == 2
+    assert "no checkpoints; train first" in last_error(capsys)
+
+
+def test_ctrl_c_is_clean_and_goes_on(project, monkeypatch, capsys):
+    from fish_speech.evaluation import measure
+
+    take, taken = measure.take, []
+
+    def interrupted(*arguments):
+        if taken:
+            raise KeyboardInterrupt
+        taken.append(take(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(measure, "take", interrupted)
+    flags = ("--evaluate", "--eval-samples", 1, "--checkpoint-step", 2)
+    assert finetune(*flags) == 130
+    assert "the same command goes on from there" in last_error(capsys)
+    assert not (project / FOLDER / "leaderboard.json").exists()
+    assert len(list((project / FOLDER / "audio/base").glob("*.wav"))) == 1
+    monkeypatch.setattr(measure, "take", take)
+    assert finetune(*flags) == 0
+
+
+def test_the_whole_pipeline_evaluates_unless_told_not_to(project, capsys):
+    flags = ("--data-dir", "training_data/p", "--full-pipeline", "--max-steps", 4,
+             "--eval-samples", 1)  # fmt: skip
+    assert finetune(*flags, "--no-evaluate") == 0
+    assert not (project / FOLDER).exists()
+    assert finetune(*flags) == 0
+    assert Leaderboard.read(f"{FOLDER}/leaderboard.json").title == "p"
+    capsys.readouterr()
+    (project / "results/p/evaluation/leaderboard.json").unlink()
+    assert finetune(*flags, "--texts", "none.txt") == 0  # voices are not lost over a figure
+    assert "not evaluated: --texts none.txt: no such file" in capsys.readouterr().err
+
+
+def test_data_in_another_language_has_no_error_rates(project, monkeypatch, capsys):
+    monkeypatch.setattr("fish_speech.evaluation.project.choose_recogniser", choose_recogniser)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(project))  # no whisper model is there
+    for label in (project / "training_data/p").rglob("*.lab"):
+        label.write_text("Der Fuchs springt über den Hund, und die Katze schläft weiter.")
+    flags = ("--evaluate", "--eval-samples", 1, "--checkpoint-step", 2)
+    assert finetune(*flags) == 0
+    assert "the texts are not English" in capsys.readouterr().err
+    board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
+    assert board.recogniser is None
+    assert board.rows[0].figures["wer"] is None
+    assert board.rows[0].figures["held_out_loss"] is not None
