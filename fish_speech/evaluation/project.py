@@ -17,11 +17,12 @@ from fish_speech.evaluation.leaderboard import JSON_NAME, Figure, Leaderboard
 from fish_speech.evaluation.listen import Listener
 from fish_speech.evaluation.measure import AUDIO, Say, measure
 from fish_speech.evaluation.page import write_markdown, write_page
+from fish_speech.evaluation.page import write_markdown, write_page
 from fish_speech.evaluation.recognise import choose_recogniser
 from fish_speech.evaluation.recommend import Commands
 from fish_speech.evaluation.speaker import FOLDER, SpeakerEncoder
 from fish_speech.evaluation.takes import Candidate, remembered
-from fish_speech.files import exclusive, file_digest, safe_name
+from fish_speech.files import exclusive, file_digest, safe_name, shown_path
 from fish_speech.hub import check_model_dir
 from fish_speech.inference import TextToSpeech
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
@@ -121,7 +122,7 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     checkpoints = checkpoints or run.checkpoints() or [run.checkpoint()]  # which says what to do
     record = _first_record(checkpoints)
     data = HeldOut(_data_dir(record, request))
-    base_dir = request.base_dir or _typed(Path(record["base"]))
+    base_dir = request.base_dir or Path(shown_path(Path(record["base"])))
     check_model_dir(base_dir)
     further = read_texts(request.texts) if request.texts else []
     device = resolve_device(request.device)
@@ -144,7 +145,7 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
             more=partial(_losses, run, data, FishTokenizer.from_pretrained(base_dir), folder),
             say=say,
         )
-        write(board, folder)
+        say(f"the page: {write(board, folder)}")
     return board
 
 
@@ -171,9 +172,11 @@ def evaluation_folder(run: Run) -> Path:
     return run.folder / "evaluation"
 
 
-def write(board: Leaderboard, folder: Path) -> None:
-    """The leaderboard as JSON, as text and as a page."""
+def write(board: Leaderboard, folder: Path) -> Path:
+    """The leaderboard as JSON, as text and as a page; returns the page."""
     board.write(folder)
+    write_markdown(board, folder)
+    return write_page(board, folder)
     write_markdown(board, folder)
     write_page(board, folder)
 
@@ -216,18 +219,13 @@ def _first_record(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
 
 def _data_dir(record: dict[str, Any], request: Request) -> Path:
     """Where the run says that it was trained, or where that has gone."""
-    recorded = _typed(Path(record["data_dir"]))
+    recorded = Path(shown_path(Path(record["data_dir"])))
     if not recorded.is_dir() and request.data_dir is None:
         raise FileNotFoundError(
             f"{recorded}: the data set of this project is not there any more; "
             "give its place with --data-dir"
         )
     return recorded if recorded.is_dir() else request.data_dir
-
-
-def _typed(path: Path) -> Path:
-    """A path as one would type it here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _losses(

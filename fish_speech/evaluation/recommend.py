@@ -48,18 +48,40 @@ def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands
         return _use(best, base, sound, measured, compare, commands)
     last = sound[-1]
     falling = last is measured[-1] and _loss_falls([base, *measured])
-    gain = f"no checkpoint {compare.wins} beyond the interval"
+    gain = f"no checkpoint {compare.wins} the base beyond the interval"
     if falling:
         reason = f"{gain} yet, and the held-out loss still falls"
         return Recommendation(None, None, "train longer", reason, commands.train_longer)
     return _keep(base, gain, commands)
 
 
+def prefer(a: Row, b: Row, samples: Sequence[Sample], commands: Commands) -> Recommendation:
+    """Which of two models to use, by the same rules; `a` where neither is better."""
+    compare = _Comparison(samples)
+    for one, other in ((b, a), (a, b)):
+        if one.error is not None:
+            continue
+        if other.error is not None:
+            reason = f"{other.name} could not be measured"
+        elif compare.better(one, other) and not compare.worse_words(one, other):
+            reason = f"{one.name} {compare.wins} {other.name} ({compare.show(one, other)})"
+        else:
+            continue
+        return Recommendation(one.name, one.step, "use", reason, commands.use.format(path=one.path))
+    if a.error is not None:
+        reason = "neither could be measured"
+    elif compare.count < FEWEST:
+        reason = f"{compare.count} texts are too few to tell"
+    else:
+        reason = "neither is better than the other beyond the interval"
+    return _keep(a, reason, commands)
+
+
 def _use(
     best: Row, base: Row, sound: list[Row], measured: list[Row], compare: _Comparison,
     commands: Commands,
 ) -> Recommendation:  # fmt: skip
-    reason = f"{best.name} {compare.wins} ({compare.show(best, base)})"
+    reason = f"{best.name} {compare.wins} the base ({compare.show(best, base)})"
     if compare.words_count:
         reason += ", its error rate is no worse"
     if best is not sound[-1]:
@@ -92,8 +114,9 @@ class _Comparison:
         self.words_count = any(spoken.wer is not None for spoken in everything)
         self.count = len(self._samples)
         self.wins = (
-            "is more like the voice than the base" if self._by_voice
-            else "makes fewer word errors than the base"
+            "is more like the voice than" if self._by_voice
+            else "makes fewer word errors than" if self.words_count
+            else "runs on or says nothing less often than"
         )  # fmt: skip
         self.loses = (
             "makes more word errors than the base" if self.words_count

@@ -1,0 +1,88 @@
+"""Any two models against each other, on the same texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from fish_speech.evaluation.leaderboard import Leaderboard
+from fish_speech.evaluation.measure import Say, measure
+from fish_speech.evaluation.project import listener_for, write
+from fish_speech.evaluation.recommend import Commands, prefer
+from fish_speech.evaluation.speaker import FOLDER
+from fish_speech.evaluation.takes import Candidate, Line, Recording, plan_lines
+from fish_speech.files import exclusive, safe_name, shown_path
+from fish_speech.inference import Settings, TextToSpeech
+from fish_speech.inference.jobs import model_digests
+
+_VOICE = "reference"
+
+
+def compare(
+    models: Sequence[Path],
+    texts: Sequence[str],
+    folder: Path,
+    *,
+    load: Callable[[Path], TextToSpeech],
+    loaded_as: Any = None,
+    settings: Settings | None = None,
+    takes: int = 1,
+    speaker: str | None = None,
+    references: Sequence[tuple[str | Path, str]] = (),
+    device: str = "auto",
+    say: Say = lambda message: None,
+) -> Leaderboard:
+    """Measure two model directories on `texts`, each spoken `takes` times, and write the page.
+
+    `load` gives a directory's voice; `loaded_as` is what else decides how it sounds, as JSON can
+    hold it. With `references` (recordings and what they say) the voices are compared with those,
+    and the first is cloned too. What an earlier call spoke into `folder` is not spoken again.
+    Raises `ValueError` where the models are the same or there is nothing to speak.
+    """
+    settings = settings or Settings()
+    a, b = (Path(model) for model in models)
+    if a.resolve() == b.resolve():
+        raise ValueError(f"{shown_path(a)}: it can't be compared with itself; give another model")
+    recordings = [Recording(Path(audio), words) for audio, words in references]
+    known = {_VOICE: recordings} if recordings else {}
+    lines = plan_lines(
+        [Line("", text, speaker=speaker, voice=_VOICE) for text in texts],
+        len(texts) * takes,
+        {name: clips[0] for name, clips in known.items()},
+        settings.seed,
+    )
+    alike = safe_name(a.name) == safe_name(b.name)
+    names = (f"A: {a.name}", f"B: {b.name}") if alike else (a.name, b.name)
+    cloning = f" --reference-audio {quote(str(references[0][0]))}" if references else ""
+    speak = 'cli_tts.py "Hello there." --model-path {path}' + re.sub("[{}]", r"\g<0>\g<0>", cloning)
+    commands = Commands(speak, "", speak.format(path=shown_path(a)))
+    with exclusive(folder, f"the comparison in {folder}"):
+        candidates = [
+            Candidate(
+                name,
+                Path(shown_path(path)),
+                json.dumps([model_digests(path), loaded_as], sort_keys=True),
+                partial(load, path),
+            )
+            for name, path in zip(names, (a, b), strict=True)
+        ]
+        board = measure(
+            candidates,
+            lines,
+            known,
+            folder,
+            title=f"{names[0]} against {names[1]}",
+            listener=listener_for(texts, None, device, folder / "heard.jsonl", say),
+            commands=commands,
+            settings=settings,
+            strangers=sorted(FOLDER.glob("strangers/*")),
+            say=say,
+        )
+        board.recommendation = prefer(*board.rows, board.samples, commands)
+        write(board, folder)
+    return board
