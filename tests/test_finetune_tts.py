@@ -1,5 +1,6 @@
 """finetune_tts.py as its users run it."""
 
+import json
 import os
 import re
 import shutil
@@ -37,9 +38,17 @@ def test_three_scripts_make_recordings_a_voice_that_speaks(tmp_path):
     tuned = script(
         "finetune_tts", "--project", "demo", "--data-dir", "training_data/demo",
         "--model-version", "tiny", "--full-pipeline", "--max-steps", 4, "--save-every", 2,
-        "--learning-rate", "1e-3", cwd=tmp_path,
+        "--learning-rate", "1e-3", "--eval-samples", 2, cwd=tmp_path,
     )  # fmt: skip
     assert tuned.returncode == 0, tuned.stderr
+    board = json.loads((tmp_path / "results/demo/evaluation/leaderboard.json").read_text())
+    assert [row["step"] for row in board["rows"]] == [0, 2, 4]
+    assert board["recogniser"].startswith("pocketsphinx")
+    recording, within, across = (row["figures"] for row in board["scale"])
+    assert recording["wer"]["mean"] < 0.3 < board["rows"][0]["figures"]["wer"]["mean"]
+    assert within["similarity"]["low"] > across["similarity"]["high"]
+    assert board["rows"][2]["figures"]["similarity"]["n"] == 2
+    assert "next: " in tuned.stdout
     assert "validation loss" in tuned.stderr
     listed = script("finetune_tts", "--project", "demo", "--list-checkpoints", cwd=tmp_path)
     assert listed.stdout.splitlines()[-1] == "🎯 Latest: step_000000004.ckpt"
@@ -105,7 +114,7 @@ def test_the_guides_three_stages_build_on_each_other(project, tmp_path, capsys):
 
 def test_the_whole_pipeline_goes_on_where_it_was_and_does_nothing_twice(project, tmp_path, capsys):
     keep_codes(tmp_path)
-    flags = ("--data-dir", "data", "--full-pipeline", "--learning-rate", "1e-3")
+    flags = ("--data-dir", "data", "--full-pipeline", "--no-evaluate", "--learning-rate", "1e-3")
     assert project(*flags, "--max-steps", 2) == 0
     assert project(*flags, "--max-steps", 4) == 0
     said = capsys.readouterr().err
@@ -318,7 +327,8 @@ def test_two_processes_are_one_with_twice_the_batch(project, tmp_path, base_dir,
     keep_codes(tmp_path)
     (tmp_path / "data/Ann/clip_0005.lab").write_text("")  # named and left out, in both runs
     flags = [
-        "--data-dir", "data", "--full-pipeline", "--max-steps", "3", "--learning-rate", "1e-3",
+        "--data-dir", "data", "--full-pipeline", "--no-evaluate", "--max-steps", "3",
+        "--learning-rate", "1e-3",
         "--save-every", "2", "--override", "lora.dropout=0", "--device", "cpu",
         "--precision", "fp32",
     ]  # fmt: skip

@@ -83,6 +83,7 @@ def test_every_command_of_the_guide_works_as_typed(tmp_path, monkeypatch, base_d
         program, *arguments = shlex.split(small)
         if program == "finetune_tts.py" and ("--train" in small or "--full-pipeline" in small):
             arguments += ["--max-steps", "2"]
+            arguments += ["--eval-samples", "1"] if "--full-pipeline" in small else []
             if "--resume-latest" in small and "my_voice " in small:
                 arguments[-1] = "3"
         status = PROGRAMS[program].main(arguments)

@@ -86,7 +86,7 @@ def measure(
         normalisation=NORMALISATION,
         speaker_encoder=listener.encoder and listener.encoder.identity,
         settings={
-            "samples": len(lines),
+            "samples": sum(line.reference is None for line in lines),
             "temperature": settings.sampling.temperature,
             "top_p": settings.sampling.top_p,
             "repetition_penalty": settings.sampling.repetition_penalty,

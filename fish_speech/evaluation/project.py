@@ -17,7 +17,6 @@ from fish_speech.evaluation.leaderboard import JSON_NAME, Figure, Leaderboard
 from fish_speech.evaluation.listen import Listener
 from fish_speech.evaluation.measure import AUDIO, Say, measure
 from fish_speech.evaluation.page import write_markdown, write_page
-from fish_speech.evaluation.page import write_markdown, write_page
 from fish_speech.evaluation.recognise import choose_recogniser
 from fish_speech.evaluation.recommend import Commands
 from fish_speech.evaluation.speaker import FOLDER, SpeakerEncoder
