@@ -176,8 +176,6 @@ def write(board: Leaderboard, folder: Path) -> Path:
     board.write(folder)
     write_markdown(board, folder)
     return write_page(board, folder)
-    write_markdown(board, folder)
-    write_page(board, folder)
 
 
 def listener_for(
