@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from benchmarks.measure import CACHE, Row, fresh
+from benchmarks.full_size import full_size_model
+from benchmarks.measure import Row, fresh
 
 _REPEATS = 3
 _PAGE = 4096
@@ -32,39 +33,6 @@ def load_row(device: str) -> Row:
         workload=f"{size / 1e9:.2f} GB bf16, every page touched; peak is {peak * 1e9 / size:.2f} x"
         " the file; limit: the same bytes copied from the page cache",
     )
-
-
-def full_size_model() -> Path:
-    """A model directory of the published size with seeded random weights, made once."""
-    directory = CACHE / "full-size"
-    if not (directory / "model.pth").exists():  # written last, so the rest is there too
-        fresh(_make, directory)
-    return directory
-
-
-def _make(directory: Path) -> None:
-    import torch
-
-    from fish_speech.models.text2semantic import DualARTransformer, ModelConfig, save_model
-    from fish_speech.tokenizer import CONTROL_TOKENS, FishTokenizer
-
-    config = ModelConfig()
-    special = len(CONTROL_TOKENS) + config.codebook_size
-    # Every byte, every pair of bytes, and as many triples as it takes.
-    tokens = [bytes([i]) for i in range(256)] + [i.to_bytes(2, "big") for i in range(1 << 16)]
-    triples = config.vocab_size - special - len(tokens)
-    tokens += [i.to_bytes(3, "big") for i in range(triples)]
-    tokenizer = FishTokenizer.from_ranks({token: i for i, token in enumerate(tokens)})
-
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in DualARTransformer(config).state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for key, shape in shapes.items():
-        weight = torch.empty(shape, dtype=torch.bfloat16)
-        scales = len(shape) == 1  # the weights of norms lie around one
-        state[key] = weight.normal_(1.0 if scales else 0.0, 0.02, generator=generator)
-    save_model(state, directory, config=config, tokenizer=tokenizer)
 
 
 def _load(directory: Path, device: str) -> float:

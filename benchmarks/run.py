@@ -9,14 +9,30 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.codec import codec_decode_bf16_row, codec_decode_fp32_row, codec_encode_row
+from benchmarks.data import extract_row, pack_row
+from benchmarks.generate import generate_bf16_row, generate_fp32_row, generate_int8_row
 from benchmarks.load import load_row
 from benchmarks.measure import Row
 from benchmarks.prepare import prepare_long_row, prepare_row
+from benchmarks.speak import synthesis_int8_row
 from benchmarks.startup import startup_row
+from benchmarks.train import train_auto_row, train_fp32_row
 from fish_speech.files import write_json
 
 ROWS: dict[str, Callable[[str], Row]] = {
     "load": load_row,
+    "train_fp32": train_fp32_row,
+    "train_auto": train_auto_row,
+    "generate_fp32": generate_fp32_row,
+    "generate_bf16": generate_bf16_row,
+    "generate_int8": generate_int8_row,
+    "codec_decode_fp32": codec_decode_fp32_row,
+    "codec_decode_bf16": codec_decode_bf16_row,
+    "codec_encode": codec_encode_row,
+    "synthesis_int8": synthesis_int8_row,
+    "extract": extract_row,
+    "pack": pack_row,
     "startup": startup_row,
     "prepare": prepare_row,
     "prepare_long": prepare_long_row,

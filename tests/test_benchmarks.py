@@ -8,9 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import run
 from benchmarks.measure import REPOSITORY, Row
+from benchmarks.work import flops_of, frame_weights, module_shapes, training_flops
+from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
+from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
+from fish_speech.training.loss import loss_sums
+from tests.conftest import golden_tensors
+from tests.made_data import make_data_set
+
+IN_CACHE = {"load", "prepare", "prepare_long", "startup"}  # their inputs are not made small here
 
 
 def a_row(device: str) -> Row:
@@ -76,3 +87,68 @@ def test_only_measures_what_it_names(monkeypatch, capsys):
         run.main(["--only", "nothing"])
     assert usage.value.code == 2
     assert "bad, good" in capsys.readouterr().err.replace("'", "")
+
+
+def small_model():
+    config = ModelConfig(
+        vocab_size=1400, dim=64, n_layer=3, n_head=4, n_local_heads=2, head_dim=16,
+        intermediate_size=96, n_fast_layer=2, fast_dim=48, fast_n_head=3, fast_n_local_heads=1,
+        fast_head_dim=16, fast_intermediate_size=80,
+    )  # fmt: skip
+    return DualARTransformer(config)
+
+
+def test_no_more_work_is_counted_for_a_step_than_the_package_does():
+    model = small_model()
+    add_lora(model, LoRAConfig(r=4, dropout=0.0))
+    columns, frames = 40, 25
+    tokens = torch.randint(0, 1000, (1, 9, columns))
+    labels = torch.full_like(tokens, -100)
+    labels[:, 0, columns - frames - 2 :] = 7
+    labels[:, 1:, columns - frames - 1 : -1] = 5
+    # The counter does not know the CPU's fused attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        sums = loss_sums(model.train(), tokens, labels)
+        (sums.token + sums.codebook).backward()
+    done = counter.get_total_flops()
+    # What is left are the adapters of embeddings, and attention to what is masked.
+    assert 0.9 * done < training_flops(model.config, columns, frames, 4) <= done
+
+
+def test_a_frame_has_to_read_its_layers_once_and_the_fast_ones_for_every_code_but_the_first():
+    model = small_model()
+
+    def read(module):
+        return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+
+    fast = read(model.fast_layers) + read(model.fast_output)
+    assert frame_weights(model.config) == read(model.layers) + 1025 * 64 + 7 * fast
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_the_products_of_a_codec_are_all_counted(codec, direction):
+    golden = golden_tensors("codec_io.pt")
+    given = golden["audio"] if direction == "encode" else golden["codes"]
+    call = getattr(codec, direction)
+    with FlopCounterMode(display=False) as counter:
+        call(given)
+    mel = codec.spec_transform(golden["audio"]).shape[-1] * 160 * 1025 * 2 * len(golden["audio"])
+    expected = counter.get_total_flops() - (mel if direction == "encode" else 0)
+    assert flops_of(module_shapes(codec, lambda: call(given))) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(run.ROWS) - IN_CACHE))
+def test_every_row_runs_what_it_says(name, base_dir, tmp_path, monkeypatch, capsys):
+    """On the golden model in place of the full-size one."""
+    for module in ("train", "generate", "codec", "speak", "data"):
+        for made in ("full_size_model", "full_size_voice"):
+            monkeypatch.setattr(f"benchmarks.{module}.{made}", lambda: base_dir, raising=False)
+    utterances = make_data_set(tmp_path / "utterances", {"Ann": 5})
+    monkeypatch.setattr("benchmarks.data._utterances", lambda: utterances)
+    assert run.main(["--only", name, "--json", str(tmp_path / "rows.json")]) == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["name"] == name
+    assert row["figure"] > 0
+    assert row["limit"] > 0
+    assert 0.03 < row["peak_memory_gb"] < 3

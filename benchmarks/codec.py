@@ -1,0 +1,82 @@
+"""Rows `codec_*`: ten seconds of audio to codes, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from benchmarks.full_size import full_size_voice
+from benchmarks.limits import matrix_rate, seconds
+from benchmarks.measure import Row, fresh
+from benchmarks.work import flops_of, module_shapes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fish_speech.models.vqgan import Codec
+
+SECONDS = 10.0
+
+
+def codec_decode_fp32_row(device: str) -> Row:
+    return _row("codec_decode_fp32", "decode", "float32", device)
+
+
+def codec_decode_bf16_row(device: str) -> Row:
+    return _row("codec_decode_bf16", "decode", "bfloat16", device)
+
+
+def codec_encode_row(device: str) -> Row:
+    return _row("codec_encode", "encode", "float32", device)
+
+
+def decode_limit(directory: Path, dtype: str, device: str) -> tuple[float, float, float]:
+    """Least seconds for ten seconds of audio, FLOP, and FLOP/s of the fastest of its products."""
+    return _limit(directory, "decode", dtype, device)
+
+
+def _row(name: str, direction: str, dtype: str, device: str) -> Row:
+    directory = full_size_voice()
+    times, peak = fresh(_time, directory, direction, dtype, device)
+    (limit, flops, rate), _ = fresh(_limit, directory, direction, dtype, device)
+    return Row(
+        name=name,
+        figure=median(times),
+        unit="s",
+        limit=limit,
+        peak_memory_gb=peak,
+        workload=f"{SECONDS:.0f} s of audio, {flops / 1e9:.0f} GFLOP; "
+        f"limit: {rate / 1e9:.0f} GFLOP/s, the fastest of its products",
+    )
+
+
+def _time(directory: Path, direction: str, dtype: str, device: str) -> list[float]:
+    _, call = _prepare(directory, direction, dtype, device)
+    return seconds(call, device)
+
+
+def _limit(directory: Path, direction: str, dtype: str, device: str) -> tuple[float, float, float]:
+    shapes = module_shapes(*_prepare(directory, direction, "float32", device))
+    rate = matrix_rate({shape for shape, groups in shapes if groups == 1}, dtype, device)
+    flops = flops_of(shapes)
+    return flops / rate, flops, rate
+
+
+def _prepare(
+    directory: Path, direction: str, dtype: str, device: str
+) -> tuple[Codec, Callable[[], object]]:
+    """The codec, and a call of it as extraction and synthesis make it."""
+    import torch
+
+    from fish_speech.models.vqgan import load_codec
+
+    codec = load_codec(directory, device, getattr(torch, dtype))
+    random = torch.Generator().manual_seed(0)
+    if direction == "encode":
+        samples = round(SECONDS * codec.sample_rate)
+        waveforms = 0.1 * torch.randn(1, 1, samples, generator=random).to(device)
+        return codec, lambda: codec.encode(waveforms)
+    shape = 1, codec.num_codebooks, round(SECONDS * codec.frame_rate)
+    codes = torch.randint(codec.codebook_size, shape, generator=random).to(device)
+    return codec, lambda: codec.decode(codes)

@@ -1,0 +1,91 @@
+"""Rows `generate_*`: frames a second of the language model, one voice at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+from benchmarks.full_size import full_size_model
+from benchmarks.limits import read_bandwidth, wait_for
+from benchmarks.measure import Row, fresh
+from benchmarks.work import frame_weights
+
+_PROMPT = 128  # columns: a sentence, and a short one before it
+_FRAMES = 60
+_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def generate_fp32_row(device: str) -> Row:
+    return _row("fp32", device)
+
+
+def generate_bf16_row(device: str) -> Row:
+    return _row("bf16", device)
+
+
+def generate_int8_row(device: str) -> Row:
+    return _row("int8", device)
+
+
+def frames_limit(directory: Path, kind: str, device: str) -> tuple[float, float]:
+    """Frames a second that the memory could feed, and its bandwidth in bytes a second."""
+    from fish_speech.models.text2semantic import ModelConfig
+
+    bandwidth = read_bandwidth(device)
+    weights = frame_weights(ModelConfig.from_pretrained(directory))
+    return bandwidth / (weights * _BYTES[kind]), bandwidth
+
+
+def _row(kind: str, device: str) -> Row:
+    directory = full_size_model()
+    seconds, peak = fresh(_generate, directory, kind, device)
+    (limit, bandwidth), _ = fresh(frames_limit, directory, kind, device)
+    return Row(
+        name=f"generate_{kind}",
+        figure=1 / seconds,
+        unit="frames/s",
+        limit=limit,
+        peak_memory_gb=peak,
+        workload=f"after a prompt of {_PROMPT} columns (real time is 21.5); limit: every weight of"
+        f" a frame read once at {bandwidth / 1e9:.1f} GB/s",
+    )
+
+
+def _generate(directory: Path, kind: str, device: str) -> float:
+    """The median seconds a frame, the first frames of a speech apart: they take the prompt."""
+    import torch
+
+    from fish_speech.inference.generate import generate
+    from fish_speech.inference.sampling import Sampling
+    from fish_speech.models.text2semantic import load_model
+    from fish_speech.models.text2semantic.quantize import quantize_int8
+    from fish_speech.tokenizer import FishTokenizer
+
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    model = load_model(directory, device, dtype)
+    if kind == "int8":
+        model = quantize_int8(model)
+    tokenizer = FishTokenizer.from_pretrained(directory)
+    random = torch.Generator().manual_seed(0)
+    prompt = torch.zeros(model.config.num_codebooks + 1, _PROMPT, dtype=torch.long)
+    prompt[0] = torch.randint(0, 256, (_PROMPT,), generator=random)
+    times: list[float] = []
+    for seed in range(_FRAMES):  # a speech of random weights may end at any time
+        frames = generate(
+            model,
+            prompt,
+            im_end_id=tokenizer.im_end_id,
+            max_new_tokens=_FRAMES + 1,
+            sampling=Sampling(),
+            generator=torch.Generator(device).manual_seed(seed),
+        )
+        next(frames, None)
+        start = perf_counter()
+        for _ in frames:
+            wait_for(device)
+            times.append(perf_counter() - start)
+            start = perf_counter()
+        if len(times) >= _FRAMES // 2:
+            break
+    return median(times)
