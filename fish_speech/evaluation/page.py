@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from fish_speech.audio import audio_info
 from fish_speech.evaluation.columns import (
@@ -157,8 +158,8 @@ def _listen(board: Leaderboard, takes: _Takes) -> str:
     rows = "".join(takes.row(sample, columns) for sample in board.samples)
     kinds = {sample.referenced for sample in board.samples}
     note = (
-        f"<p class='hint'>{takes.left_out} takes are not in this page, which would be too large: "
-        "they are links to the files beside it.</p>"
+        f"<p class='hint'>{len(takes.left_out)} takes are not in this page, which would be too "
+        "large: they are links to the files beside it.</p>"
         if takes.left_out else ""
     )  # fmt: skip
     return (
@@ -188,7 +189,7 @@ class _Takes:
         self._board, self._folder = board, folder
         self._sounds: dict[Path, str] = {}  # address by file
         self._identities: dict[Path, str] = {}  # of players that are in the page already
-        self.left_out = 0
+        self.left_out: set[Path] = set()
         for file in dict.fromkeys(self._by_importance()):
             try:
                 address = audio_uri(file)
@@ -198,7 +199,7 @@ class _Takes:
                 most -= len(address)
                 self._sounds[file] = address
             else:
-                self.left_out += 1
+                self.left_out.add(file)
 
     def _by_importance(self) -> Iterator[Path]:
         board = self._board
@@ -243,10 +244,12 @@ class _Takes:
     def _player(self, file: Path, name: str, share: float) -> str:
         """As long as its sound is within the row, so that one sees who runs on."""
         if (address := self._sounds.get(file)) is None:
-            if not file.is_file():
+            if file not in self.left_out:
                 return ""
             near = file.relative_to(self._folder) if file.is_relative_to(self._folder) else None
-            return f"<a href='{text(near)}'>{text(near)}</a>" if near else f"<p>{text(file)}</p>"
+            if near is None:
+                return f"<p class='none'>{text(file)}</p>"
+            return f"<a href='{quote(near.as_posix())}'>{text(near)}</a>"
         element = ""
         if file not in self._identities:
             self._identities[file] = f"sound{len(self._identities)}"
