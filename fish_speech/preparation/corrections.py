@@ -16,29 +16,41 @@ class Corrections:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        entries = read_json(path) if path.is_file() else []
-        self.entries = {self.key(entry): entry for entry in entries}
-
-    @staticmethod
-    def key(clip: dict[str, Any]) -> tuple[str, float, float]:
-        recording = clip["file"].rpartition("_")[0]  # the clip's number may change
-        return recording.casefold(), clip["start"], clip["end"]
+        self.entries: list[dict[str, Any]] = read_json(path) if path.is_file() else []
 
     def note(self, clip: dict[str, Any], text: str) -> None:
         """Remember the `text` of a clip, if it isn't the one that the clip was made with."""
-        if text == clip["text"]:
-            self.entries.pop(self.key(clip), None)
-        else:
+        known = self.find(clip)
+        self.entries = [entry for entry in self.entries if entry not in (known, self.at(clip))]
+        if text != clip["text"]:
             about = {name: clip[name] for name in ("file", "source", "start", "end")}
-            self.entries[self.key(clip)] = {**about, "text": text, "instead_of": clip["text"]}
+            self.entries.append({**about, "text": text, "instead_of": clip["text"]})
 
-    def find(self, clip: dict[str, Any], *, any_text: bool) -> str | None:
-        """The corrected text of a clip's seconds; unless `any_text`, only if made for its text."""
-        entry = self.entries.get(self.key(clip))
-        if entry is None or not (any_text or entry["instead_of"] == clip["text"]):
-            return None
-        return entry["text"]
+    def find(self, clip: dict[str, Any], *, any_text: bool = False) -> dict[str, Any] | None:
+        """The correction of a clip's text, wherever it was cut then; None where there is none.
+
+        With `any_text` one of just its seconds counts, whatever the text was.
+        """
+        for entry in self.entries:
+            overlaps = entry["start"] < clip["end"] and clip["start"] < entry["end"]
+            same = entry["instead_of"] == clip["text"] and overlaps
+            if same and _recording(entry) == _recording(clip):
+                return entry
+        return self.at(clip) if any_text else None
+
+    def at(self, clip: dict[str, Any]) -> dict[str, Any] | None:
+        """The correction of just a clip's seconds."""
+        place = _recording(clip), clip["start"], clip["end"]
+        for entry in self.entries:
+            if (_recording(entry), entry["start"], entry["end"]) == place:
+                return entry
+        return None
 
     def save(self) -> None:
         if self.entries or self.path.is_file():
-            write_json(self.path, [entry for _, entry in sorted(self.entries.items())])
+            order = sorted(self.entries, key=lambda entry: (_recording(entry), entry["start"]))
+            write_json(self.path, order)
+
+
+def _recording(clip: dict[str, Any]) -> str:
+    return clip["file"].rpartition("_")[0].casefold()  # the clip's number may change

@@ -187,19 +187,19 @@ class Books:
         self.corrections.save()
 
     def _correct(self, record: Record, old: Record | None) -> None:
-        """Give new clips the texts that were corrected in clips of the same seconds."""
+        """Give new clips the texts that were corrected in the clips before them."""
         fitting = []
         for clip in record.clips:
-            text = self.corrections.find(clip, any_text=not record.scripted)
-            if text is not None:
-                write_text(self.folder / Path(clip["file"]).with_suffix(".lab"), text)
-                fitting.append(Corrections.key(clip))
+            entry = self.corrections.find(clip, any_text=not record.scripted)
+            if entry is not None:
+                write_text(self.folder / Path(clip["file"]).with_suffix(".lab"), entry["text"])
+                fitting.append(entry)
         for clip in old.clips if old is not None else ():
-            known = self.corrections.find(clip, any_text=True)
-            if known is not None and Corrections.key(clip) not in fitting:
+            entry = self.corrections.at(clip)
+            if entry is not None and entry not in fitting:
                 self.say(
-                    f"the text {known[:60]!r} that {clip['file']} was given by hand fits no clip "
-                    f"any more; it is kept in {self.corrections.path}"
+                    f"the text {entry['text'][:60]!r} that {clip['file']} was given by hand "
+                    f"fits no clip any more; it is kept in {self.corrections.path}"
                 )
 
     def _settle(self, clip: dict[str, Any], drop_flagged: bool) -> bool:

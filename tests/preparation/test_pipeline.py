@@ -130,10 +130,10 @@ def test_a_deleted_label_comes_back_and_a_deleted_clip_is_forgotten(folder, opti
     for path in (options.output / "Me").glob("take_1*"):
         path.unlink()
     others = replace(options, input=str(folder(1, "others")), speaker="Other")
-    assert {clip["file"] for clip in prepare(others).clips} == {
-        "Me/take_0_0001.wav",
-        "Other/take_0_0001.wav",
-    }
+    summary = prepare(others)
+    files = {clip["file"] for clip in summary.clips}
+    assert files == {"Me/take_0_0001.wav", "Other/take_0_0001.wav"}
+    assert len(summary.recordings) == 2
 
 
 def test_corrections_survive_rejection(folder, options):
@@ -180,6 +180,30 @@ def test_corrections_survive_other_options_where_they_fit(take, options, monkeyp
     assert prepare(options).clips[1]["text"] == old.upper()
     label.write_text(old)  # not to be corrected any more
     assert prepare(louder).clips[1]["text"] == old
+
+
+def test_a_correction_stays_where_only_the_silence_is_cut_off(folder, options):
+    options = replace(options, input=str(folder(2)), split_long=False)
+    prepare(options)
+    label = options.output / "Me" / "take_0_0001.lab"
+    label.write_text("Corrected by hand.")
+    trimmed = replace(options, split_long=True)
+    assert prepare(trimmed).clips[0]["text"] == "Corrected by hand."
+    label.write_text(Path(options.input, "take 0.txt").read_text())
+    assert prepare(options).clips[0]["text"] != "Corrected by hand."
+    assert prepare(trimmed).clips[0]["text"] != "Corrected by hand."
+
+
+def test_corrections_of_recognised_texts_stay_whoever_recognises(take, options, reader):
+    recording = take(6)
+    options = replace(options, input=str(recording.path), auto_transcribe=True)
+    prepare(options, recogniser=reader(recording))
+    (options.output / "Me" / "long_0001.lab").write_text("Corrected by hand.")
+    other = reader(recording, mishear={"The": "A", "the": "a"})
+    other.identity = "other"
+    summary = prepare(options, recogniser=other)
+    assert summary.clips[0]["text"] == "Corrected by hand."
+    assert " a " in summary.clips[1]["text"]
 
 
 def test_a_new_transcript_wins_over_an_old_correction(folder, options):
@@ -499,6 +523,7 @@ def test_only_the_first_minutes_are_used(take, options, reader):
     recording.path.with_suffix(".txt").write_text(" ".join(recording.texts))
     summary = prepare(options)  # the script says more than these minutes
     assert "its transcript can't be cut with it" in summary.skipped[0]["reason"]
+    assert summary.failed == 1
     assert len(prepare(replace(options, max_duration=60)).clips) > 2
 
 
