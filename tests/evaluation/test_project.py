@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
         assert finetune(
             "--data-dir", "training_data/p", "--train", "--max-steps", 4, "--save-every", 2,
             "--learning-rate", "0.05", "--override", "data.validation_share=0.34",
-            "--pretrained-ckpt-path", "base",
+            "--pretrained-ckpt-path", "base", "--precision", "fp32",
         ) == 0  # fmt: skip
     finally:
         os.chdir(before)
