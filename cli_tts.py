@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
+from fish_speech.console import print_anything
 from fish_speech.devices import PRECISIONS, resolve_device, resolve_precision, set_threads
 from fish_speech.files import atomic_path, decode_text, file_digest, read_text, shown_path
 
@@ -34,6 +35,7 @@ examples:
   cli_tts.py --text-file chapter.txt -o chapter.mp3
   cli_tts.py --text-file lines.txt --batch -o takes/
   cli_tts.py "Hello." --reference-audio me.wav --reference-text "What I say in it."
+  cli_tts.py --compare checkpoints/me-merged 1.5 --texts lines.txt --reference-audio me.wav
 """
 
 
@@ -105,6 +107,16 @@ def build_parser() -> argparse.ArgumentParser:
         " what was heard can't be taken back)",
     )
 
+    comparing = parser.add_argument_group("comparing")
+    comparing.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="measure two models on the same texts; -o is the folder of the page with figures and"
+        " players (default: output/A-against-B)",
+    )
+    comparing.add_argument("--texts", metavar="FILE", type=Path, help="these texts, one a line")
+
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or mps (default: CUDA if any, else CPU)"
@@ -135,8 +147,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_anything()
     args = build_parser().parse_args(argv)
     try:
+        if args.compare or args.texts:
+            return compare_models(args)
         return list_voices() if args.list_voices else speak(args)
     except KeyboardInterrupt:
         say("\nInterrupted; what was not finished was not written.")
@@ -222,6 +237,41 @@ def speak(args: argparse.Namespace) -> int:
     return FAILED if failed else OK
 
 
+def compare_models(args: argparse.Namespace) -> int:
+    """Two models and a file of texts -> a folder with the page, whose path is printed."""
+    if not (args.compare and args.texts):
+        raise ValueError("--compare A B and --texts FILE go together")
+    if args.text or args.text_file or args.model_path or args.batch or args.play:
+        raise ValueError("--compare speaks --texts FILE with its two models: give no other")
+    from fish_speech.evaluation.compare import compare
+    from fish_speech.evaluation.page import HTML_NAME
+    from fish_speech.evaluation.project import read_texts
+    from fish_speech.hub import find_model
+    from fish_speech.inference.voices import pair_references
+
+    texts = read_texts(args.texts)
+    references = pair_references(args.reference_audio, args.reference_text)
+    models = [find_model(path, Path(__file__).resolve().parent) for path in args.compare]
+    for model_dir in models:
+        choose_speaker(args.speaker, model_dir)
+    folder = Path(args.output or Path("output", "-against-".join(path.name for path in models)))
+    if args.threads is not None:
+        set_threads(args.threads)
+    board = compare(
+        *(models, texts, folder),
+        load=lambda model_dir: load(args, model_dir),
+        loaded_as=[args.device, args.precision, args.quantize],
+        settings=settings_of(args),
+        takes=args.num_samples,
+        speaker=args.speaker,
+        references=references,
+        device=args.device,
+        say=say,
+    )
+    print(folder / HTML_NAME)
+    return FAILED if any(row.error for row in board.rows) else OK
+
+
 def plan_jobs(args: argparse.Namespace, text: str) -> list[Job]:
     from fish_speech.inference.jobs import default_output, plan
 
@@ -233,7 +283,8 @@ def plan_jobs(args: argparse.Namespace, text: str) -> list[Job]:
             raise ValueError("standard output is closed; give -o FILE")
         output = None
     else:
-        output = Path(args.output or default_output(text, args.batch))
+        default = default_output(text, args.batch)
+        output = default if args.output is None else Path(args.output)
     jobs = plan(
         text,
         output,
