@@ -27,6 +27,7 @@ demo: setup ## recordings in samples/ become a voice that speaks, with the embed
 	  --model-path checkpoints/$(VOICE)-merged -o output/$(VOICE).wav
 	@echo "clips      training_data/$(VOICE)"
 	@echo "run        results/$(VOICE) (losses: logs/loss.png)"
+	@echo "figures    results/$(VOICE)/evaluation/leaderboard.html"
 	@echo "voice      checkpoints/$(VOICE)-merged"
 	@echo "speech     output/$(VOICE).wav"
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fish_speech.inference.jobs import Job
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-SMALL_MODEL = 100_000_000  # bytes of weights
 EPILOG = """\
 exit status: 0 spoken; 1 some texts failed or have a gap; 2 bad usage or bad input; 130 interrupted
 
@@ -335,11 +334,11 @@ def wanted_text(args: argparse.Namespace) -> str:
 
 
 def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
+    from fish_speech.devices import suit_threads
     from fish_speech.inference import TextToSpeech
 
-    small = (model_dir / "model.pth").stat().st_size < SMALL_MODEL
-    if small and args.threads is None:  # more would only wait for each other
-        set_threads(1)
+    if args.threads is None:
+        suit_threads(model_dir / "model.pth")
     device = resolve_device(args.device)
     dtype = None if args.precision == "auto" else resolve_precision(args.precision, device)
     if args.compile:

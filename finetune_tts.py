@@ -268,7 +268,7 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> None:
 
     try:
         board = evaluate(run, Request.of_flags(vars(args)), say)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if args.evaluate:
             raise
         say(f"not evaluated: {error}")  # the pipeline goes on

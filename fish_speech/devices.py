@@ -6,10 +6,13 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+_SMALL_MODEL = 100_000_000  # bytes of weights
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -79,6 +82,12 @@ def set_threads(count: int) -> None:
         raise ValueError(f"--threads {count}: must be at least 1")
 
     torch.set_num_threads(count)
+
+
+def suit_threads(weights: Path) -> None:
+    """One thread for a model of so few bytes that more would only wait for each other."""
+    if weights.stat().st_size < _SMALL_MODEL:
+        set_threads(1)
 
 
 def free_memory(device: torch.device) -> int:

@@ -67,7 +67,7 @@ class HeldOut:
             )
         if count > len(held) + len(more):
             say(f"{len(held) + len(more)} texts for {count} samples: --texts FILE gives more")
-        return plan_lines([*more, *held], count, self.references())
+        return plan_lines([*more, *held], count, self.references)
 
     def _line(self, text: str, speaker: str, recording: Recording | None = None) -> Line:
         name = speaker if self.named else None
@@ -83,6 +83,7 @@ class HeldOut:
             found[speaker] = [_recording(clip) for clip in chosen]
         return found
 
+    @cached_property
     def references(self) -> dict[str, Recording]:
         """A training clip of each speaker to be put in front, the nearest to eight seconds."""
         found = {}

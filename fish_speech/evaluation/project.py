@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fish_speech.devices import resolve_device, resolve_precision
+from fish_speech.devices import resolve_device, resolve_precision, suit_threads
 from fish_speech.evaluation.figures import figure
 from fish_speech.evaluation.held_out import HeldOut
 from fish_speech.evaluation.leaderboard import JSON_NAME, Figure, Leaderboard
@@ -78,6 +78,7 @@ class AdaptedBase:
 
     @cached_property
     def _voice(self) -> TextToSpeech:
+        suit_threads(self.directory / MODEL_FILE)
         return TextToSpeech.from_pretrained(self.directory, device=self._device, dtype=self._dtype)
 
     @cached_property
@@ -249,7 +250,7 @@ def _commands(
 ) -> Commands:
     program = f"finetune_tts.py --project {run.project}"
     longer = f"--data-dir {data.data_dir} --train --max-steps {2 * checkpoints[-1].step}"
-    reference = next(iter(data.references().values()), None)
+    reference = next(iter(data.references.values()), None)
     cloning = f" --reference-audio {reference.audio}" if reference else ""
     return Commands(
         use=f"{program} --merge-best",

@@ -236,7 +236,7 @@ def test_ctrl_c_is_clean_and_goes_on(project, monkeypatch, capsys):
     assert finetune(*flags) == 0
 
 
-def test_the_whole_pipeline_evaluates_unless_told_not_to(project, capsys):
+def test_the_whole_pipeline_evaluates_unless_told_not_to(project, monkeypatch, capsys):
     flags = ("--data-dir", "training_data/p", "--full-pipeline", "--max-steps", 4,
              "--eval-samples", 1)  # fmt: skip
     assert finetune(*flags, "--no-evaluate") == 0
@@ -244,9 +244,16 @@ def test_the_whole_pipeline_evaluates_unless_told_not_to(project, capsys):
     assert finetune(*flags) == 0
     assert Leaderboard.read(f"{FOLDER}/leaderboard.json").title == "p"
     capsys.readouterr()
-    (project / "results/p/evaluation/leaderboard.json").unlink()
     assert finetune(*flags, "--texts", "none.txt") == 0  # voices are not lost over a figure
     assert "not evaluated: --texts none.txt: no such file" in capsys.readouterr().err
+
+    def full(*arguments, **more):
+        raise MemoryError("out of memory; try --device cpu")
+
+    monkeypatch.setattr("fish_speech.evaluation.project.measure", full)
+    assert finetune(*flags) == 0
+    assert "not evaluated: out of memory; try --device cpu" in capsys.readouterr().err
+    assert finetune("--evaluate") == 2
 
 
 def test_data_in_another_language_has_no_error_rates(project, monkeypatch, capsys):
