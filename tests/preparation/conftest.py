@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 from fish_speech.preparation.align import Word
+from fish_speech.preparation.pipeline import Options
 from fish_speech.preparation.transcribe import Heard
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
@@ -121,3 +122,10 @@ class Reader:
 @pytest.fixture
 def reader() -> type[Reader]:
     return Reader
+
+
+@pytest.fixture
+def options(tmp_path) -> Options:
+    return Options(
+        input="", output=tmp_path / "data" / "voice", speaker="Me", normalize=True, split_long=True
+    )

@@ -18,7 +18,7 @@ import soundfile
 from fish_speech import files
 from fish_speech.preparation import clips
 from fish_speech.preparation.align import Word
-from fish_speech.preparation.pipeline import Options, Thresholds, prepare
+from fish_speech.preparation.pipeline import prepare
 from fish_speech.preparation.transcribe import Heard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,13 +30,6 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-@pytest.fixture
-def options(tmp_path) -> Options:
-    return Options(
-        input="", output=tmp_path / "data" / "voice", speaker="Me", normalize=True, split_long=True
-    )
 
 
 def test_a_folder_with_transcripts_becomes_a_data_set(folder, options, utterances):
@@ -97,125 +90,6 @@ def test_changed_options_and_recordings_redo_what_they_change(folder, take, opti
     assert prepare(options).clips[0]["text"] == texts[0]
 
 
-def test_corrections_in_labels_are_kept_and_count(folder, options):
-    options = replace(options, input=str(folder(2)))
-    prepare(options)
-    (options.output / "Me" / "take_0_0001.lab").write_text("Corrected by hand.")
-    assert prepare(options).clips[0]["text"] == "Corrected by hand."
-
-
-def test_what_cannot_be_done_again_keeps_its_clips(folder, options):
-    options = replace(options, input=str(folder(2)))
-    prepare(options)
-    before = tree(options.output / "Me")
-    Path(options.input, "take 0.txt").unlink()
-    Path(options.input, "take 1.wav").write_bytes(b"broken since")
-    summary = prepare(replace(options, normalize=False))
-    assert tree(options.output / "Me") == before
-    assert (len(summary.clips), summary.failed) == (2, 2)
-    reasons = [entry["reason"] for entry in summary.skipped]
-    assert all(reason.endswith("; its clips from before are kept") for reason in reasons)
-    assert "has no transcript" in reasons[0]
-    Path(options.input, "take 0.txt").write_text("Here again.")
-    assert prepare(replace(options, normalize=False)).failed == 1
-
-
-def test_a_deleted_label_comes_back_and_a_deleted_clip_is_forgotten(folder, options, utterances):
-    options = replace(options, input=str(folder(2)))
-    prepare(options)
-    label = options.output / "Me" / "take_0_0001.lab"
-    label.unlink()
-    prepare(options)
-    assert label.read_text() == utterances[0].text
-    for path in (options.output / "Me").glob("take_1*"):
-        path.unlink()
-    others = replace(options, input=str(folder(1, "others")), speaker="Other")
-    summary = prepare(others)
-    files = {clip["file"] for clip in summary.clips}
-    assert files == {"Me/take_0_0001.wav", "Other/take_0_0001.wav"}
-    assert len(summary.recordings) == 2
-
-
-def test_corrections_survive_rejection(folder, options):
-    options = replace(options, input=str(folder(2)))
-    prepare(options)
-    label = options.output / "Me" / "take_0_0001.lab"
-    label.write_text("Corrected by hand.")
-    strict = replace(options, drop_flagged=True, thresholds=Thresholds(min_snr=99))
-    for _ in range(2):
-        assert prepare(strict).clips == []
-    assert prepare(options).clips[0]["text"] == "Corrected by hand."
-    assert label.read_text() == "Corrected by hand."
-
-
-def test_corrections_survive_other_options_where_they_fit(take, options, monkeypatch):
-    recording = take(8)
-    script = recording.path.with_suffix(".txt")
-    script.write_text(" ".join(recording.texts))
-    options = replace(options, input=str(recording.path), segment_duration=4.0)
-    label = options.output / "Me" / "long_0002.lab"
-    old = prepare(options).clips[1]["text"]
-    label.write_text(old.upper())
-    said = []
-    louder = replace(options, normalize=False)
-
-    class Killed(BaseException):
-        pass
-
-    def die(*_):
-        raise Killed
-
-    monkeypatch.setattr("fish_speech.preparation.summary.Books._correct", die)
-    with pytest.raises(Killed):  # between the old clips and the new ones
-        prepare(louder)
-    monkeypatch.undo()
-    assert prepare(louder, say=said.append).clips[1]["text"] == old.upper()
-    assert said == []
-    prepare(replace(options, segment_duration=20.0), say=said.append)
-    (message,) = said
-    assert old.upper()[:60] in message
-    (kept,) = json.loads((options.output / "corrections.json").read_text())
-    assert str(options.output / "corrections.json") in message
-    assert (kept["text"], kept["instead_of"]) == (old.upper(), old)
-    assert prepare(options).clips[1]["text"] == old.upper()
-    label.write_text(old)  # not to be corrected any more
-    assert prepare(louder).clips[1]["text"] == old
-
-
-def test_a_correction_stays_where_only_the_silence_is_cut_off(folder, options):
-    options = replace(options, input=str(folder(2)), split_long=False)
-    prepare(options)
-    label = options.output / "Me" / "take_0_0001.lab"
-    label.write_text("Corrected by hand.")
-    trimmed = replace(options, split_long=True)
-    assert prepare(trimmed).clips[0]["text"] == "Corrected by hand."
-    label.write_text(Path(options.input, "take 0.txt").read_text())
-    assert prepare(options).clips[0]["text"] != "Corrected by hand."
-    assert prepare(trimmed).clips[0]["text"] != "Corrected by hand."
-
-
-def test_corrections_of_recognised_texts_stay_whoever_recognises(take, options, reader):
-    recording = take(6)
-    options = replace(options, input=str(recording.path), auto_transcribe=True)
-    prepare(options, recogniser=reader(recording))
-    (options.output / "Me" / "long_0001.lab").write_text("Corrected by hand.")
-    other = reader(recording, mishear={"The": "A", "the": "a"})
-    other.identity = "other"
-    summary = prepare(options, recogniser=other)
-    assert summary.clips[0]["text"] == "Corrected by hand."
-    assert " a " in summary.clips[1]["text"]
-
-
-def test_a_new_transcript_wins_over_an_old_correction(folder, options):
-    options = replace(options, input=str(folder(1)))
-    prepare(options)
-    (options.output / "Me" / "take_0_0001.lab").write_text("Corrected by hand.")
-    Path(options.input, "take 0.txt").write_text("What was really said.")
-    said = []
-    assert prepare(options, say=said.append).clips[0]["text"] == "What was really said."
-    assert "'Corrected by hand.'" in said[0]
-
-
 def test_a_recording_that_breaks_off_is_used_and_named(folder, options):
     source = folder(1)
     path = source / "take 0.wav"
@@ -241,14 +115,6 @@ def test_any_exception_is_the_failure_of_its_file(folder, options, monkeypatch):
     assert len(summary.clips) == 1
     assert summary.skipped[0]["reason"] == "RuntimeError: no kernel for this"
     assert summary.recordings[0]["left_out"] == summary.recordings[0]["duration"] > 2
-
-
-def test_seconds_of_recordings_that_fail_are_left_out(folder, options, utterances):
-    source = folder(1, texts=False)
-    (account,) = prepare(replace(options, input=str(source))).recordings
-    assert account["duration"] == pytest.approx(utterances[0].duration, abs=0.01)
-    assert account["left_out"] == account["duration"]
-    assert account["silence"] == account["in_clips"] == 0
 
 
 def test_names_that_are_not_utf_8_are_no_trouble(folder, options):
@@ -371,23 +237,6 @@ def test_a_full_disk_keeps_what_is_finished(folder, options, monkeypatch, tmp_pa
     assert tree(options.output) == tree(whole.output)
 
 
-def test_flagged_clips_are_moved_with_the_reason_and_come_back(folder, options):
-    options = replace(options, input=str(folder(3)), drop_flagged=True)
-    summary = prepare(replace(options, thresholds=Thresholds(max_rate=12.0)))
-    assert 0 < len(summary.clips) < 3
-    (away, *_) = summary.rejected
-    assert away["reason"] == "fast_text"
-    path = options.output / away["file"]
-    assert path.is_file()
-    assert not (options.output / Path(away["file"]).relative_to("rejected")).exists()
-    assert json.loads(path.with_suffix(".json").read_text())["reason"] == "fast_text"
-    assert not list((options.output / "rejected").rglob("*.lab"))  # nothing to train on by accident
-    labels = len(list(options.output.rglob("*.lab")))
-    assert labels == len(summary.clips)
-    assert len(prepare(options).clips) == 3
-    assert not list((options.output / "rejected").rglob("*.*"))
-
-
 def test_a_long_recording_gets_its_script_from_a_recogniser(take, options, reader):
     recording = take(12, (0.4, 0.7))
     recording.path.with_suffix(".txt").write_text("\n\n".join(recording.texts))
@@ -455,23 +304,6 @@ def test_recordings_without_transcripts_are_recognised(take, options, reader):
     options = replace(options, input=str(recording.path), auto_transcribe=True)
     summary = prepare(options, recogniser=reader(recording))
     assert " ".join(clip["text"] for clip in summary.clips) == " ".join(recording.texts)
-
-
-def test_every_second_is_accounted_for(take, options, reader):
-    recording = take(8, (0.6, 2.5))
-    listener = reader(recording)
-    listener.words = [word for word in listener.words if not 10 < word.start < 20]  # heard nothing
-    options = replace(
-        options, input=str(recording.path), auto_transcribe=True, segment_duration=4.0
-    )
-    summary = prepare(options, recogniser=listener)
-    assert any(part["reason"] == "no words were recognised" for part in summary.skipped)
-    (account,) = summary.recordings
-    total = account["in_clips"] + account["left_out"] + account["silence"]
-    assert total == pytest.approx(account["duration"], abs=0.01)
-    assert account["left_out"] > 3
-    assert account["silence"] > 1
-    assert summary.failed == 0
 
 
 def test_clips_of_a_data_set_are_compared_with_the_recogniser(folder, options, tmp_path):
@@ -542,14 +374,6 @@ def test_strict_stops_at_the_first_failure(folder, options):
     summary = prepare(replace(options, input=str(source), strict=True, num_workers=1))
     assert (len(summary.clips), summary.failed) == (0, 1)
     assert len(prepare(replace(options, input=str(source))).clips) == 2
-
-
-def test_a_failure_that_was_mended_is_forgotten(folder, options):
-    source = folder(2, texts=False)
-    (source / "take 1.txt").write_text("Now there is one.")
-    assert len(prepare(replace(options, input=str(source))).skipped) == 1
-    (source / "take 0.wav").unlink()
-    assert prepare(replace(options, input=str(source))).skipped == []
 
 
 @pytest.mark.parametrize(
