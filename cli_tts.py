@@ -206,7 +206,7 @@ def list_voices() -> int:
 
 def speak(args: argparse.Namespace) -> int:
     """What is wrong with the arguments is said before anything is loaded, or even downloaded."""
-    from fish_speech.inference.voices import pair_references
+    from fish_speech.inference.voices import choose_speaker, pair_references
 
     jobs = plan_jobs(args, wanted_text(args))
     settings = settings_of(args)
@@ -214,7 +214,7 @@ def speak(args: argparse.Namespace) -> int:
     if args.threads is not None:
         set_threads(args.threads)
     _, model_dir = setup_fish_speech(args.model_path)
-    choose_speaker(args.speaker, model_dir)
+    args.speaker = choose_speaker(args.speaker, model_dir, say, cloned=bool(references))
     started = time.perf_counter()
     tts = load(args, model_dir)
     voice = [tts.encode_reference(file, words) for file, words in references]
@@ -246,13 +246,13 @@ def compare_models(args: argparse.Namespace) -> int:
     from fish_speech.evaluation.page import HTML_NAME
     from fish_speech.evaluation.project import read_texts
     from fish_speech.hub import find_model
-    from fish_speech.inference.voices import pair_references
+    from fish_speech.inference.voices import choose_speaker, pair_references
 
     texts = read_texts(args.texts)
     references = pair_references(args.reference_audio, args.reference_text)
     models = [find_model(path, Path(__file__).resolve().parent) for path in args.compare]
     for model_dir in models:
-        choose_speaker(args.speaker, model_dir)
+        choose_speaker(args.speaker, model_dir, say, cloned=True)
     folder = Path(args.output or Path("output", "-against-".join(path.name for path in models)))
     if args.threads is not None:
         set_threads(args.threads)
@@ -296,15 +296,6 @@ def plan_jobs(args: argparse.Namespace, text: str) -> list[Job]:
     if args.batch and len(jobs) < lines * args.num_samples:
         say(f"{lines - len(jobs) // args.num_samples} of {lines} lines have no words: left out")
     return jobs
-
-
-def choose_speaker(speaker: str | None, model_dir: Path) -> None:
-    from fish_speech.inference.voices import check_speaker, speakers_of
-
-    known = speakers_of(model_dir)
-    check_speaker(speaker, known)
-    if speaker is not None and not known:
-        say(f"Warning: this model lists no speakers; it may not know {speaker!r}, or say the name")
 
 
 def all_but_text_and_seed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Recommendation
+from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Recommendation, Row
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ def measured_columns(board: Leaderboard) -> list[Column]:
     return [column for column in COLUMNS if any(row.figure(column.name) for row in board.rows)]
 
 
+def measured_scale(board: Leaderboard) -> list[Row]:
+    """Those rows of the scale that have any figure."""
+    return [row for row in board.scale if any(row.figures.values())]
+
+
 def label(name: str) -> str:
     """A row's name for people.
 
@@ -68,6 +73,11 @@ def label(name: str) -> str:
     """
     step = re.fullmatch(r"step_0*(\d+)", name)
     return f"step {step[1]}" if step else name
+
+
+def is_chosen(board: Leaderboard, name: str) -> bool:
+    """Whether it is the row to use."""
+    return board.recommendation.verdict == "use" and board.recommendation.choice == name
 
 
 def verdict(recommendation: Recommendation) -> str:
@@ -91,7 +101,7 @@ def reason(board: Leaderboard) -> str:
 def facts(board: Leaderboard) -> list[str]:
     """What one must know to read the figures, a sentence each."""
     shown = ", ".join(f"{name.replace('_', ' ')} {v:g}" for name, v in _numbers(board.settings))
-    found = [f"Every model speaks the same texts once ({shown})." if shown else ""]
+    found = [f"Every model speaks the same texts at the first try ({shown})." if shown else ""]
     if board.recogniser:
         found.append(
             f"Errors are what {board.recogniser} hears; both texts: {board.normalisation}."
@@ -113,10 +123,11 @@ def markdown(board: Leaderboard) -> str:
     columns = measured_columns(board)
     titles = [f"{c.title} ({c.unit})" if c.unit else c.title for c in columns]
     lines = [["", *titles], ["---", *("--:" for _ in columns)]]
-    for row in [*board.rows, *board.scale]:
-        chosen = board.recommendation.verdict == "use" and row.name == board.recommendation.choice
+    rows = [(row, is_chosen(board, row.name), False) for row in board.rows]
+    rows += [(row, False, True) for row in measured_scale(board)]
+    for row, chosen, real in rows:
         name = _cell(label(row.name))
-        name = f"**{name}** ★" if chosen else f"*{name}*" if row in board.scale else name
+        name = f"**{name}** ★" if chosen else f"*{name}*" if real else name
         if row.error is not None:
             cells = [f"could not be measured: {_cell(row.error)}", *[""] * (len(columns) - 1)]
         else:

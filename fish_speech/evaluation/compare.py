@@ -10,6 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from fish_speech.evaluation.columns import verdict
 from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.measure import Say, measure
 from fish_speech.evaluation.project import listener_for, write
@@ -44,6 +45,8 @@ def compare(
     and the first is cloned too. What an earlier call spoke into `folder` is not spoken again.
     Raises `ValueError` where the models are the same or there is nothing to speak.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder}: a file; the comparison needs a folder (-o)")
     settings = settings or Settings()
     a, b = (Path(model) for model in models)
     if a.resolve() == b.resolve():
@@ -85,4 +88,5 @@ def compare(
         )
         board.recommendation = prefer(*board.rows, board.samples, commands)
         write(board, folder)
+    say(f"{verdict(board.recommendation)}: {board.recommendation.reason}")
     return board

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
-from fish_speech.evaluation.columns import COLUMNS, Column, label
+from fish_speech.evaluation.columns import COLUMNS, Column, is_chosen, label
 from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Row
 from fish_speech.pages import text
 
@@ -56,8 +56,7 @@ def _chart(chart: Chart, rows: Sequence[Row], board: Leaderboard) -> str:
     values += [value for _, value in marks] + ([] if chart.floor is None else [chart.floor])
     across, down = _Across(rows), _Down(values)
     parts = [_axes(across, down, column), *_marks(marks, down)]
-    if board.recommendation.verdict == "use":
-        parts += [_chosen(across.place(r)) for r in rows if r.name == board.recommendation.choice]
+    parts += [_chosen(across.place(row)) for row in rows if is_chosen(board, row.name)]
     for index, (name, points, own) in enumerate(series):
         drawn = _series(points, across, down, own, index, len(series))
         parts.append(f"<g class='series s{index}'><title>{text(name)}</title>{drawn}</g>")

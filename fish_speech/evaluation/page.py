@@ -11,9 +11,11 @@ from fish_speech.evaluation.columns import (
     COLUMNS,
     Column,
     facts,
+    is_chosen,
     label,
     markdown,
     measured_columns,
+    measured_scale,
     reason,
     verdict,
 )
@@ -82,7 +84,7 @@ def _table(board: Leaderboard) -> str:
         for column in columns
     )
     rows = [_row(board, row, columns, index) for index, row in enumerate(board.rows)]
-    scale = [_row(board, row, columns, index) for index, row in enumerate(board.scale)]
+    scale = [_row(board, row, columns, index) for index, row in enumerate(measured_scale(board))]
     return (
         "<div class='scroll' role='region' aria-labelledby='figures' tabindex='0'>"
         "<table class='figures sortable'><thead><tr>"
@@ -98,7 +100,7 @@ def _first(column: Column) -> str:
 
 
 def _row(board: Leaderboard, row: Row, columns: Sequence[Column], index: int) -> str:
-    chosen = _is_chosen(board, row.name)
+    chosen = is_chosen(board, row.name)
     mark = " <span class='chosen-mark'>★ recommended</span>" if chosen else ""
     head = (
         f"<tr{' class=chosen' if chosen else ''}><th scope='row' data-value='{index}' "
@@ -132,16 +134,12 @@ def _whisker(figure: Figure, everywhere: Sequence[Figure]) -> str:
     )
 
 
-def _is_chosen(board: Leaderboard, name: str) -> bool:
-    return board.recommendation.verdict == "use" and board.recommendation.choice == name
-
-
 def _curves(board: Leaderboard) -> str:
     drawn = charts(board)
     if not drawn:
         return ""
     return (
-        "<section><h2>Curves</h2><p class='hint'>Bands and bars are 95% intervals, dashed lines "
+        "<section><h2>Charts</h2><p class='hint'>Bands and bars are 95% intervals, dashed lines "
         f"real recordings.</p><div class='charts'>{''.join(drawn)}</div></section>"
     )
 
@@ -152,7 +150,7 @@ def _listen(board: Leaderboard, takes: _Takes) -> str:
     columns = [_RECORDING] if any(sample.recording for sample in board.samples) else []
     columns += [row.name for row in board.rows if row.error is None]
     heads = "".join(
-        f"<th scope='col'>{text(label(name))}{' ★' if _is_chosen(board, name) else ''}</th>"
+        f"<th scope='col'>{text(label(name))}{' ★' if is_chosen(board, name) else ''}</th>"
         for name in columns
     )
     rows = "".join(takes.row(sample, columns) for sample in board.samples)
@@ -204,7 +202,7 @@ class _Takes:
     def _by_importance(self) -> Iterator[Path]:
         board = self._board
         names = [row.name for row in board.rows]
-        chosen = [name for name in names if _is_chosen(board, name)]
+        chosen = [name for name in names if is_chosen(board, name)]
         for name in dict.fromkeys([_RECORDING, *names[:1], *chosen, *reversed(names)]):
             for sample in board.samples:
                 if (file := self._file(sample, name)) is not None:
