@@ -56,9 +56,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D]
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.type_as(x) * self.weight
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
 
 
 class FeedForward(nn.Module):
@@ -90,12 +88,11 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:
-        """x [B, T, D]; rotary [T, head_dim/2, 2]; mask is True where a key may be seen."""
+        """x [B, T, D]; rotary [2, T, head_dim]; mask is True where a key may be seen."""
         length = x.shape[1]
-        split = [self.n_head, self.n_local_heads, self.n_local_heads]
-        heads = self.wqkv(x).unflatten(-1, (sum(split), self.head_dim)).transpose(1, 2)
-        q, k, v = heads.split(split, dim=1)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        qk, v = heads.tensor_split([self.n_head + self.n_local_heads], dim=1)
+        q, k = rotate(qk, rotary).tensor_split([self.n_head], dim=1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         out = F.scaled_dot_product_attention(
@@ -221,7 +218,7 @@ class DualARTransformer(nn.Module):
         """
         x = self.embed(tokens)
         start = cache.length if cache is not None else 0
-        rotary = self._rotary_table(start + x.shape[1], self.config.head_dim)[start:]
+        rotary = self._rotary_table(start + x.shape[1], self.config.head_dim)[:, start:]
         mask = _attention_mask(start, x.shape[1], key_padding_mask, x.device)
         return self._run(self.layers, x, rotary, mask, cache)
 
@@ -250,7 +247,7 @@ class DualARTransformer(nn.Module):
         """The fast transformer: x [N, k, fast D], continuing the cache -> [N, k, C]."""
         start = cache.length if cache is not None else 0
         rotary = self._rotary_table(self.config.num_codebooks, self.config.fast_head_dim)
-        rotary = rotary[start : start + x.shape[1]]
+        rotary = rotary[:, start : start + x.shape[1]]
         x = self._run(self.fast_layers, x, rotary, None, cache)
         return self.fast_output(self.fast_norm(x))
 
@@ -285,32 +282,32 @@ class DualARTransformer(nn.Module):
 
     def _rotary_table(self, length: int, head_dim: int) -> Tensor:
         key = (head_dim, self.device)
-        if key not in self._rotary or len(self._rotary[key]) < length:
+        if key not in self._rotary or self._rotary[key].shape[1] < length:
             size = 1 << (length - 1).bit_length()
             # A table first made while generating must serve training too.
             with torch.inference_mode(False):
                 self._rotary[key] = rotary_table(size, head_dim, self.config.rope_base, self.device)
-        return self._rotary[key][:length]
+        return self._rotary[key][:, :length]
 
 
 def rotary_table(length: int, head_dim: int, base: float, device) -> Tensor:
-    """cos and sin of every position and pair: [length, head_dim/2, 2] in fp32.
+    """cos, and sin with the sign it has in `rotate`, of every position: [2, length, head_dim] fp32.
 
     The published weights were trained with a table rounded to bf16, so it is rounded here.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, 1.0 / base**exponents)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).bfloat16().float()
+    cos, sin = angles.cos(), angles.sin()
+    table = torch.stack([torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)])
+    return table.flatten(-2).bfloat16().float()
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate adjacent pairs of x [B, heads, T, head_dim] by rotary [T, head_dim/2, 2]."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    cos, sin = rotary.unbind(-1)
-    even, odd = pairs.unbind(-1)
-    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return rotated.flatten(-2).type_as(x)
+    """Rotate adjacent pairs of x [B, heads, T, head_dim] by rotary [2, T, head_dim]."""
+    wide = x.float()
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide * rotary[0], swapped, rotary[1]).type_as(x)
 
 
 def _attention_mask(

@@ -1,6 +1,8 @@
-"""Weight-only int8: on a CPU a frame costs reading the weights, so fewer bytes are faster."""
+"""int8 weights: on a CPU a frame costs reading the weights, so fewer bytes are faster."""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,9 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))  # [N, K]
-        self.register_buffer("scale", scale.bfloat16())  # [N]
+        weight, scale = _quantized(linear)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.bfloat16())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
@@ -37,6 +38,41 @@ class Int8Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+class DynamicInt8Linear(nn.Module):
+    """The same, with its input in int8 too: a scale for each column, found as it comes.
+
+    Twice as fast as `Int8Linear` where the CPU has instructions for int8 products, and less exact:
+    for inputs of about one size, as a norm or attention leaves them.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scale = _quantized(linear)
+        zeros = torch.zeros(len(scale), dtype=torch.long)
+        with warnings.catch_warnings():
+            # torch is pinned; a later one has other names for this.
+            warnings.filterwarnings("ignore", message="torch.quantize_per", category=UserWarning)
+            tensor = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+            self._packed = torch.ops.quantized.linear_prepack(tensor, None)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    @staticmethod
+    def is_native() -> bool:
+        """Whether the CPU has the instructions; without them sums would saturate."""
+        engine = torch.backends.quantized.engine in ("x86", "fbgemm")
+        return engine and bool(torch.cpu.get_capabilities().get("avx512_vnni"))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        wide = x.float()
+        if x.shape[:-1].numel() == 1:
+            out = torch.ops.quantized.linear_dynamic(wide, self._packed)
+        else:  # the kernel has one scale for all columns: of equal size they share it well
+            size = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+            out = torch.ops.quantized.linear_dynamic(wide / size, self._packed) * size
+        out = out.to(x.dtype)
+        return out if self.bias is None else out + self.bias
+
+
 def quantize_int8(model: DualARTransformer) -> DualARTransformer:
     """Replace the linear layers of both transformers' blocks, in place; returns the model.
 
@@ -45,9 +81,19 @@ def quantize_int8(model: DualARTransformer) -> DualARTransformer:
     """
     if model.device.type != "cpu":
         raise ValueError(f"int8 is for the CPU, not for {model.device.type}; leave it out there")
+    native = DynamicInt8Linear.is_native()
     for blocks in (model.layers, model.fast_layers):
         for module in list(blocks.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(module, name, Int8Linear(child))
+                    # What SwiGLU multiplies has outliers that would take the precision of the rest.
+                    kind = DynamicInt8Linear if native and name != "w2" else Int8Linear
+                    setattr(module, name, kind(child))
     return model
+
+
+def _quantized(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight [N, K] in int8, and the scale [N] of every output channel."""
+    weight = linear.weight.detach().float()
+    scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+    return (weight / scale[:, None]).round().to(torch.int8), scale
