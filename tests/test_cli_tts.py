@@ -268,6 +268,15 @@ def test_a_wrong_speaker_is_refused_and_a_model_without_any_warns(place, takes, 
     assert "Warning: this model lists no speakers" in capsys.readouterr().err
 
 
+def test_a_model_with_speakers_is_asked_by_the_name_of_the_first(place, takes, capsys):
+    make_voice(place / "two", speakers=["Ann", "Bob"])
+    for output, name in (("a.wav", []), ("b.wav", ["--speaker", "Ann"])):
+        assert cli_tts.main(["Hello.", "--model-path", "two", "-o", output, *name]) == 0
+        said = "Speaker: Ann (the model has Ann, Bob; --speaker chooses)"
+        assert (said in capsys.readouterr().err) is (not name)
+    assert Path("a.wav").read_bytes() == Path("b.wav").read_bytes()
+
+
 def a_model(folder, when):
     folder.mkdir(parents=True)
     for name in ("config.json", "codec_config.json", "special_tokens.json", "tokenizer.tiktoken"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fish_speech.files import read_json, read_text
@@ -46,6 +46,24 @@ def speakers_of(model_dir: Path) -> list[str]:
         return read_json(model_dir / "config.json").get("speakers", [])
     except (OSError, ValueError, AttributeError):  # loading the model says what is wrong with it
         return []
+
+
+def choose_speaker(
+    speaker: str | None, model_dir: Path, say: Callable[[str], None], *, cloned: bool
+) -> str | None:
+    """The name to speak with: the one wanted, or the first of a model's where nobody is `cloned`.
+
+    A model that learned its texts with names was never asked without one. Raises `ValueError` for a
+    name that the model does not list; `say` is given what the user should know.
+    """
+    known = speakers_of(model_dir)
+    check_speaker(speaker, known)
+    if speaker is not None and not known:
+        say(f"Warning: this model lists no speakers; it may not know {speaker!r}, or say the name")
+    if speaker is None and known and not cloned:
+        say(f"Speaker: {known[0]} (the model has {', '.join(known)}; --speaker chooses)")
+        return known[0]
+    return speaker
 
 
 def check_speaker(speaker: str | None, known: Sequence[str]) -> None:
