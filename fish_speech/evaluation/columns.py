@@ -25,7 +25,9 @@ class Column:
         return shown.replace("-", "−")
 
     def interval(self, figure: Figure) -> str:
-        """The ends of the interval, the unit said once."""
+        """The ends of the interval, the unit said once; a single sample has none."""
+        if figure.n < 2:
+            return "one sample"
         low, high = self.show(figure.low), self.show(figure.high)
         return f"{low.removesuffix('%')} to {high}"
 

@@ -209,6 +209,12 @@ def test_a_file_that_is_missing_or_damaged_is_not_the_end(tmp_path):
     assert len(page.all("audio")) == 2 + 4 * 3 - 2
 
 
+def test_a_single_sample_is_not_said_to_be_certain(tmp_path):
+    board = planted(tmp_path, {"base": {"wer": Figure(0.3, 0.3, 0.3, 1)}}, clips=[])
+    assert "<b>30%</b><small>one sample</small>" in write_page(board, tmp_path).read_text()
+    assert "30% (one sample)" in write_markdown(board, tmp_path).read_text()
+
+
 def test_the_curves_go_where_the_figures_are(tmp_path):
     html = write_page(planted(tmp_path), tmp_path).read_text(encoding="utf-8")
     charts = re.findall("<figure.*?</figure>", html, re.DOTALL)
