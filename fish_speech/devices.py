@@ -51,27 +51,26 @@ def resolve_precision(name: str, device: torch.device, *, training: bool = False
     if name not in PRECISIONS:
         raise ValueError(f"--precision {name}: unknown; use one of {', '.join(PRECISIONS)}")
     if name == "auto":
-        native = {
-            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": lambda: training and _cpu_multiplies_bf16(),
-            "mps": lambda: False,
-        }[device.type]()
-        return torch.bfloat16 if native else torch.float32
+        wanted = training or device.type != "cpu"
+        return torch.bfloat16 if wanted and multiplies_bf16(device) else torch.float32
     if name == "bf16" and device.type == "mps":
         raise ValueError("--precision bf16: MPS computes this model in fp32 only; use fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def _cpu_multiplies_bf16() -> bool:
+def multiplies_bf16(device: torch.device) -> bool:
     """Whether products of bf16 matrices run on instructions made for them.
 
     Elsewhere they are emulated, and slower than fp32.
     """
     import torch
 
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities()
     instructions = ("avx512_bf16", "amx_bf16", "bf16")  # the last on ARM
-    return torch.backends.mkldnn.is_available() and any(map(has.get, instructions))
+    library = torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and library and any(map(has.get, instructions))
 
 
 def set_threads(count: int) -> None:

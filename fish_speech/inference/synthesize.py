@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fish_speech.audio import load_audio
 from fish_speech.conversation import Utterance
-from fish_speech.devices import resolve_device, resolve_precision
+from fish_speech.devices import multiplies_bf16, resolve_device, resolve_precision
 from fish_speech.files import file_digest
 from fish_speech.hub import check_model_dir
 from fish_speech.inference.context import Context
@@ -110,10 +110,11 @@ class TextToSpeech:
     ) -> TextToSpeech:
         """Load a model directory. `device` "auto" is CUDA where there is one, else the CPU.
 
-        `dtype` None is bfloat16 on CUDA that has it, else float32; the codec is float32 always.
+        `dtype` None is bfloat16 on CUDA that has it, else float32; the codec is float32.
         `quantize` "int8" stores the language model's weights in a byte each (CPU only; the rest of
-        it is then bfloat16 where `dtype` is None): faster, a little less exact. `compile` compiles
-        the model when it first speaks. Raises `FileNotFoundError` or `ValueError` that says what is
+        it is then bfloat16 where `dtype` is None, and so is the codec's decoder where the CPU
+        multiplies that natively): faster, a little less exact. `compile` compiles the model when it
+        first speaks. Raises `FileNotFoundError` or `ValueError` that says what is
         wrong.
         """
         if quantize not in (None, "int8"):
@@ -124,11 +125,12 @@ class TextToSpeech:
         model = load_model(directory, device, dtype or usual)
         if quantize:
             model = quantize_int8(model)
+        low = quantize is not None and multiplies_bf16(device)
         if compile:
             compile_steps(model)
         return cls(
             model,
-            load_codec(directory, device),
+            load_codec(directory, device, torch.bfloat16 if low else torch.float32),
             FishTokenizer.from_pretrained(directory),
         )
 

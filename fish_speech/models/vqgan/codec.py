@@ -155,7 +155,8 @@ class Codec(nn.Module):
         mel_lengths = lengths // self.config.spec_transform.hop_length
         mels = self.spec_transform(waveforms, lengths)
         mask = length_mask(mel_lengths, mels.shape[-1])
-        features = self.backbone(mels.to(self._dtype) * mask) * mask
+        mels = channels_last(mels * mask)
+        features = self.backbone(mels) * mask
         return self.quantizer.encode(features), mel_lengths // self._mels_per_frame
 
     @torch.no_grad()
@@ -169,13 +170,14 @@ class Codec(nn.Module):
         code_lengths = code_lengths.to(codes.device)
         features = self.quantizer.decode(codes.long())
         mask = length_mask(code_lengths * self._mels_per_frame, features.shape[-1])
-        waveforms = self.head(features * mask).float()
+        waveforms = self.head(channels_last(features * mask))
         lengths = code_lengths * self.frame_length
         return waveforms * length_mask(lengths, waveforms.shape[-1]), lengths
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.quantizer.residual_fsq.rvqs[0].project_in.weight.dtype
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same [B, C, T] with a frame's channels side by side in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:
@@ -201,6 +203,9 @@ def load_codec(
 ) -> Codec:
     """Load the codec of a model directory strictly, in eval mode, its weight norm folded.
 
+    `dtype` is that of the decoder's convolutions but the last, nearly all of its work. The encoder
+    and the waveform are float32 always: codes must be exact, and rounded samples would hiss.
+
     Raises `FileNotFoundError` or `ValueError` that names file, key and both shapes.
     """
     file = find_codec(model_dir)
@@ -210,4 +215,6 @@ def load_codec(
     for module in codec.head.modules():
         if hasattr(module, "parametrizations"):
             remove_parametrizations(module, "weight")
-    return codec.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    codec.to(device=device, dtype=torch.float32)
+    codec.head.to(dtype).conv_post.float()
+    return codec.eval().requires_grad_(False)

@@ -54,6 +54,18 @@ def test_a_batch_gives_what_its_items_give_one_by_one(codec, golden):
         )
 
 
+def test_a_decoder_in_bf16_sounds_the_same_and_leaves_the_codes_alone(codec_dir, golden):
+    low = load_codec(codec_dir, dtype=torch.bfloat16)
+    waveforms, _ = low.decode(golden["codes"], golden["code_lengths"])
+    wanted = golden["decoded"]
+    assert waveforms.dtype == torch.float32
+    assert 0 < (waveforms - wanted).norm() < 0.02 * wanted.norm()
+    assert len(waveforms.unique()) > 0.9 * wanted.unique().numel()  # no steps of rounded samples
+    codes, _ = low.encode(golden["audio"], golden["audio_lengths"])
+    for row, length in enumerate(golden["code_lengths"].tolist()):
+        assert torch.equal(codes[row, :, :length], golden["codes"][row, :, :length].long())
+
+
 def test_a_chunk_with_its_left_context_decodes_as_in_the_whole(codec, golden):
     codes = golden["codes"][:1]
     whole, _ = codec.decode(codes)
