@@ -324,3 +324,18 @@ def test_a_compiled_model_says_the_same(voice_dir, tts):
         torch.testing.assert_close(
             compiled.synthesize(text, **options), expected, atol=1e-4, rtol=1e-3
         )
+
+
+def test_int8_decodes_in_bf16_where_the_cpu_multiplies_it_and_else_exactly(
+    tts, voice_dir, scripted, monkeypatch
+):
+    scripted((20, True))  # so that only the decoder differs
+    exact = tts.synthesize(HELLO)
+    for native in (True, False):
+        monkeypatch.setattr(
+            "fish_speech.inference.synthesize.multiplies_bf16", lambda device, native=native: native
+        )
+        low = TextToSpeech.from_pretrained(voice_dir, device="cpu", quantize="int8")
+        waveform = low.synthesize(HELLO)
+        assert torch.equal(waveform, exact) == (not native)
+        torch.testing.assert_close(waveform, exact, atol=0.02, rtol=0)
