@@ -425,8 +425,8 @@ def test_on_a_phone_the_page_is_as_wide_as_the_screen_and_dark_where_asked(brows
         browser.look(390, 844, dark=dark)
         browser.open(path)
         assert browser.run("document.documentElement.scrollWidth") == 390
-        wide = "[...document.querySelectorAll('.play')].every(b => b.offsetWidth > 120)"
-        assert browser.run(wide)
+        players = "[...document.querySelectorAll('.play')].map(b => b.getBoundingClientRect())"
+        assert browser.run(f"{players}.every(box => box.width > 120 && box.right < 390)")
         found.add(browser.run(back))
     assert len(found) == 2
 
