@@ -1,9 +1,11 @@
 """Planted models through the whole of it: speaking, listening, figures, recommendation."""
 
+import numpy as np
 import pytest
 import torch
 
 from fish_speech.evaluation.leaderboard import Leaderboard
+from fish_speech.evaluation.listen import Clip, Voice
 from fish_speech.evaluation.measure import measure
 from fish_speech.evaluation.recommend import Commands
 from fish_speech.evaluation.takes import Candidate, Line, Recording, plan_lines
@@ -175,3 +177,10 @@ def test_a_damaged_recording_is_left_out_and_named(tmp_path, listener):
     )  # fmt: skip
     assert "bad.wav" in said[0]
     assert board.scale[1].figures["similarity"].n == 2
+
+
+def test_a_real_clip_is_compared_with_the_others_only():
+    clips = [Clip(1.0, 1, vector=vector) for vector in np.eye(3, dtype=np.float32)]
+    assert Voice(clips).within() == [0, 0, 0]
+    assert Voice(clips).similarity(clips[0]) == pytest.approx(3**-0.5)
+    assert Voice(clips[:1]).within() == Voice([]).within() == []
