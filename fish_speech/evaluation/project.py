@@ -79,7 +79,9 @@ class AdaptedBase:
     @cached_property
     def _voice(self) -> TextToSpeech:
         suit_threads(self.directory / MODEL_FILE)
-        return TextToSpeech.from_pretrained(self.directory, device=self._device, dtype=self._dtype)
+        return TextToSpeech.from_pretrained(
+            self.directory, device=self._device, dtype=self._dtype, adaptable=True
+        )
 
     @cached_property
     def model_digest(self) -> str:

@@ -25,7 +25,7 @@ from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.streaming import decode_stream
 from fish_speech.inference.voices import check_reference, check_speaker
 from fish_speech.models.text2semantic import DualARTransformer, load_model
-from fish_speech.models.text2semantic.quantize import quantize_int8
+from fish_speech.models.text2semantic.quantize import pack_half, quantize_int8
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.text import clean_text, is_speakable, longest_speech, shortest_speech, split_text
 from fish_speech.tokenizer import FishTokenizer
@@ -107,6 +107,7 @@ class TextToSpeech:
         dtype: torch.dtype | None = None,
         quantize: str | None = None,
         compile: bool = False,
+        adaptable: bool = False,
     ) -> TextToSpeech:
         """Load a model directory. `device` "auto" is CUDA where there is one, else the CPU.
 
@@ -114,8 +115,8 @@ class TextToSpeech:
         `quantize` "int8" stores the language model's weights in a byte each (CPU only; the rest of
         it is then bfloat16 where `dtype` is None, and so is the codec's decoder where the CPU
         multiplies that natively): faster, a little less exact. `compile` compiles the model when it
-        first speaks. Raises `FileNotFoundError` or `ValueError` that says what is
-        wrong.
+        first speaks. `adaptable` leaves a bf16 model's layers as adapters need them; on a CPU they
+        would be packed. Raises `FileNotFoundError` or `ValueError` that says what is wrong.
         """
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize is {quantize!r}; 'int8' and None are known")
@@ -125,6 +126,8 @@ class TextToSpeech:
         model = load_model(directory, device, dtype or usual)
         if quantize:
             model = quantize_int8(model)
+        elif not (adaptable or compile):
+            model = pack_half(model)
         low = quantize is not None and multiplies_bf16(device)
         if compile:
             compile_steps(model)

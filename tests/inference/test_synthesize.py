@@ -11,6 +11,7 @@ import torch
 from fish_speech.audio import save_audio
 from fish_speech.conversation import Utterance
 from fish_speech.inference import Settings, TextToSpeech
+from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
 from fish_speech.text import split_text
 from fish_speech.tokenizer import FishTokenizer
 from tests.random_voice import make_voice
@@ -339,3 +340,13 @@ def test_int8_decodes_in_bf16_where_the_cpu_multiplies_it_and_else_exactly(
         waveform = low.synthesize(HELLO)
         assert torch.equal(waveform, exact) == (not native)
         torch.testing.assert_close(waveform, exact, atol=0.02, rtol=0)
+
+
+def test_adapters_can_be_added_to_a_voice_that_is_asked_to_be_adaptable(voice_dir):
+    tts = TextToSpeech.from_pretrained(
+        voice_dir, device="cpu", dtype=torch.bfloat16, adaptable=True
+    )
+    options = {"seed": 3, "max_new_tokens": 4, "retries": 0}
+    plain = tts.synthesize(HELLO, **options)
+    add_lora(tts.model, LoRAConfig())  # fresh ones change nothing
+    assert torch.equal(tts.synthesize(HELLO, **options), plain)

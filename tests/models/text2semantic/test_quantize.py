@@ -9,7 +9,9 @@ from fish_speech.inference.sampling import Sampling
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
 from fish_speech.models.text2semantic.quantize import (
     DynamicInt8Linear,
+    HalfLinear,
     Int8Linear,
+    pack_half,
     quantize_int8,
 )
 
@@ -87,3 +89,29 @@ def test_a_quantized_model_generates():
 def test_int8_is_refused_where_it_brings_nothing():
     with pytest.raises(ValueError, match="int8 is for the CPU, not for meta"):
         quantize_int8(model_of().to("meta"))
+
+
+needs_kernel = pytest.mark.skipif(not HalfLinear.is_native(), reason="no fp16 kernel in this torch")
+
+
+@needs_kernel
+@torch.no_grad()
+@pytest.mark.parametrize("columns", [1, 200])
+@pytest.mark.parametrize("bias", [False, True])
+def test_half_weights_are_those_of_bf16_and_the_products_better(columns, bias):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(256, 96, bias=bias).bfloat16(), torch.randn(2, columns, 256)
+    half = HalfLinear(linear)
+    torch.testing.assert_close(half(x), linear.float()(x), atol=1e-5, rtol=1e-5)
+
+
+@needs_kernel
+def test_only_a_bf16_model_is_packed_and_it_says_the_same():
+    exact = model_of()
+    assert any(isinstance(module, nn.Linear) for module in pack_half(exact).layers.modules())
+    low, packed = model_of().bfloat16(), pack_half(model_of().bfloat16())
+    assert not any(isinstance(module, nn.Linear) for module in packed.layers.modules())
+    tokens = torch.randint(0, 256, (1, 9, 20))
+    with torch.no_grad():
+        wanted, unpacked, got = (m(tokens).token_logits.float() for m in (exact, low, packed))
+    assert (got - wanted).norm() < 1.05 * (unpacked - wanted).norm()
