@@ -23,7 +23,7 @@ demo: setup ## recordings in samples/ become a voice that speaks, with the embed
 	  --normalize --split-long
 	$(BIN)/python finetune_tts.py --project $(VOICE) --data-dir training_data/$(VOICE) \
 	  --model-version tiny --full-pipeline --max-steps 100 --batch-size 4 --learning-rate 5e-4
-	$(BIN)/python cli_tts.py "This voice was learned from twenty eight short recordings." \
+	$(BIN)/python cli_tts.py "The doctor found a silver key in the garden this morning." \
 	  --model-path checkpoints/$(VOICE)-merged -o output/$(VOICE).wav
 	@echo "clips      training_data/$(VOICE)"
 	@echo "run        results/$(VOICE) (losses: logs/loss.png)"
@@ -45,7 +45,7 @@ tiny: setup ## everything that made checkpoints/tiny (hours; needs Debian's flit
 	$(TINY).texts
 	$(TINY).codec
 	$(TINY).speech --codec .cache/tiny/codec
-	$(TINY).train
+	$(TINY).train --closed --minutes 100
 	$(TINY).export --codec .cache/tiny/codec
 	$(TINY).evaluate
 
