@@ -72,9 +72,12 @@ def module_shapes(module: nn.Module, call: Callable[[], object]) -> list[tuple[S
     """
     from torch import nn
 
+    from fish_speech.models.vqgan.firefly import CausalConv1d, CausalConvTranspose1d
+
     found: list[tuple[Shape, int]] = []
 
     def note(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        layer = getattr(layer, "conv", layer)  # of a causal one
         groups = getattr(layer, "groups", 1)
         if isinstance(layer, nn.ConvTranspose1d):  # every input frame meets the whole kernel
             frames, (width, out, kernel) = inputs[0], layer.weight.shape
@@ -86,7 +89,7 @@ def module_shapes(module: nn.Module, call: Callable[[], object]) -> list[tuple[S
             shape = output.numel() // output.shape[-1], *reversed(layer.weight.shape)
         found.append((shape, groups))
 
-    layers = (nn.Linear, nn.Conv1d, nn.ConvTranspose1d)
+    layers = (nn.Linear, nn.Conv1d, CausalConv1d, CausalConvTranspose1d)
     handles = [m.register_forward_hook(note) for m in module.modules() if isinstance(m, layers)]
     try:
         call()
