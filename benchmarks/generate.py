@@ -59,12 +59,11 @@ def _generate(directory: Path, kind: str, device: str) -> float:
     from fish_speech.inference.generate import generate
     from fish_speech.inference.sampling import Sampling
     from fish_speech.models.text2semantic import load_model
-    from fish_speech.models.text2semantic.quantize import pack_half, quantize_int8
+    from fish_speech.models.text2semantic.packed import pack
     from fish_speech.tokenizer import FishTokenizer
 
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-    model = load_model(directory, device, dtype)
-    model = quantize_int8(model) if kind == "int8" else pack_half(model)
+    model = pack(load_model(directory, device, dtype), "int8" if kind == "int8" else None)
     tokenizer = FishTokenizer.from_pretrained(directory)
     random = torch.Generator().manual_seed(0)
     prompt = torch.zeros(model.config.num_codebooks + 1, _PROMPT, dtype=torch.long)

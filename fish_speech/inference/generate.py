@@ -112,7 +112,7 @@ class _FrameDecoder:
         rows = torch.arange(begin - 1, begin + config.codebook_size, device=model.device)
         rows[0] = im_end_id
         output = model.embeddings if config.tie_word_embeddings else model.output
-        self.output_rows = weight_rows(output, rows)  # [1 + C, D]
+        self.output_rows = weight_rows(output, rows).to(model.dtype)  # [1 + C, D]
         self.cache = model.new_fast_cache()
         # Of the last frames: row 0's sampled row, then the codes. None before the first frame,
         # which the reference never remembers; its penalty, and so its speech, depends on that.

@@ -25,7 +25,7 @@ from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.streaming import decode_stream
 from fish_speech.inference.voices import check_reference, check_speaker
 from fish_speech.models.text2semantic import DualARTransformer, load_model
-from fish_speech.models.text2semantic.quantize import pack_half, quantize_int8
+from fish_speech.models.text2semantic.packed import pack
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.text import clean_text, is_speakable, longest_speech, shortest_speech, split_text
 from fish_speech.tokenizer import FishTokenizer
@@ -124,10 +124,8 @@ class TextToSpeech:
         device = resolve_device(str(device))
         usual = torch.bfloat16 if quantize else resolve_precision("auto", device)
         model = load_model(directory, device, dtype or usual)
-        if quantize:
-            model = quantize_int8(model)
-        elif not (adaptable or compile):
-            model = pack_half(model)
+        if quantize or not (adaptable or compile):
+            model = pack(model, quantize)
         low = quantize is not None and multiplies_bf16(device)
         if compile:
             compile_steps(model)

@@ -89,12 +89,21 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:
         """x [B, T, D]; rotary [2, T, head_dim]; mask is True where a key may be seen."""
-        length = x.shape[1]
-        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self.wo(self.attend(self.wqkv(x), rotary, mask, cache))
+
+    def attend(
+        self, qkv: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """Queries, keys and values [B, T, (heads + 2 local heads) * head_dim] -> [B, T, D]."""
+        length = qkv.shape[1]
+        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         qk, v = heads.tensor_split([self.n_head + self.n_local_heads], dim=1)
         q, k = rotate(qk, rotary).tensor_split([self.n_head], dim=1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        if length == 1 and mask is None:
+            # Heads that share a key and sit on one column are as good as columns of one head.
+            q = q.view(*k.shape[:2], -1, self.head_dim)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -102,9 +111,9 @@ class Attention(nn.Module):
             attn_mask=mask,
             is_causal=mask is None and length > 1,
             dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.n_head != self.n_local_heads,
-        )
-        return self.wo(out.transpose(1, 2).flatten(2))
+            enable_gqa=q.shape[1] != k.shape[1],
+        ).view(len(qkv), self.n_head, length, self.head_dim)
+        return out.transpose(1, 2).flatten(2)
 
 
 class TransformerBlock(nn.Module):
@@ -178,7 +187,8 @@ class DualARTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embeddings.weight.dtype
+        """Of the activations, and of the weights where they are not packed."""
+        return self.norm.weight.dtype
 
     def set_dropout(self, p: float) -> None:
         """Dropout of the attention weights while training."""
@@ -231,7 +241,7 @@ class DualARTransformer(nn.Module):
 
     def token_logits(self, x: Tensor) -> Tensor:
         """Row-0 logits of hidden states: [..., D] -> [..., V]."""
-        x = self.norm(x)
+        x = self.norm(x).to(self.embeddings.weight.dtype)
         if self.config.tie_word_embeddings:
             return F.linear(x, self.embeddings.weight)
         return self.output(x)
