@@ -325,9 +325,10 @@ def wanted_text(args: argparse.Namespace) -> str:
 
 
 def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
-    from fish_speech.devices import suit_threads
+    from fish_speech.devices import keep_freed_memory, suit_threads
     from fish_speech.inference import TextToSpeech
 
+    keep_freed_memory()
     if args.threads is None:
         suit_threads(model_dir / "model.pth")
     device = resolve_device(args.device)

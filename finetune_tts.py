@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fish_speech.console import print_anything
+from fish_speech.devices import keep_freed_memory
 
 if TYPE_CHECKING:
     from fish_speech.datasets.shards import Manifest
@@ -383,6 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     args.failures = 0
     try:
         check_arguments(args)
+        keep_freed_memory()
         return run_stages(args)
     except KeyboardInterrupt:
         say("interrupted; what is finished stays, the same command goes on from there")

@@ -1,5 +1,10 @@
 """Which number format a device gets."""
 
+import ctypes
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -40,3 +45,18 @@ def test_what_can_not_be_is_refused():
         resolve_precision("int3", CPU)
     with pytest.raises(ValueError, match="MPS computes this model in fp32 only"):
         resolve_precision("bf16", torch.device("mps"))
+
+
+def test_freed_memory_is_not_asked_of_the_kernel_again():
+    if not hasattr(ctypes.CDLL(None) if os.name == "posix" else None, "gnu_get_libc_version"):
+        pytest.skip("not glibc")
+    script = """
+import resource, sys
+from fish_speech.devices import keep_freed_memory
+keep_freed_memory()
+bytearray(1 << 26)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+bytearray(1 << 26)
+sys.exit(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before > 1000)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -127,13 +127,13 @@ def test_it_learns(trainer, tmp_path):
         frames = np.arange(6 + number % 5)
         np.save(codes, (frames * 7 + np.arange(8)[:, None] * 11).astype(np.int16))
     trainer(
-        "p", "train.max_steps=60", "train.save_every=20", "optimizer.learning_rate=2e-2",
+        "p", "train.max_steps=60", "train.save_every=5", "optimizer.learning_rate=5e-3",
         "data.reference_share=0", "data.batch_size=4", data=data,
     )  # fmt: skip
     values = [float(value) for value in losses("p").values()]
     assert sum(values[-5:]) / 5 < 0.5 * values[0]
     held_out = list(Run.of("p").validation_losses().values())
-    assert held_out[-1] < held_out[0]
+    assert held_out[-1] < 0.2 * held_out[0]
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])

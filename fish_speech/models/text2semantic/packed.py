@@ -29,7 +29,6 @@ _multiply_fp16 = torch.ops.quantized.linear_dynamic_fp16.default
 _multiply_int8 = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
 
-
 class FloatLinear:
     """A linear layer in fp32 whose weight lies in oneDNN's order."""
 
@@ -126,7 +125,7 @@ class PortableInt8Linear:
 
 
 class PackedNorm:
-    """RMS norm in one pass: torch has a fused layer norm, and x beside -x has no mean to take off."""
+    """RMS norm in one pass: by torch's layer norm, which finds no mean to take off x beside -x."""
 
     def __init__(self, norm: RMSNorm, scale: float = 1.0) -> None:
         self._weight = (norm.weight.detach().float() * scale).repeat(2)

@@ -1,12 +1,15 @@
 import pytest
 import torch
+from torch import nn
 
 from fish_speech.models.text2semantic.lora import (
     LoRAConfig,
+    LoRALinear,
     add_lora,
     load_lora,
     lora_state_dict,
     merge_lora,
+    thinned,
     weight_rows,
 )
 from fish_speech.training.loss import loss_sums
@@ -114,3 +117,26 @@ def test_targets_choose_the_modules(model):
     assert {key.split(".")[-2] for key in lora_state_dict(model)} == {"wo", "fast_embeddings"}
     with pytest.raises(ValueError, match="wqvk"):
         LoRAConfig(targets=("wqvk",))
+
+
+def test_dropout_before_the_adapters_takes_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(300, 500, requires_grad=True)
+    thin = thinned(x, 0.1)
+    assert set(thin.unique().tolist()) == {0.0, 1.0}
+    assert 0.097 < (thin == 0).float().mean() < 0.103
+    assert (thin == 0).float().mean(1).std() < 0.02  # anywhere, not in some rows
+    thin.sum().backward()
+    assert torch.equal(x.grad, thin)
+
+    layer = LoRALinear(
+        nn.Linear(50, 3, bias=False), LoRAConfig(dropout=0.1), torch.Generator().manual_seed(0)
+    )
+    nn.init.normal_(layer.lora_B)
+    x = torch.ones(100_000, 50)
+    without, wanted = layer.plain()(x), layer.eval()(x)
+    got = layer.train()(x)
+    assert not torch.equal(got, wanted)
+    torch.testing.assert_close(
+        (got - without).mean(0), (wanted - without).mean(0), rtol=0.02, atol=0.01
+    )
