@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.stats import binomtest, norm, t
 
 from fish_speech.evaluation.leaderboard import Figure
 
@@ -25,6 +25,18 @@ def figure(values: Sequence[float], weights: Sequence[float] | None = None) -> F
     mean = float(sum(values) / sum(weights))
     low, high = _interval(values, weights)
     return Figure(mean, min(low, mean), max(high, mean), len(values))  # in spite of rounding
+
+
+def share(happened: Sequence[bool]) -> Figure | None:
+    """How often something happened, with its 95% interval; None of no samples.
+
+    Wilson's interval: resamples of what never happened would say that it never will.
+    """
+    if not happened:
+        return None
+    found = binomtest(sum(happened), len(happened))
+    low, high = found.proportion_ci(method="wilson")
+    return Figure(found.statistic, float(low), float(high), len(happened))
 
 
 def difference(

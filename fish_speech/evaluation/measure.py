@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fish_speech.devices import is_out_of_memory
-from fish_speech.evaluation.figures import figure
+from fish_speech.evaluation.figures import figure, share
 from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Row, Sample, Spoken
 from fish_speech.evaluation.listen import Clip, Listener, Voice
 from fish_speech.evaluation.recommend import Commands, recommend
@@ -148,8 +148,8 @@ def figures_of(results: Sequence[Result]) -> dict[str, Figure | None]:
         "wer_referenced": _rate([result.clip.words for result in referenced]),
         "cer_referenced": _rate([result.clip.characters for result in referenced]),
         "similarity_referenced": _mean([result.similarity for result in referenced]),
-        "runaways": _mean([float(result.take.runaway) for result in results]),
-        "empty": _mean([float(result.take.audio is None) for result in results]),
+        "runaways": share([result.take.runaway for result in results]),
+        "empty": share([result.take.audio is None for result in results]),
         **_manner([result.clip for result in results]),
     }
 
@@ -169,6 +169,7 @@ def describe(row: Row) -> str:
     for title, name, form in shown:
         if found := row.figure(name):
             ends = f"{form.format(found.low)} to {form.format(found.high)}"
+            ends = "one sample" if found.n == 1 else ends
             parts.append(f"{title} {form.format(found.mean)} ({ends})")
     return f"{row.name}: {', '.join(parts) or 'nothing could be measured'}"
 

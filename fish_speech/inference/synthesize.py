@@ -112,11 +112,12 @@ class TextToSpeech:
         """Load a model directory. `device` "auto" is CUDA where there is one, else the CPU.
 
         `dtype` None is bfloat16 on CUDA that has it, else float32; the codec is float32.
-        `quantize` "int8" stores the language model's weights in a byte each (CPU only; the rest of
-        it is then bfloat16 where `dtype` is None, and so is the codec's decoder where the CPU
-        multiplies that natively): faster, a little less exact. `compile` compiles the model when it
-        first speaks. `adaptable` leaves a bf16 model's layers as adapters need them; on a CPU they
-        would be packed. Raises `FileNotFoundError` or `ValueError` that says what is wrong.
+        `quantize` "int8" stores the weights of the language model's blocks in a byte each (CPU
+        only; the others are then bfloat16 where `dtype` is None, and so is the codec's decoder
+        where the CPU multiplies that natively): faster, about as exact as bfloat16. `compile`
+        compiles the model when it first speaks. `adaptable` leaves the layers as adapters need
+        them; on a CPU they are packed otherwise. Raises `FileNotFoundError` or `ValueError` that
+        says what is wrong.
         """
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize is {quantize!r}; 'int8' and None are known")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fish_speech.evaluation.figures import difference, figure
+from fish_speech.evaluation.figures import difference, figure, share
 
 
 def test_a_rate_is_errors_over_words_and_its_interval_surrounds_it():
@@ -36,3 +36,19 @@ def test_a_paired_difference_is_found_where_the_samples_vary_far_more():
 def test_with_next_to_no_samples_nothing_is_certain():
     assert difference([1, 1], [0, 0]) == (float("-inf"), float("inf"))
     assert difference([], []) == (float("-inf"), float("inf"))
+
+
+def test_what_never_happened_in_a_few_samples_may_still_happen():
+    never, once = share([False] * 12), share([True] + [False] * 11)
+    assert (never.mean, never.low) == (0, 0)
+    assert 0.2 < never.high < 0.3  # three in twelve would be the rule of thumb
+    assert once.low > 0 < once.mean == 1 / 12 < once.high
+    assert share([False] * 1200).high < 0.01
+    assert share([True] * 12).high == 1
+    assert share([]) is None
+
+
+def test_the_interval_of_a_share_holds_the_truth_about_19_times_in_20():
+    rng = np.random.default_rng(3)
+    found = [share(list(rng.random(40) < 0.15)) for _ in range(400)]
+    assert 0.92 < np.mean([each.low <= 0.15 <= each.high for each in found]) < 0.99

@@ -8,7 +8,11 @@ casting them does.
 from __future__ import annotations
 
 import math
+import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +25,7 @@ from fish_speech.models.text2semantic.llama import (
     TransformerBlock,
 )
 
+_filters = Lock()  # those of warnings belong to all threads
 _STEPS = 63  # either way, of an input: 127 * 127 * 2 still fits the 16 bits that CPUs sum pairs in
 
 # Looked up once: each look-up takes as long as a small operation.
@@ -78,13 +83,13 @@ class Int8Linear:
         `_STEPS`; without it, their largest is looked for."""
         weight, scale = _quantized(linear)
         zeros = torch.zeros(len(scale), dtype=torch.long)
-        with warnings.catch_warnings():
+        with _filters, warnings.catch_warnings():
             # torch is pinned; a later one has other names for this.
             warnings.filterwarnings("ignore", message="torch.quantize_per", category=UserWarning)
             weight = torch._make_per_channel_quantized_tensor(
                 weight, scale.double() / (steps or _STEPS), zeros, 0
             )
-            self._packed = torch.ops.quantized.linear_prepack(weight, None)
+        self._packed = torch.ops.quantized.linear_prepack(weight, None)
         self._bias = _bias(linear)
         self._finds_size = steps is None
 
@@ -188,9 +193,11 @@ def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransfo
     kind = plain
     if quantize is not None:
         kind = Int8Linear if Int8Linear.is_native() else PortableInt8Linear
-    for blocks in (model.layers, model.fast_layers):
-        for index, block in enumerate(blocks):
-            blocks[index] = PackedBlock(block, kind)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a layer's weights are packed on one core
+        for blocks in (model.layers, model.fast_layers):
+            packed = pool.map(partial(PackedBlock, kind=kind), blocks)
+            for index, block in enumerate(packed):
+                blocks[index] = block
     output = model.fast_output
     del model.fast_output  # the name of a module takes nothing else
     model.fast_output = plain(output) if plain.is_native() else output.float()

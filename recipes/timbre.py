@@ -1,0 +1,120 @@
+"""The experiment that the training defaults come from: how near does a voice come, and how soon?
+
+    python -m recipes.timbre                 # all settings, two at a time, then the table
+    python -m recipes.timbre guide rate-5e-4 # some of them
+    python -m recipes.timbre --table         # of what there is
+
+The voice of `samples/`, which the embedded model never heard, is trained with each of the settings,
+a fifth of its clips held out; base and checkpoints speak sentences that neither was trained on.
+What is done already stays; results lie in `results/timbre-*`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fish_speech.evaluation.leaderboard import JSON_NAME, Leaderboard, Row
+from recipes.tiny.texts import CACHE
+from recipes.tiny.words import is_closed
+
+STEPS = (100, 300, 1000)
+SENTENCES = 12
+DATA = Path("training_data/timbre")
+TEXTS = CACHE / "timbre.txt"
+LINEAR = "[wqkv,wo,w1,w2,w3,output,fast_output]"
+# Learning rate, what else is changed, and the steps at which it is measured.
+SETTINGS: dict[str, tuple[float, tuple[str, ...], tuple[int, ...]]] = {
+    "guide": (2e-5, (), STEPS),
+    "rate-1e-4": (1e-4, (), STEPS),
+    "rate-5e-4": (5e-4, (), STEPS),
+    "rate-2e-3": (2e-3, (), STEPS),
+    "no-reference": (5e-4, ("data.reference_share=0",), STEPS[:2]),
+    "half-reference": (5e-4, ("data.reference_share=0.5",), STEPS[:2]),
+    "linear-only": (5e-4, (f"lora.targets={LINEAR}",), STEPS[:2]),
+    "rank-16": (5e-4, ("lora.r=16", "lora.alpha=32"), STEPS[:2]),
+}
+
+
+def program(name: str, *flags: object) -> None:
+    """One of the three programs, on one core: two settings at a time are faster so."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"{name}.py", *map(str, flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise ValueError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def prepare() -> None:
+    """Clips with a fifth held out, and the sentences."""
+    held_out = (CACHE / "heldout.txt").read_text(encoding="utf-8").splitlines()
+    sentences = [text for text in held_out if is_closed(text)][:SENTENCES]
+    TEXTS.write_text("\n".join(sentences) + "\n", encoding="utf-8")
+    program(
+        "prepare_dataset", "--input", "samples", "--output", DATA, "--speaker", "rms",
+        "--normalize", "--split-long",
+    )  # fmt: skip
+    program(
+        "finetune_tts", "--project", "timbre", "--data-dir", DATA, "--model-version", "tiny",
+        "--extract-tokens", "--build-dataset", "--override", "data.validation_share=0.2",
+    )  # fmt: skip
+
+
+def run(name: str) -> None:
+    """Train and measure one of the settings."""
+    rate, overrides, steps = SETTINGS[name]
+    project = ("--project", f"timbre-{name}", "--data-dir", DATA, "--model-version", "tiny")
+    changes = ("data.validation_share=0.2", *overrides)
+    project += tuple(flag for change in changes for flag in ("--override", change))
+    program(
+        "finetune_tts", *project, "--train", "--max-steps", max(steps), "--learning-rate", rate,
+        "--val-every", 100,
+    )  # fmt: skip
+    program(
+        "finetune_tts", *project, "--evaluate", "--checkpoint-step", *steps, "--texts", TEXTS,
+        "--eval-samples", SENTENCES,
+    )  # fmt: skip
+
+
+def table() -> str:
+    """Markdown: a row for each of the settings, a column for each number of steps."""
+    columns = "".join(f" {step} steps |" for step in STEPS)
+    lines = [f"| | base |{columns}", "|---|---|" + "---|" * len(STEPS)]
+    for name in SETTINGS:
+        file = Path(f"results/timbre-{name}/evaluation") / JSON_NAME
+        if file.is_file():
+            rows = {row.step: row for row in Leaderboard.read(file).rows}
+            cells = [_cell(rows[step]) if step in rows else "" for step in (0, *STEPS)]
+            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Row) -> str:
+    """Similarity, the half-width of its interval, and word errors."""
+    alike, wrong = row.figure("similarity"), row.figure("wer")
+    if alike is None or wrong is None:
+        return "-"
+    return f"{alike.mean:.2f} ± {(alike.high - alike.low) / 2:.2f}, {wrong.mean:.0%}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="SETTING", help=f"of {', '.join(SETTINGS)}")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args = parser.parse_args(argv)
+    if unknown := set(args.names) - set(SETTINGS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if not args.table:
+        prepare()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(run, args.names or SETTINGS))
+    print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
