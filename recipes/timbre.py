@@ -26,17 +26,16 @@ STEPS = (100, 300, 1000)
 SENTENCES = 12
 DATA = Path("training_data/timbre")
 TEXTS = CACHE / "timbre.txt"
-LINEAR = "[wqkv,wo,w1,w2,w3,output,fast_output]"
+_LINEAR = "lora.targets=[wqkv,wo,w1,w2,w3,output,fast_output]"
 # Learning rate, what else is changed, and the steps at which it is measured.
 SETTINGS: dict[str, tuple[float, tuple[str, ...], tuple[int, ...]]] = {
     "guide": (2e-5, (), STEPS),
-    "rate-1e-4": (1e-4, (), STEPS),
     "rate-5e-4": (5e-4, (), STEPS),
-    "rate-2e-3": (2e-3, (), STEPS),
-    "no-reference": (5e-4, ("data.reference_share=0",), STEPS[:2]),
-    "half-reference": (5e-4, ("data.reference_share=0.5",), STEPS[:2]),
-    "linear-only": (5e-4, (f"lora.targets={LINEAR}",), STEPS[:2]),
-    "rank-16": (5e-4, ("lora.r=16", "lora.alpha=32"), STEPS[:2]),
+    "linear-1e-4": (1e-4, (_LINEAR,), STEPS[:2]),
+    "linear-5e-4": (5e-4, (_LINEAR,), STEPS[:2]),
+    "linear-2e-3": (2e-3, (_LINEAR,), STEPS[:2]),
+    "no-reference": (5e-4, (_LINEAR, "data.reference_share=0"), STEPS[:2]),
+    "half-reference": (5e-4, (_LINEAR, "data.reference_share=0.5"), STEPS[:2]),
 }
 
 
