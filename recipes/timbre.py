@@ -31,6 +31,7 @@ _LINEAR = "lora.targets=[wqkv,wo,w1,w2,w3,output,fast_output]"
 SETTINGS: dict[str, tuple[float, tuple[str, ...], tuple[int, ...]]] = {
     "guide": (2e-5, (), STEPS),
     "rate-5e-4": (5e-4, (), STEPS),
+    "linear-2e-5": (2e-5, (_LINEAR,), STEPS[:2]),
     "linear-1e-4": (1e-4, (_LINEAR,), STEPS[:2]),
     "linear-5e-4": (5e-4, (_LINEAR,), STEPS[:2]),
     "linear-2e-3": (2e-3, (_LINEAR,), STEPS[:2]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,13 @@ from fish_speech.conversation import build_prompt
 from fish_speech.files import atomic_folder, file_digest
 from fish_speech.models.text2semantic import DualARTransformer, load_model, save_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
-from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora, merge_lora
+from fish_speech.models.text2semantic.lora import (
+    LoRAConfig,
+    adapted_targets,
+    add_lora,
+    load_lora,
+    merge_lora,
+)
 from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, find_codec
 from fish_speech.models.weights import read_checkpoint
 from fish_speech.tokenizer import FishTokenizer
@@ -45,14 +51,16 @@ def merge(
     """Write `folder`: base and adapters merged in fp32, saved in the base's dtype, and verified.
 
     A checkpoint of ours says what it needs; `base_dir` is only for a base that has moved. One of
-    the reference says nothing, so it needs `base_dir` and `lora`. Raises `ValueError` where the
-    base is another one than the adapters were trained on, the adapters change nothing, or the
-    written model does not do what base and adapters do.
+    the reference says nothing, so it needs `base_dir`, and `lora` for its rank and scale. Raises
+    `ValueError` where the base is another one than the adapters were trained on, the adapters
+    change nothing, or the written model does not do what base and adapters do.
     """
     content = read_checkpoint(checkpoint.path)
     adapters = content.get("state_dict", content)
     record = content.get("run")
     base_dir, lora = _needed(checkpoint, record, base_dir, lora)
+    if record is None and (targets := adapted_targets(adapters)):
+        lora = replace(lora, targets=targets)  # which a preset need not share
     if folder.resolve() == base_dir.resolve():
         raise ValueError(f"{folder}: is the base of this checkpoint; give it another --project")
     dtype = load_model(base_dir).dtype  # mapped: costs nothing

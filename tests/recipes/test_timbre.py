@@ -1,4 +1,4 @@
-"""The experiment behind the training defaults: settings that exist, and a table of what they gave."""
+"""The experiment behind the training defaults: settings that exist, and the table of it."""
 
 import pytest
 
@@ -28,4 +28,4 @@ def test_the_table_has_a_row_for_all_that_was_measured(tmp_path, monkeypatch):
     lines = timbre.table().splitlines()
     cell = "0.80 ± 0.05, 50%"
     assert lines[2:] == [f"| `guide` | {cell} |  | {cell} |  |"]
-    assert len(set(line.count("|") for line in lines)) == 1
+    assert len({line.count("|") for line in lines}) == 1

@@ -123,3 +123,16 @@ def test_a_checkpoint_of_the_reference_needs_its_base_and_config_named(tmp_path,
         merge(Checkpoint(path, 0), tmp_path / "merged")
     merged = merge(Checkpoint(path, 0), tmp_path / "merged", base_dir=base_dir, lora=LoRAConfig())
     assert merged.error < 1e-5 < merged.change
+
+
+@pytest.mark.parametrize("left_out", [(), EMBEDDING_TARGETS])
+def test_what_a_file_of_the_reference_adapts_is_told_by_its_keys(tmp_path, base_dir, left_out):
+    state = golden_tensors("lora.pt")["lora_ckpt"]["state_dict"]
+    state = {k: v for k, v in state.items() if k.split(".")[-2] not in left_out}
+    path = tmp_path / "step_000000007.ckpt"
+    torch.save({"state_dict": state}, path)
+    for preset in (LoRAConfig(), LoRAConfig(targets=LINEAR_TARGETS)):
+        merged = merge(Checkpoint(path, 7), tmp_path / "merged", base_dir=base_dir, lora=preset)
+        embeddings = load_model(merged.folder).embeddings.weight
+        same = torch.equal(embeddings, load_model(base_dir).embeddings.weight)
+        assert same == bool(left_out)

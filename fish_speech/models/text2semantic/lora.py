@@ -168,6 +168,12 @@ def load_lora(model: nn.Module, adapters: dict[str, Tensor], source: object) -> 
     assert not any(_is_adapter(key) for key in missing)
 
 
+def adapted_targets(adapters: dict[str, Tensor]) -> tuple[str, ...]:
+    """The modules that the adapters in a file belong to, whatever its prefix."""
+    names = {key.split(".")[-2] for key in adapters if _is_adapter(key) and "." in key[:-7]}
+    return tuple(name for name in LINEAR_TARGETS + EMBEDDING_TARGETS if name in names)
+
+
 def merge_lora(model: nn.Module) -> None:
     """Add the adapters to the base weights, in fp32, and make the modules plain again."""
     for _, module in lora_modules(model):
