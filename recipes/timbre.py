@@ -26,17 +26,21 @@ STEPS = (100, 300, 1000)
 SENTENCES = 12
 DATA = Path("training_data/timbre")
 TEXTS = CACHE / "timbre.txt"
-_LINEAR = "lora.targets=[wqkv,wo,w1,w2,w3,output,fast_output]"
+# The reference's targets: these, and all that training adapts here.
+_EMBEDDINGS = (
+    "lora.targets=[wqkv,wo,w1,w2,w3,output,fast_output,embeddings,codebook_embeddings,"
+    "fast_embeddings]"
+)
 # Learning rate, what else is changed, and the steps at which it is measured.
 SETTINGS: dict[str, tuple[float, tuple[str, ...], tuple[int, ...]]] = {
-    "guide": (2e-5, (), STEPS),
-    "rate-5e-4": (5e-4, (), STEPS),
-    "linear-2e-5": (2e-5, (_LINEAR,), STEPS[:2]),
-    "linear-1e-4": (1e-4, (_LINEAR,), STEPS[:2]),
-    "linear-5e-4": (5e-4, (_LINEAR,), STEPS[:2]),
-    "linear-2e-3": (2e-3, (_LINEAR,), STEPS[:2]),
-    "no-reference": (5e-4, (_LINEAR, "data.reference_share=0"), STEPS[:2]),
-    "half-reference": (5e-4, (_LINEAR, "data.reference_share=0.5"), STEPS[:2]),
+    "guide": (2e-5, (_EMBEDDINGS,), STEPS),
+    "rate-5e-4": (5e-4, (_EMBEDDINGS,), STEPS),
+    "linear-2e-5": (2e-5, (), STEPS),
+    "linear-1e-4": (1e-4, (), STEPS[:2]),
+    "linear-5e-4": (5e-4, (), STEPS[:2]),
+    "linear-2e-3": (2e-3, (), STEPS[:2]),
+    "no-reference": (1e-4, ("data.reference_share=0",), STEPS[:2]),
+    "half-reference": (1e-4, ("data.reference_share=0.5",), STEPS[:2]),
 }
 
 
