@@ -8,11 +8,7 @@ casting them does.
 from __future__ import annotations
 
 import math
-import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +21,6 @@ from fish_speech.models.text2semantic.llama import (
     TransformerBlock,
 )
 
-_filters = Lock()  # those of warnings belong to all threads
 _STEPS = 63  # either way, of an input: 127 * 127 * 2 still fits the 16 bits that CPUs sum pairs in
 
 # Looked up once: each look-up takes as long as a small operation.
@@ -83,7 +78,7 @@ class Int8Linear:
         `_STEPS`; without it, their largest is looked for."""
         weight, scale = _quantized(linear)
         zeros = torch.zeros(len(scale), dtype=torch.long)
-        with _filters, warnings.catch_warnings():
+        with warnings.catch_warnings():
             # torch is pinned; a later one has other names for this.
             warnings.filterwarnings("ignore", message="torch.quantize_per", category=UserWarning)
             weight = torch._make_per_channel_quantized_tensor(
@@ -193,11 +188,9 @@ def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransfo
     kind = plain
     if quantize is not None:
         kind = Int8Linear if Int8Linear.is_native() else PortableInt8Linear
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a layer's weights are packed on one core
-        for blocks in (model.layers, model.fast_layers):
-            packed = pool.map(partial(PackedBlock, kind=kind), blocks)
-            for index, block in enumerate(packed):
-                blocks[index] = block
+    for blocks in (model.layers, model.fast_layers):
+        for index, block in enumerate(blocks):
+            blocks[index] = PackedBlock(block, kind)
     output = model.fast_output
     del model.fast_output  # the name of a module takes nothing else
     model.fast_output = plain(output) if plain.is_native() else output.float()
@@ -224,5 +217,5 @@ def _bias(linear: nn.Linear) -> Tensor | None:
 def _quantized(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight [N, K] in int8, and the scale [N] of every output channel."""
     weight = linear.weight.detach().float()
-    scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    scale = (torch.linalg.vector_norm(weight, torch.inf, 1) / 127).clamp(min=1e-12)
+    return torch.div(weight, scale[:, None]).round_().to(torch.int8), scale
