@@ -308,7 +308,7 @@ def all_but_text_and_seed(
     """What else decides how a line sounds, the defaults of this machine included."""
     from fish_speech.inference.jobs import model_digests
 
-    machine = [tts.model.device.type, str(tts.model.dtype), args.quantize]
+    machine = [tts.model.device.type, str(tts.model.stored_dtype), args.quantize]
     cloned = [(file_digest(file), words) for file, words in references]
     voice = [args.speaker, cloned, args.trim_silence]
     return [model_digests(model_dir), machine, voice, asdict(replace(settings, seed=0))]

@@ -190,6 +190,11 @@ class DualARTransformer(nn.Module):
         """Of the activations, and of the weights where they are not packed."""
         return self.norm.weight.dtype
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the weights as they were loaded, packed or not."""
+        return self.embeddings.weight.dtype
+
     def set_dropout(self, p: float) -> None:
         """Dropout of the attention weights while training."""
         for module in self.modules():
