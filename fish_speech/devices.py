@@ -93,7 +93,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed, for the whole process; does nothing but on glibc.
 
     Large blocks otherwise go back to the kernel, which gives them again page by page, zeroed: a
-    tenth of a training step or of decoding on a CPU. Peak memory stays what it is.
+    tenth of a training step or of decoding on a CPU. Training and decoding peak where they did;
+    packing weights leaves some hundred megabytes of gaps.
     """
     import ctypes
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fish_speech.evaluation.leaderboard import JSON_NAME, Leaderboard, Row
+from fish_speech.models.text2semantic.lora import EMBEDDING_TARGETS, LINEAR_TARGETS
 from recipes.tiny.texts import CACHE
 from recipes.tiny.words import is_closed
 
@@ -26,11 +27,7 @@ STEPS = (100, 300, 1000)
 SENTENCES = 12
 DATA = Path("training_data/timbre")
 TEXTS = CACHE / "timbre.txt"
-# The reference's targets: these, and all that training adapts here.
-_EMBEDDINGS = (
-    "lora.targets=[wqkv,wo,w1,w2,w3,output,fast_output,embeddings,codebook_embeddings,"
-    "fast_embeddings]"
-)
+_EMBEDDINGS = f"lora.targets=[{','.join(LINEAR_TARGETS + EMBEDDING_TARGETS)}]"  # the reference's
 # Learning rate, what else is changed, and the steps at which it is measured.
 SETTINGS: dict[str, tuple[float, tuple[str, ...], tuple[int, ...]]] = {
     "guide": (2e-5, (_EMBEDDINGS,), STEPS),

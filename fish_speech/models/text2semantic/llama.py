@@ -246,7 +246,7 @@ class DualARTransformer(nn.Module):
 
     def token_logits(self, x: Tensor) -> Tensor:
         """Row-0 logits of hidden states: [..., D] -> [..., V]."""
-        x = self.norm(x).to(self.embeddings.weight.dtype)
+        x = self.norm(x).to(self.stored_dtype)
         if self.config.tie_word_embeddings:
             return F.linear(x, self.embeddings.weight)
         return self.output(x)
