@@ -115,6 +115,10 @@ def build_parser() -> argparse.ArgumentParser:
         " players (default: output/A-against-B)",
     )
     comparing.add_argument("--texts", metavar="FILE", type=Path, help="these texts, one a line")
+    comparing.add_argument("--whisper-model", metavar="NAME", help="who listens to the words")
+    comparing.add_argument(
+        "--speaker-encoder", metavar="NAME", help="who tells voices apart, on the hub or a folder"
+    )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -149,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     print_anything()
     args = build_parser().parse_args(argv)
     try:
-        if args.compare or args.texts:
+        if args.compare or args.texts or args.whisper_model or args.speaker_encoder:
             return compare_models(args)
         return list_voices() if args.list_voices else speak(args)
     except KeyboardInterrupt:
@@ -239,7 +243,7 @@ def speak(args: argparse.Namespace) -> int:
 def compare_models(args: argparse.Namespace) -> int:
     """Two models and a file of texts -> a folder with the page, whose path is printed."""
     if not (args.compare and args.texts):
-        raise ValueError("--compare A B and --texts FILE go together")
+        raise ValueError("--compare A B and --texts FILE go together, and the rest needs both")
     if args.text or args.text_file or args.model_path or args.batch or args.play:
         raise ValueError("--compare speaks --texts FILE with its two models: give no other")
     from fish_speech.evaluation.compare import compare
@@ -264,6 +268,8 @@ def compare_models(args: argparse.Namespace) -> int:
         takes=args.num_samples,
         speaker=args.speaker,
         references=references,
+        whisper_model=args.whisper_model,
+        speaker_encoder=args.speaker_encoder,
         device=args.device,
         say=say,
     )
@@ -328,16 +334,17 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
     from fish_speech.devices import keep_freed_memory, suit_threads
     from fish_speech.inference import TextToSpeech
 
-    keep_freed_memory()
     if args.threads is None:
         suit_threads(model_dir / "model.pth")
     device = resolve_device(args.device)
     dtype = None if args.precision == "auto" else resolve_precision(args.precision, device)
     if args.compile:
         say("Compiling: the first sentence takes about a minute longer")
-    return TextToSpeech.from_pretrained(
+    voice = TextToSpeech.from_pretrained(
         model_dir, device=device, dtype=dtype, quantize=args.quantize, compile=args.compile
     )
+    keep_freed_memory()  # not before: what packing the weights freed would be kept too
+    return voice
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

@@ -82,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("evaluating").add_argument
     add("--eval-samples", type=int, metavar="N", help="texts that each model speaks (12)")
     add("--texts", type=Path, metavar="FILE", help="further texts to speak, one a line")
+    add("--speaker-encoder", metavar="NAME", help="an x-vector model: on the hub, or a folder")
     add("--eval-every", type=int, metavar="STEPS", help="a small one in training, for TensorBoard")
 
     add = parser.add_argument_group("machine").add_argument

@@ -35,6 +35,8 @@ def compare(
     takes: int = 1,
     speaker: str | None = None,
     references: Sequence[tuple[str | Path, str]] = (),
+    whisper_model: str | None = None,
+    speaker_encoder: str | None = None,
     device: str = "auto",
     say: Say = lambda message: None,
 ) -> Leaderboard:
@@ -80,7 +82,9 @@ def compare(
             known,
             folder,
             title=f"{names[0]} against {names[1]}",
-            listener=listener_for(texts, None, device, folder / "heard.jsonl", say),
+            listener=listener_for(
+                texts, whisper_model, speaker_encoder, device, folder / "heard.jsonl", say
+            ),
             commands=commands,
             settings=settings,
             strangers=sorted(FOLDER.glob("strangers/*")),

@@ -10,7 +10,8 @@ import numpy as np
 
 from fish_speech.audio import load_audio
 from fish_speech.evaluation.pitch import median_and_range, pitch
-from fish_speech.evaluation.speaker import SAMPLE_RATE, SpeakerEncoder, similarity
+from fish_speech.evaluation.speaker import SAMPLE_RATE, similarity
+from fish_speech.evaluation.xvector import Encoder
 from fish_speech.preparation.rates import Errors, character_errors, word_errors
 from fish_speech.preparation.segment import FRAME_SECONDS, find_speech
 from fish_speech.preparation.transcribe import Recogniser
@@ -20,7 +21,7 @@ from fish_speech.preparation.transcribe import Recogniser
 class Clip:
     """What was heard in a clip; what could not be told is None.
 
-    `vector` is its voice [256], `letters` those of the text it should say, `speech` the seconds of
+    `vector` is its voice [D], `letters` those of the text it should say, `speech` the seconds of
     speech in it, `pitch` the median in Hz and the range in semitones.
     """
 
@@ -42,7 +43,7 @@ class Listener:
     """
 
     recogniser: Recogniser | None
-    encoder: SpeakerEncoder | None
+    encoder: Encoder | None
 
     def deaf(self) -> Listener:
         """The same without a recogniser."""

@@ -19,8 +19,9 @@ from fish_speech.evaluation.measure import AUDIO, Say, measure
 from fish_speech.evaluation.page import write_markdown, write_page
 from fish_speech.evaluation.recognise import choose_recogniser
 from fish_speech.evaluation.recommend import Commands
-from fish_speech.evaluation.speaker import FOLDER, SpeakerEncoder
+from fish_speech.evaluation.speaker import FOLDER
 from fish_speech.evaluation.takes import Candidate, remembered
+from fish_speech.evaluation.xvector import load_encoder
 from fish_speech.files import exclusive, file_digest, safe_name, shown_path
 from fish_speech.hub import check_model_dir
 from fish_speech.inference import TextToSpeech
@@ -52,6 +53,7 @@ class Request:
     device: str = "auto"
     precision: str = "auto"
     whisper_model: str | None = None
+    speaker_encoder: str | None = None
 
     @classmethod
     def of_flags(cls, flags: Mapping[str, Any]) -> Request:
@@ -66,6 +68,7 @@ class Request:
             "device": flags["device"],
             "precision": flags["precision"],
             "whisper_model": flags["whisper_model"],
+            "speaker_encoder": flags["speaker_encoder"],
         }
         return cls(**{name: value for name, value in given.items() if value is not None})
 
@@ -134,7 +137,9 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     folder = evaluation_folder(run)
     with exclusive(folder, f"the evaluation of project '{run.project}'"):
         texts, journal = [*data.texts, *further], folder / "heard.jsonl"
-        listener = listener_for(texts, request.whisper_model, request.device, journal, say)
+        listener = listener_for(
+            texts, request.whisper_model, request.speaker_encoder, request.device, journal, say
+        )
         board = measure(
             list(base.candidates(checkpoints)),
             lines,
@@ -182,15 +187,16 @@ def write(board: Leaderboard, folder: Path) -> Path:
 
 
 def listener_for(
-    texts: Sequence[str], whisper_model: str | None, device: str, journal: Path | None, say: Say
-) -> Listener:
+    texts: Sequence[str], whisper_model: str | None, speaker_encoder: str | None, device: str,
+    journal: Path | None, say: Say,
+) -> Listener:  # fmt: skip
     """The instruments for texts of this kind; what is heard is kept in `journal`."""
     recogniser, note = choose_recogniser(texts, whisper_model, device)
     if note:
         say(note)
     if recogniser is not None and journal is not None:
         recogniser = Journal(recogniser, journal)
-    return Listener(recogniser, SpeakerEncoder.from_pretrained())
+    return Listener(recogniser, load_encoder(speaker_encoder, device))
 
 
 def read_texts(file: Path) -> list[str]:

@@ -58,18 +58,27 @@ class SpeakerEncoder(nn.Module):
     @torch.no_grad()
     def embed(self, samples: np.ndarray) -> np.ndarray | None:
         """The voice in speech [N] (float32, 16 kHz): a unit vector [256]; None for silence."""
-        level = float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))) if len(samples) else 0
-        if not level > 1e-5:
+        if is_silent(samples):
             return None
+        level = _level(samples)
         waveform = torch.from_numpy(np.ascontiguousarray(samples, np.float32))
         mels = _mels(F.pad(waveform * (_LEVEL / level), (0, _padding(len(samples)))))
         vectors = self(mels.unfold(0, _FRAMES, _STEP).transpose(1, 2))
         return F.normalize(vectors.mean(0), dim=0).numpy()
 
 
+def is_silent(samples: np.ndarray) -> bool:
+    """Whether nothing is to be heard in samples [N]."""
+    return not len(samples) or not _level(samples) > 1e-5
+
+
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
     """The cosine of two vectors."""
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def _level(samples: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(samples, dtype=np.float64))))
 
 
 def _padding(count: int) -> int:

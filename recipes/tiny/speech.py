@@ -1,7 +1,8 @@
 """Stage 3: speak every training sentence with flite and keep only text and codes, in shards.
 
-A shard holds `BLOCK` sentences; a shard that exists is done, so that a stopped run goes on where it
-was. The voice `rms` is left out on purpose: the demo teaches it.
+A shard holds those of `BLOCK` sentences that are of the templates' vocabulary, or those that are
+not; a shard that exists is done, so that a stopped run goes on where it was. The voice `rms` is
+left out on purpose: the demo teaches it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fish_speech.datasets.protos.stream import write_shard
 from fish_speech.datasets.shards import Sample, text_data
 from fish_speech.models.vqgan import Codec, load_codec
 from recipes.tiny.texts import CACHE
+from recipes.tiny.words import is_closed
 
 SAMPLE_RATE = 16000
 VOICES = {"SLT": "slt", "KAL": "kal16", "AWB": "awb"}  # name in the prompt: voice of flite
@@ -32,11 +34,12 @@ def speaker_of(index: int) -> str:
 
 
 def speak(text: str, speaker: str) -> np.ndarray:
-    """Speak `text` with flite: float32 [N] at 16 kHz, trimmed to 50 ms before and 100 ms after."""
+    """Speak `text` with flite, by one of `VOICES` or another of flite's: float32 [N] at 16 kHz,
+    trimmed to 50 ms before and 100 ms after."""
     import soundfile
 
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-        command = ["flite", "-voice", VOICES[speaker], "-t", text, "-o", file.name]
+        command = ["flite", "-voice", VOICES.get(speaker, speaker), "-t", text, "-o", file.name]
         subprocess.run(command, check=True, capture_output=True)
         samples, sample_rate = soundfile.read(file.name, dtype="float32")
     if sample_rate != SAMPLE_RATE:
@@ -71,11 +74,10 @@ def encode(codec: Codec, waveforms: list[np.ndarray], batch_size: int = 16) -> l
     return [codes[index] for index in range(len(waveforms))]
 
 
-def speak_block(number: int, texts: list[str], codec: Codec, pool: ThreadPoolExecutor) -> list:
-    """Messages of block `number`, one for each speaker."""
-    speakers = [speaker_of(number * BLOCK + index) for index in range(len(texts))]
-    codes = encode(codec, list(pool.map(speak, texts, speakers)))
-    samples = [Sample(*sample) for sample in zip(texts, speakers, codes, strict=True)]
+def speak_block(jobs: list[tuple[str, str]], codec: Codec, pool: ThreadPoolExecutor) -> list:
+    """Messages of texts and who speaks each, one for each speaker."""
+    codes = encode(codec, list(pool.map(lambda job: speak(*job), jobs)))
+    samples = [Sample(*job, spoken) for job, spoken in zip(jobs, codes, strict=True)]
     return [
         message
         for speaker in VOICES
@@ -87,16 +89,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the texts")
     parser.add_argument("--codec", type=Path, default=Path("checkpoints/tiny"))
+    parser.add_argument(
+        "--closed", action="store_true", help="only sentences of the templates' vocabulary"
+    )
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     texts = (args.cache / "train.txt").read_text(encoding="utf-8").splitlines()
+    jobs = [(text, speaker_of(index)) for index, text in enumerate(texts)]
     codec = load_codec(args.codec, args.device)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for begin in tqdm(range(0, len(texts), BLOCK), unit="block", disable=None):
-            shard = args.cache / "shards" / f"{begin // BLOCK:05d}.protos"
-            if not shard.exists():
-                block = texts[begin : begin + BLOCK]
-                write_shard(shard, speak_block(begin // BLOCK, block, codec, pool))
+        for begin in tqdm(range(0, len(jobs), BLOCK), unit="block", disable=None):
+            block = jobs[begin : begin + BLOCK]
+            for kind in ("closed",) if args.closed else ("closed", "open"):
+                shard = args.cache / "shards" / f"{begin // BLOCK:05d}-{kind}.protos"
+                mine = [job for job in block if is_closed(job[0]) == (kind == "closed")]
+                if not shard.exists():
+                    write_shard(shard, speak_block(mine, codec, pool))
     return 0
 
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import tempfile
 import time
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
@@ -27,12 +30,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from fish_speech.conversation import IGNORED
+from fish_speech.devices import multiplies_bf16
 from fish_speech.files import atomic_path
-from fish_speech.models.text2semantic import DualARTransformer
+from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.llama import rotary_table, rotate
 from recipes.tiny.batches import NOWHERE, Corpus, Mixture, batches, token_durations
 from recipes.tiny.corpus import read_corpus
 from recipes.tiny.model import new_model, tiny_tokenizer
+from recipes.tiny.muon import Muon
 from recipes.tiny.texts import CACHE
 from recipes.tiny.words import is_closed
 
@@ -89,14 +94,22 @@ class Run:
     faster than threads inside every operation, and keeps its pace on a machine that is shared.
     """
 
-    def __init__(self, cache: Path, device: str, seed: int, *, compiled: bool) -> None:
+    def __init__(
+        self, cache: Path, device: str, seed: int, *, compiled: bool, start: Path | None = None
+    ) -> None:
         self.file = cache / CHECKPOINT
         self.device = device
+        native = multiplies_bf16(torch.device(device))
+        self.autocast = partial(
+            torch.autocast, torch.device(device).type, torch.bfloat16, enabled=native
+        )
         # Every shape is known, so kernels are prepared once for each.
         prepare = partial(torch.compile, dynamic=False, disable=not compiled)
         self.hidden_states = prepare(hidden_states)
         self.codebook_logits = prepare(DualARTransformer.codebook_logits)
         self.model = new_model(seed).to(device).train()
+        if start:
+            self.model.load_state_dict(load_model(start).state_dict())
         parameters = list(self.model.parameters())
         sizes = [parameter.numel() for parameter in parameters]
         # All gradients lie in one vector, so that one message carries them and four figures.
@@ -110,7 +123,7 @@ class Run:
         chosen = {id(matrix) for matrix in matrices}
         others = [p for p in parameters if id(p) not in chosen]
         self.shares = [matrices[owner :: world_size()] for owner in range(world_size())]
-        self.muon = torch.optim.Muon(self.shares[rank()], lr=MUON_RATE, weight_decay=0.01)
+        self.muon = Muon(self.shares[rank()], lr=MUON_RATE, weight_decay=0.01)
         self.adam = torch.optim.AdamW(
             others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
@@ -141,7 +154,7 @@ class Run:
         """
         tokens, labels, places = (part.to(self.device) for part in (tokens, labels, places))
         # Entered at every step: autocast keeps its copies of the weights until it is left.
-        with torch.autocast(tokens.device.type, torch.bfloat16):
+        with self.autocast():
             hidden, attention = self.hidden_states(self.model, tokens)  # [B, T, D]
             token_logits = self.model.token_logits(hidden).float()
         token_loss = F.cross_entropy(
@@ -153,7 +166,7 @@ class Run:
         draws = torch.rand(max(FAST_FRAMES, len(frames)), generator=self.generator).argsort()
         chosen = frames[draws[:FAST_FRAMES] % len(frames)].to(self.device)
         codes = labels[:, 1:].transpose(1, 2).flatten(0, 1)[chosen]  # [N, K]
-        with torch.autocast(tokens.device.type, torch.bfloat16):
+        with self.autocast():
             hidden = hidden.flatten(0, 1)[chosen]
             logits = self.codebook_logits(self.model, hidden, codes).float()  # [N, K, C]
         codebook_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
@@ -227,7 +240,8 @@ def train(run: Run, corpus: Corpus, args: argparse.Namespace) -> None:
     seconds = saved = run.seconds
     began, means = time.monotonic() - run.seconds, torch.zeros(3)
     while (progress := max(run.step / args.steps, seconds / (60 * args.minutes))) < 1:
-        losses, mean_seconds = run.update(next(source), rate_share(run.step, progress))
+        share = args.peak * rate_share(run.step, progress)
+        losses, mean_seconds = run.update(next(source), share)
         seconds, run.seconds = float(mean_seconds), time.monotonic() - began
         means = losses if not means.any() else 0.98 * means + 0.02 * losses
         bar.update()
@@ -247,12 +261,14 @@ def train(run: Run, corpus: Corpus, args: argparse.Namespace) -> None:
 def work(process: int, args: argparse.Namespace, rendezvous: str) -> None:
     """One of `args.processes` processes of a run."""
     if args.processes > 1:
+        Thread(target=_end_with_the_parent, daemon=True).start()
         torch.set_num_threads(1)
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=process, world_size=args.processes
         )
     torch._dynamo.config.recompile_limit = 32  # one for every bucket
-    run = Run(args.cache, args.device, args.seed, compiled=not args.no_compile)
+    compiled = not args.no_compile
+    run = Run(args.cache, args.device, args.seed, compiled=compiled, start=args.start)
     kind = torch.device(args.device).type
     # Flash attention's backward is slow at these lengths on a CPU.
     backends = [SDPBackend.MATH] if kind == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -260,10 +276,18 @@ def work(process: int, args: argparse.Namespace, rendezvous: str) -> None:
         train(run, read_corpus(args.cache), args)
 
 
+def _end_with_the_parent() -> None:
+    """Without this the processes of a run that is killed train on, into the same file."""
+    parent_process().join()
+    os._exit(1)
+
+
 def main(argv: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the shards")
+    parser.add_argument("--start", type=Path, help="model directory whose weights to train on")
+    parser.add_argument("--peak", type=float, default=1.0, help="share of the peak rates")
     parser.add_argument("--steps", type=int, default=24000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="end the schedule earlier")
     parser.add_argument(

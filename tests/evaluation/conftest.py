@@ -74,3 +74,29 @@ class Hearing:
 @pytest.fixture(scope="session")
 def listener():
     return Listener(Hearing(), SpeakerEncoder.from_pretrained())
+
+
+@pytest.fixture(scope="session")
+def xvector_folder(tmp_path_factory):
+    """A WavLM with an x-vector head of 32 numbers, as the hub has them."""
+    import torch
+    from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
+
+    torch.manual_seed(0)
+    config = WavLMConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=(16, 16, 16),
+        conv_stride=(5, 8, 8),
+        conv_kernel=(10, 8, 8),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        tdnn_dim=(32, 32, 32, 32, 64),
+        xvector_output_dim=32,
+    )
+    path = tmp_path_factory.mktemp("encoders") / "small-sv"
+    WavLMForXVector(config).save_pretrained(path)
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(path)
+    return path

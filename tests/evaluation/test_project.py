@@ -14,6 +14,7 @@ from fish_speech.training.runs import Run
 from tests.conftest import ROOT
 from tests.evaluation.conftest import CLIPS, Hearing, text_of
 from tests.random_voice import make_voice
+from tests.tiny_whisper import SENTENCE, make_whisper
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning")
 FOLDER = "results/p/evaluation"
@@ -149,6 +150,26 @@ def test_further_texts_are_spoken_too(project):
     texts = [sample.text for sample in board.samples if not sample.referenced]
     assert texts[:2] == ["Hello there.", "Good bye."]
     assert [sample.recording is None for sample in board.samples[::2]] == [True, True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_other_instruments_listen_where_they_are_named(project, monkeypatch, xvector_folder):
+    whisper = make_whisper(project / "one sentence.pt")
+    monkeypatch.setattr("fish_speech.evaluation.project.choose_recogniser", choose_recogniser)
+    (project / "more.txt").write_text(SENTENCE, encoding="utf-8")
+    flags = ("--evaluate", "--eval-samples", 2, "--texts", "more.txt", "--checkpoint-step", 2)
+    flags += ("--whisper-model", whisper, "--speaker-encoder", xvector_folder)
+    assert finetune(*flags) == 0
+    board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
+    assert board.recogniser.startswith("openai ")
+    assert board.speaker_encoder == "small-sv"
+    told = [sample for sample in board.samples if sample.text == SENTENCE]
+    takes = [take for sample in told for take in sample.spoken.values()]
+    assert [(take.heard, take.wer) for take in takes] == [(SENTENCE, 0.0)] * 4
+    assert all(-1 <= row.figure("similarity").mean <= 1 for row in board.rows)
 
 
 def test_the_best_is_merged_and_where_there_is_none_the_reason_is_said(project, capsys):

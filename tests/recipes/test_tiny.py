@@ -28,6 +28,7 @@ from recipes.tiny.batches import (
 )
 from recipes.tiny.codec import Trainer, codec_to_train
 from recipes.tiny.model import new_model, tiny_tokenizer
+from recipes.tiny.muon import Muon, orthogonal
 from recipes.tiny.speech import trim
 from recipes.tiny.texts import clean_sentence, collect, from_templates, spell_number
 from recipes.tiny.train import (
@@ -185,6 +186,26 @@ def test_losses_of_whole_batches_are_those_of_the_package(tmp_path, monkeypatch)
     sums = loss_sums(run.model, tokens, labels)
     expected = torch.stack([sums.token / sums.tokens, sums.codebook / sums.codes])
     assert torch.allclose(run.losses(tokens, labels, places)[:2], expected, rtol=2e-3)
+
+
+def test_muon_makes_updates_orthogonal_and_is_torch_s_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator) for shape in ((96, 32), (32, 64), (32, 64))]
+    sizes = torch.linalg.svdvals(orthogonal(torch.stack(starts[1:])))
+    assert 0.6 < sizes.min() < sizes.max() < 1.3
+    ours, theirs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    optimizers = [
+        kind(matrices, lr=0.02, weight_decay=0.01)
+        for kind, matrices in ((Muon, ours), (torch.optim.Muon, theirs))
+    ]
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, start in zip(ours, theirs, starts, strict=True):
+        assert (a - b).norm() < 0.02 * (b - start).norm()  # theirs iterates in bf16
 
 
 def test_rate_rises_and_falls():

@@ -1,0 +1,100 @@
+"""Larger speaker encoders, from the hub or a folder, by transformers (the extra `speaker`)."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fish_speech.devices import resolve_device
+from fish_speech.evaluation.speaker import SAMPLE_RATE, SpeakerEncoder, is_silent
+
+SUGGESTED = "microsoft/wavlm-base-plus-sv"
+_LEAST = SAMPLE_RATE  # samples; what is shorter gives no frames to the last layers
+_MOST = 30 * SAMPLE_RATE  # attention over more takes memory with the square, and tells no more
+
+
+class Encoder(Protocol):
+    """Turns speech into a vector of who speaks; vectors of one encoder are comparable."""
+
+    identity: str
+
+    def embed(self, samples: np.ndarray) -> np.ndarray | None:
+        """The voice in speech [N] (float32, 16 kHz): a unit vector [D]; None for silence."""
+
+
+def load_encoder(name: str | None = None, device: str = "auto") -> Encoder:
+    """The speaker encoder that comes with the repository, or the x-vector model `name`: an id on
+    the hub or a folder. Raises `ValueError` with the remedy where it can't be had."""
+    return XVector(name, device) if name else SpeakerEncoder.from_pretrained()
+
+
+class XVector:
+    """A model with an x-vector head (WavLM, UniSpeech-SAT, wav2vec 2), such as `SUGGESTED`.
+
+    The hub's own settings hold (HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HF_HOME).
+    """
+
+    def __init__(self, name: str, device: str = "auto") -> None:
+        if find_spec("transformers") is None:
+            raise ValueError(
+                f"--speaker-encoder {name}: install what loads it with 'pip install transformers'"
+            )
+        from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioXVector
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()  # of the weights being copied; downloads have their own
+        try:
+            AutoConfig.from_pretrained(name)  # whose errors say what is wrong
+            self._features = AutoFeatureExtractor.from_pretrained(name)
+            model, report = AutoModelForAudioXVector.from_pretrained(name, output_loading_info=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise ValueError(
+                f"--speaker-encoder {name}: {reason}; give an x-vector model, by its id on the hub "
+                f"(downloaded once) or its folder, such as {SUGGESTED}, or leave the option out: "
+                "a smaller encoder comes with this repository"
+            ) from error
+        # The parametrized weights of the positions have two spellings, both read.
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"--speaker-encoder {name}: its weights lack {missing[0]} and {len(missing) - 1} "
+                f"more, so its vectors would be random; use a model for speakers, as {SUGGESTED}"
+            )
+        if self._features.sampling_rate != SAMPLE_RATE:
+            raise ValueError(
+                f"--speaker-encoder {name}: it listens at {self._features.sampling_rate} Hz; use "
+                f"one for {SAMPLE_RATE} Hz, as {SUGGESTED}"
+            )
+        self._model = model.to(resolve_device(device)).eval()
+        self.identity = _identity(name)
+
+    @torch.no_grad()
+    def embed(self, samples: np.ndarray) -> np.ndarray | None:
+        """The voice in speech [N] (float32, 16 kHz): a unit vector [D]; None for silence.
+
+        Of more than half a minute only the first is listened to.
+        """
+        if is_silent(samples):
+            return None
+        samples = np.pad(samples[:_MOST], (0, max(0, _LEAST - len(samples))))
+        inputs = self._features(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of how transformers calls it
+            vector = self._model(**inputs.to(self._model.device)).embeddings[0].float()
+        return torch.nn.functional.normalize(vector, dim=0).cpu().numpy()
+
+
+def _identity(name: str) -> str:
+    """The folder's name, or the id on the hub and the commit that it was downloaded at."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return Path(name).resolve().name
+    config = try_to_load_from_cache(name, "config.json")  # snapshots/COMMIT/config.json
+    return f"{name}, commit {Path(config).parent.name[:8]}" if isinstance(config, str) else name
