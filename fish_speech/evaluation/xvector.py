@@ -16,6 +16,7 @@ from fish_speech.evaluation.speaker import SAMPLE_RATE, SpeakerEncoder, is_silen
 SUGGESTED = "microsoft/wavlm-base-plus-sv"
 _LEAST = SAMPLE_RATE  # samples; what is shorter gives no frames to the last layers
 _MOST = 30 * SAMPLE_RATE  # attention over more takes memory with the square, and tells no more
+_ONLY_TRAINING = ("classifier.", "objective.")  # the head beyond the vectors
 
 
 class Encoder(Protocol):
@@ -60,8 +61,8 @@ class XVector:
                 f"(downloaded once) or its folder, such as {SUGGESTED}, or leave the option out: "
                 "a smaller encoder comes with this repository"
             ) from error
-        # The parametrized weights of the positions have two spellings, both read.
-        if missing := sorted(report["missing_keys"]):
+        missing = [key for key in report["missing_keys"] if not key.startswith(_ONLY_TRAINING)]
+        if missing := sorted(missing):
             raise ValueError(
                 f"--speaker-encoder {name}: its weights lack {missing[0]} and {len(missing) - 1} "
                 f"more, so its vectors would be random; use a model for speakers, as {SUGGESTED}"

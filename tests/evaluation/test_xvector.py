@@ -37,6 +37,26 @@ def test_a_folder_gives_unit_vectors_and_silence_has_no_voice(xvector_folder, wa
     assert encoder.embed(np.zeros(16_000, np.float32)) is None
 
 
+def test_weights_as_older_models_have_them_give_the_same_vectors(xvector_folder, tmp_path, wave):
+    """Pickled, the weight norm in its older spelling: as the suggested model is published."""
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(xvector_folder / "model.safetensors")
+    old = {"original0": "weight_g", "original1": "weight_v"}
+    for name in list(weights):
+        head, _, last = name.rpartition(".parametrizations.weight.")
+        if last in old:
+            weights[f"{head}.{old[last]}"] = weights.pop(name)
+    del weights["objective.weight"]  # of use in training only
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((xvector_folder / name).read_bytes())
+    vector = load_encoder(str(tmp_path), "cpu").embed(wave)
+    expected = load_encoder(str(xvector_folder), "cpu").embed(wave)
+    np.testing.assert_allclose(vector, expected, atol=1e-6)
+
+
 def test_without_a_name_the_repository_s_own_listens():
     assert load_encoder().identity == "Resemblyzer 0.1.4"
 
