@@ -334,16 +334,17 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
     from fish_speech.devices import keep_freed_memory, suit_threads
     from fish_speech.inference import TextToSpeech
 
-    keep_freed_memory()
     if args.threads is None:
         suit_threads(model_dir / "model.pth")
     device = resolve_device(args.device)
     dtype = None if args.precision == "auto" else resolve_precision(args.precision, device)
     if args.compile:
         say("Compiling: the first sentence takes about a minute longer")
-    return TextToSpeech.from_pretrained(
+    voice = TextToSpeech.from_pretrained(
         model_dir, device=device, dtype=dtype, quantize=args.quantize, compile=args.compile
     )
+    keep_freed_memory()  # not before: the gaps that packing weights leaves would be kept too
+    return voice
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

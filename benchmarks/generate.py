@@ -56,6 +56,7 @@ def _generate(directory: Path, kind: str, device: str) -> float:
     """The median seconds a frame, the first frames of a speech apart: they take the prompt."""
     import torch
 
+    from fish_speech.devices import keep_freed_memory
     from fish_speech.inference.generate import generate
     from fish_speech.inference.sampling import Sampling
     from fish_speech.models.text2semantic import load_model
@@ -64,6 +65,7 @@ def _generate(directory: Path, kind: str, device: str) -> float:
 
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     model = pack(load_model(directory, device, dtype), "int8" if kind == "int8" else None)
+    keep_freed_memory()  # as cli_tts.py does
     tokenizer = FishTokenizer.from_pretrained(directory)
     random = torch.Generator().manual_seed(0)
     prompt = torch.zeros(model.config.num_codebooks + 1, _PROMPT, dtype=torch.long)

@@ -10,8 +10,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fish_speech.devices import keep_freed_memory
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = REPOSITORY / ".cache" / "bench"  # what is made once, for all runs
 
@@ -51,7 +49,6 @@ def fresh(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
 def _with_peak(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, float]:
     import resource
 
-    keep_freed_memory()  # as the programs do
     result = function(*args)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

@@ -33,9 +33,11 @@ def synthesis_int8_row(device: str) -> Row:
 
 def _speak(directory: Path, device: str) -> tuple[float, float]:
     """Seconds for a sentence, and how long it is; the second one is measured."""
+    from fish_speech.devices import keep_freed_memory
     from fish_speech.inference import Settings, TextToSpeech
 
     tts = TextToSpeech.from_pretrained(directory, device=device, quantize="int8")
+    keep_freed_memory()  # as cli_tts.py does
     for seed in range(1, 100):
         # Random weights neither end well nor need to: what counts is a speech of this length.
         settings = Settings(seed=seed, max_new_tokens=_FRAMES, retries=0)

@@ -51,9 +51,12 @@ def _train(directory: Path, precision: str, device: str) -> tuple[float, int, in
     import lightning as L
 
     from fish_speech.datasets.shards import build_shards
+    from fish_speech.devices import keep_freed_memory
     from fish_speech.training.config import compose_config
     from fish_speech.training.runs import Run, choose_start
     from fish_speech.training.train import train
+
+    keep_freed_memory()  # as finetune_tts.py does
 
     class Watch(L.Callback):
         def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -49,6 +49,9 @@ def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands
     last = sound[-1]
     falling = last is measured[-1] and _loss_falls([base, *measured])
     gain = f"no checkpoint {compare.wins} the base beyond the interval"
+    costly = [row.name for row in measured if row not in sound and compare.better(row, base)]
+    if costly:
+        gain += f" (except {', '.join(costly)}: each {compare.loses})"
     if falling:
         reason = f"{gain} yet, and the held-out loss still falls"
         return Recommendation(None, None, "train longer", reason, commands.train_longer)

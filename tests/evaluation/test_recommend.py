@@ -92,6 +92,9 @@ def test_the_reason_and_the_command_name_what_was_found():
     bad = recommend(*board(BASE, (0.9, 0.8)), COMMANDS)
     assert "more word errors than the base" in bad.reason
     assert bad.next == "speak with the base"
+    costly = recommend(*board(BASE, BASE, (0.9, 0.8)), COMMANDS)
+    assert "(except step_2: each makes more word errors than the base)" in costly.reason
+    assert "except" not in recommend(*board(BASE, BASE, (0.9, 0.6)), COMMANDS).reason
 
 
 def test_too_few_samples_tell_nothing():
