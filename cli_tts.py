@@ -243,7 +243,10 @@ def speak(args: argparse.Namespace) -> int:
 def compare_models(args: argparse.Namespace) -> int:
     """Two models and a file of texts -> a folder with the page, whose path is printed."""
     if not (args.compare and args.texts):
-        raise ValueError("--compare A B and --texts FILE go together, and the rest needs both")
+        raise ValueError(
+            "--compare A B and --texts FILE go together (--whisper-model, --speaker-encoder: only"
+            " with them)"
+        )
     if args.text or args.text_file or args.model_path or args.batch or args.play:
         raise ValueError("--compare speaks --texts FILE with its two models: give no other")
     from fish_speech.evaluation.compare import compare

@@ -1,7 +1,7 @@
 """The experiment that the training defaults come from: how near does a voice come, and how soon?
 
     python -m recipes.timbre                 # all settings, two at a time, then the table
-    python -m recipes.timbre guide rate-5e-4 # some of them
+    python -m recipes.timbre guide linear-5e-4 # some of them
     python -m recipes.timbre --table         # of what there is
 
 A voice that the embedded model never heard, the one of `samples/`, reads sentences of the words
@@ -38,7 +38,6 @@ _EMBEDDINGS = f"lora.targets=[{','.join(LINEAR_TARGETS + EMBEDDING_TARGETS)}]"  
 # Learning rate, what else is changed, and the steps at which it is measured.
 SETTINGS: dict[str, tuple[float, tuple[str, ...], tuple[int, ...]]] = {
     "guide": (2e-5, (_EMBEDDINGS,), STEPS),
-    "rate-5e-4": (5e-4, (_EMBEDDINGS,), STEPS),
     "linear-2e-5": (2e-5, (), STEPS),
     "linear-1e-4": (1e-4, (), STEPS),
     "linear-5e-4": (5e-4, (), STEPS),
