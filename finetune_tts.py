@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--max-steps", type=int, help="steps of this project in all (300)")
     add("--batch-size", type=int, help="utterances a batch (4)")
-    add("--learning-rate", type=float, help="(2e-5)")
+    add("--learning-rate", type=float, help="(1e-4)")
     add("--gradient-accumulation-steps", type=int, metavar="N", help="batches a step (1)")
     add("--lora-config", metavar="NAME", help="r_4_alpha_8, r_8_alpha_16 (default), r_16_alpha_32")
     add("--save-every", type=int, metavar="STEPS", help="between checkpoints (100)")

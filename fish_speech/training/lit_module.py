@@ -24,7 +24,7 @@ class OptimizerConfig:
     to `final_share` of it at `max_steps` ("cosine").
     """
 
-    learning_rate: float = 2e-5
+    learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
