@@ -26,7 +26,7 @@ from fish_speech.evaluation.leaderboard import JSON_NAME, Leaderboard, Row
 from fish_speech.files import atomic_path, write_text
 from fish_speech.models.text2semantic.lora import EMBEDDING_TARGETS, LINEAR_TARGETS
 from recipes.tiny.speech import SAMPLE_RATE, speak
-from recipes.tiny.texts import CACHE
+from recipes.tiny.texts import CACHE, read_sentences
 from recipes.tiny.words import is_closed
 
 STEPS = (100, 300, 1000)
@@ -76,10 +76,7 @@ def prepare() -> None:
 
 def known_sentences(name: str) -> list[str]:
     """Those of the recipe's texts of which the embedded model knows every word."""
-    file = CACHE / name
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing; run `python -m recipes.tiny.texts`")
-    return [text for text in file.read_text(encoding="utf-8").splitlines() if is_closed(text)]
+    return [text for text in read_sentences(name) if is_closed(text)]
 
 
 def run(name: str) -> None:

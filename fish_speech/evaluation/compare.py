@@ -83,7 +83,12 @@ def compare(
             folder,
             title=f"{names[0]} against {names[1]}",
             listener=listener_for(
-                texts, whisper_model, speaker_encoder, device, folder / "heard.jsonl", say
+                texts,
+                say,
+                whisper_model=whisper_model,
+                speaker_encoder=speaker_encoder,
+                device=device,
+                journal=folder / "heard.jsonl",
             ),
             commands=commands,
             settings=settings,

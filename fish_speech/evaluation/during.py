@@ -40,7 +40,7 @@ class EvaluateDuringTraining(L.Callback):
         data = HeldOut(data_dir)
         self._lines = data.plan([], _SAMPLES, lambda message: None)
         self._recordings = data.recordings()
-        self._listener = listener_for(data.texts, None, None, "cpu", None, say)
+        self._listener = listener_for(data.texts, say, device="cpu")
         self._voice: TextToSpeech | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:

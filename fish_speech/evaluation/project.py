@@ -138,7 +138,12 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     with exclusive(folder, f"the evaluation of project '{run.project}'"):
         texts, journal = [*data.texts, *further], folder / "heard.jsonl"
         listener = listener_for(
-            texts, request.whisper_model, request.speaker_encoder, request.device, journal, say
+            texts,
+            say,
+            whisper_model=request.whisper_model,
+            speaker_encoder=request.speaker_encoder,
+            device=request.device,
+            journal=journal,
         )
         board = measure(
             list(base.candidates(checkpoints)),
@@ -187,9 +192,14 @@ def write(board: Leaderboard, folder: Path) -> Path:
 
 
 def listener_for(
-    texts: Sequence[str], whisper_model: str | None, speaker_encoder: str | None, device: str,
-    journal: Path | None, say: Say,
-) -> Listener:  # fmt: skip
+    texts: Sequence[str],
+    say: Say,
+    *,
+    whisper_model: str | None = None,
+    speaker_encoder: str | None = None,
+    device: str = "auto",
+    journal: Path | None = None,
+) -> Listener:
     """The instruments for texts of this kind; what is heard is kept in `journal`."""
     recogniser, note = choose_recogniser(texts, whisper_model, device)
     if note:

@@ -24,6 +24,7 @@ FOLDER = REPOSITORY / "checkpoints" / "speaker"
 _WINDOW, _HOP, _BANDS = 400, 160, 40  # 25 ms, 10 ms
 _FRAMES, _STEP = 160, 77  # of a part: 1.6 s, 1.3 parts a second
 _COVERAGE = 0.75  # of the last part, below which it doesn't count
+SILENCE = 1e-5  # level above which there is a voice
 _LEVEL = 10 ** (-30 / 20)  # root mean square that all speech is brought to
 
 
@@ -58,27 +59,22 @@ class SpeakerEncoder(nn.Module):
     @torch.no_grad()
     def embed(self, samples: np.ndarray) -> np.ndarray | None:
         """The voice in speech [N] (float32, 16 kHz): a unit vector [256]; None for silence."""
-        if is_silent(samples):
+        if not (loudness := level(samples)) > SILENCE:
             return None
-        level = _level(samples)
         waveform = torch.from_numpy(np.ascontiguousarray(samples, np.float32))
-        mels = _mels(F.pad(waveform * (_LEVEL / level), (0, _padding(len(samples)))))
+        mels = _mels(F.pad(waveform * (_LEVEL / loudness), (0, _padding(len(samples)))))
         vectors = self(mels.unfold(0, _FRAMES, _STEP).transpose(1, 2))
         return F.normalize(vectors.mean(0), dim=0).numpy()
 
 
-def is_silent(samples: np.ndarray) -> bool:
-    """Whether nothing is to be heard in samples [N]."""
-    return not len(samples) or not _level(samples) > 1e-5
+def level(samples: np.ndarray) -> float:
+    """Root mean square of samples [N]; 0 where there are none."""
+    return float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))) if len(samples) else 0.0
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
     """The cosine of two vectors."""
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
-
-
-def _level(samples: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(samples, dtype=np.float64))))
 
 
 def _padding(count: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fish_speech.devices import resolve_device
-from fish_speech.evaluation.speaker import SAMPLE_RATE, SpeakerEncoder, is_silent
+from fish_speech.evaluation.speaker import SAMPLE_RATE, SILENCE, SpeakerEncoder, level
 
 SUGGESTED = "microsoft/wavlm-base-plus-sv"
 _LEAST = SAMPLE_RATE  # samples; what is shorter gives no frames to the last layers
@@ -62,9 +62,9 @@ class XVector:
                 "a smaller encoder comes with this repository"
             ) from error
         missing = [key for key in report["missing_keys"] if not key.startswith(_ONLY_TRAINING)]
-        if missing := sorted(missing):
+        if missing:
             raise ValueError(
-                f"--speaker-encoder {name}: its weights lack {missing[0]} and {len(missing) - 1} "
+                f"--speaker-encoder {name}: its weights lack {min(missing)} and {len(missing) - 1} "
                 f"more, so its vectors would be random; use a model for speakers, as {SUGGESTED}"
             )
         if self._features.sampling_rate != SAMPLE_RATE:
@@ -81,7 +81,7 @@ class XVector:
 
         Of more than half a minute only the first is listened to.
         """
-        if is_silent(samples):
+        if not level(samples) > SILENCE:
             return None
         samples = np.pad(samples[:_MOST], (0, max(0, _LEAST - len(samples))))
         inputs = self._features(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt")

@@ -26,7 +26,7 @@ from fish_speech.models.vqgan.firefly import ConvNeXtBlock
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 from fish_speech.models.weights import read_state_dict
 from recipes.tiny.speech import SAMPLE_RATE, VOICES, speak
-from recipes.tiny.texts import CACHE
+from recipes.tiny.texts import CACHE, read_sentences
 
 CHECKPOINT = "codec.ckpt"
 CODEC_FILE = "firefly-gan-vq-fsq-8x1000-20hz-generator.pth"
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    texts = (args.cache / "train.txt").read_text(encoding="utf-8").splitlines()
+    texts = read_sentences("train.txt", args.cache)
     speech, size = load_speech(texts[: args.sentences]), round(args.seconds * SAMPLE_RATE)
     if args.start:
         codec = codec_to_train(args.start)

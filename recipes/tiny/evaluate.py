@@ -25,7 +25,7 @@ from fish_speech.inference.synthesize import Settings
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.preparation.rates import word_errors
 from recipes.tiny.speech import VOICES, speak, speaker_of
-from recipes.tiny.texts import CACHE
+from recipes.tiny.texts import CACHE, read_sentences
 from recipes.tiny.words import is_closed
 
 
@@ -87,11 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=Path("checkpoints/tiny"))
     parser.add_argument("--sentences", type=int, default=120, help="of each kind, for all voices")
     args = parser.parse_args(argv)
-    file = args.cache / "heldout.txt"
-    if not file.exists():
-        print(f"{file}: missing; run `python -m recipes.tiny.texts`", file=sys.stderr)
+    try:
+        texts = read_sentences("heldout.txt", args.cache)
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
         return 2
-    texts = file.read_text(encoding="utf-8").splitlines()
     groups = {
         "words of the templates": [text for text in texts if is_closed(text)],
         "any words": [text for text in texts if not is_closed(text)],

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fish_speech.datasets.protos.stream import write_shard
 from fish_speech.datasets.shards import Sample, text_data
 from fish_speech.models.vqgan import Codec, load_codec
-from recipes.tiny.texts import CACHE
+from recipes.tiny.texts import CACHE, read_sentences
 from recipes.tiny.words import is_closed
 
 SAMPLE_RATE = 16000
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    texts = (args.cache / "train.txt").read_text(encoding="utf-8").splitlines()
+    texts = read_sentences("train.txt", args.cache)
     jobs = [(text, speaker_of(index)) for index, text in enumerate(texts)]
     codec = load_codec(args.codec, args.device)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -99,6 +99,14 @@ def from_templates(count: int, generator: random.Random) -> Iterator[str]:
         yield sentence[0].upper() + sentence[1:]
 
 
+def read_sentences(name: str, cache: Path = CACHE) -> list[str]:
+    """The lines of `train.txt` or `heldout.txt`. Raises `FileNotFoundError` with the remedy."""
+    file = cache / name
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: missing; run `python -m recipes.tiny.texts`")
+    return file.read_text(encoding="utf-8").splitlines()
+
+
 def collect(sources: Iterable[str], held_out: int, seed: int) -> tuple[list[str], list[str]]:
     """Split into (train, held-out), shuffled. What counts as the same ignores case and marks."""
     distinct = {re.sub(r"[^a-z]+", " ", text.lower()).strip(): text for text in sources}
