@@ -24,6 +24,18 @@ def golden_tensors(name: str) -> dict:
     return torch.load(GOLDEN / name, weights_only=True)
 
 
+def hub_settings(endpoint: str, home: Path, **environment: str) -> dict[str, str]:
+    """The environment of a process that finds a stub at `endpoint` in the hub's place."""
+    return {
+        **{key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")},
+        "PYTHONPATH": str(ROOT),
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        **environment,
+    }
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> FishTokenizer:
     return FishTokenizer.from_pretrained(GOLDEN / "model")

@@ -17,12 +17,12 @@ import pytest
 from fish_speech.hub import (
     CODEC_PATTERN,
     MODEL_FILES,
-    REPOSITORY,
     check_model_dir,
     find_model,
     local_model,
     model_versions,
 )
+from tests.conftest import hub_settings
 
 CODEC = "firefly-gan-vq-stub.pth"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -142,14 +142,7 @@ def download(root: Path, endpoint: str, **environment: str) -> subprocess.Comple
         "try: print(find_model('voice', Path('.').resolve()))\n"
         "except (ValueError, FileNotFoundError) as error: sys.exit(f'error: {error}')"
     )
-    settings = {
-        **{key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")},
-        "PYTHONPATH": str(REPOSITORY),
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(root / "hf_home"),
-        "HF_HUB_OFFLINE": "0",
-        **environment,
-    }
+    settings = hub_settings(endpoint, root / "hf_home", **environment)
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=root,

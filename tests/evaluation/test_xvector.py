@@ -1,7 +1,6 @@
 """Speaker encoders of the hub: a small random one, loaded by the real library from a stub."""
 
 import json
-import os
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +11,7 @@ import pytest
 
 from fish_speech.evaluation.speaker import SAMPLE_RATE, similarity
 from fish_speech.evaluation.xvector import load_encoder
-from tests.conftest import ROOT
+from tests.conftest import hub_settings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -130,14 +129,7 @@ def load_from(endpoint, home, **environment):
         "try: print(load_encoder('stub/sv', 'cpu').identity)\n"
         "except ValueError as error: sys.exit(f'error: {error}')"
     )
-    settings = {
-        **{key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")},
-        "PYTHONPATH": str(ROOT),
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-        **environment,
-    }
+    settings = hub_settings(endpoint, home, **environment)
     return subprocess.run(
         [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120
     )
