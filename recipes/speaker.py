@@ -18,7 +18,7 @@ from fish_speech.audio import save_audio
 from fish_speech.evaluation.speaker import FOLDER
 from fish_speech.files import file_digest
 from fish_speech.models.weights import save_tensors
-from recipes.tiny.speech import SAMPLE_RATE, VOICES, speak
+from recipes.tiny.voices import SAMPLE_RATE, VOICES, speak
 
 WHEEL = "8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f"
 SENTENCES = (

@@ -25,8 +25,8 @@ import soundfile
 from fish_speech.evaluation.leaderboard import JSON_NAME, Leaderboard, Row
 from fish_speech.files import atomic_path, write_text
 from fish_speech.models.text2semantic.lora import EMBEDDING_TARGETS, LINEAR_TARGETS
-from recipes.tiny.speech import SAMPLE_RATE, speak
 from recipes.tiny.texts import CACHE, read_sentences
+from recipes.tiny.voices import SAMPLE_RATE, speak
 from recipes.tiny.words import is_closed
 
 STEPS = (100, 300, 1000)

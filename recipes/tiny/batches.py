@@ -15,10 +15,14 @@ from torch import Tensor
 
 from fish_speech.conversation import IGNORED, Utterance, build_item
 from fish_speech.tokenizer import FishTokenizer
+from recipes.tiny.voices import VOICES
 
 # Every batch of a process has as many columns: a CPU prepares its kernels once a shape.
 COLUMNS = 1152
 BUCKETS = (72, 96, 128, 144, 192, 288, 384)  # lengths; each divides COLUMNS
+
+
+NOISE = 0.22  # of the input codes, so that the model listens to the text and not only to itself
 
 
 @dataclass(frozen=True)
@@ -27,15 +31,19 @@ class Mixture:
 
     `joined`: two utterances spoken as one text, so that longer texts are known. `referenced`:
     another utterance of the voice comes first, as in cloning and in the chunks of a long text.
-    `unnamed`: the speaker's name is left out. `noise`: input codes replaced at random, so that the
-    model listens to the text and not only to itself. Items longer than every bucket are left out.
+    `unnamed`: the speaker's name is left out. Items longer than every bucket are left out.
     """
 
-    joined: float = 0.1
-    referenced: float = 0.1
-    unnamed: float = 0.1
-    noise: float = 0.22
+    joined: float
+    referenced: float
+    unnamed: float
 
+
+NAMED = Mixture(joined=0.1, referenced=0.1, unnamed=0.1)
+# For voices without a name of their own: what comes before tells the voice, and a name that nobody
+# knows tells nothing, like the name of a voice that is about to be learned.
+UNNAMED = Mixture(joined=0.05, referenced=0.4, unnamed=0.3)
+PLAIN = Mixture(joined=0, referenced=0, unnamed=0)
 
 Corpus = list[tuple[str, Utterance]]  # speaker and utterance
 NOWHERE = -1  # the place of a column that speaks nothing
@@ -77,12 +85,13 @@ def spoken_tokens(ids: list[int], frames: int, durations: np.ndarray) -> Tensor:
 def batches(
     corpus: Corpus,
     tokenizer: FishTokenizer,
-    mixture: Mixture,
     durations: np.ndarray,
     generator: torch.Generator,
+    *,
+    plain: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Endless shuffled batches: tokens and labels [B, K+1, T] and places [B, T], padded to a
-    bucket's T."""
+    bucket's T. If `plain`, an item is one named utterance and has no noise."""
     by_speaker: dict[str, list[Utterance]] = {}
     for speaker, utterance in corpus:
         by_speaker.setdefault(speaker, []).append(utterance)
@@ -90,6 +99,7 @@ def batches(
     while True:
         for index in torch.randperm(len(corpus), generator=generator).tolist():
             speaker, utterance = corpus[index]
+            mixture = PLAIN if plain else NAMED if speaker in VOICES else UNNAMED
             chosen = _choose(utterance, speaker, by_speaker[speaker], mixture, generator)
             item = build(tokenizer, *chosen, durations)
             length = len(item.places)
@@ -99,7 +109,9 @@ def batches(
             waiting[size].append(item)
             if len(waiting[size]) == COLUMNS // size:
                 tokens, labels, places = collate(waiting[size], size, tokenizer.end_of_text_id)
-                yield add_noise(tokens, tokenizer, mixture.noise, generator), labels, places
+                if not plain:
+                    tokens = add_noise(tokens, tokenizer, NOISE, generator)
+                yield tokens, labels, places
                 waiting[size] = []
 
 
@@ -119,7 +131,16 @@ def _choose(
         utterance = Utterance(f"{utterance.text} {other.text}", codes)
     elif chance < mixture.joined + mixture.referenced:
         references = [other]
-    return utterance, references, None if unnamed < mixture.unnamed else speaker
+    name = speaker if speaker in VOICES else _any_name(generator)
+    return utterance, references, None if unnamed < mixture.unnamed else name
+
+
+def _any_name(generator: torch.Generator) -> str:
+    """A name of two to eight letters, large or small."""
+    size = int(torch.randint(2, 9, (1,), generator=generator))
+    letters = torch.randint(26, (size,), generator=generator)
+    first = "aA"[int(torch.randint(2, (1,), generator=generator))]
+    return bytes(ord(first) + int(letter) for letter in letters).decode()
 
 
 def build(

@@ -25,8 +25,8 @@ from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, Codec, CodecConfig
 from fish_speech.models.vqgan.firefly import ConvNeXtBlock
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 from fish_speech.models.weights import read_state_dict
-from recipes.tiny.speech import SAMPLE_RATE, VOICES, speak
 from recipes.tiny.texts import CACHE, read_sentences
+from recipes.tiny.voices import SAMPLE_RATE, VOICES, speak
 
 CHECKPOINT = "codec.ckpt"
 CODEC_FILE = "firefly-gan-vq-fsq-8x1000-20hz-generator.pth"

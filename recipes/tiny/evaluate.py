@@ -24,8 +24,9 @@ from fish_speech.inference import TextToSpeech
 from fish_speech.inference.synthesize import Settings
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.preparation.rates import word_errors
-from recipes.tiny.speech import VOICES, speak, speaker_of
+from recipes.tiny.speech import speaker_of
 from recipes.tiny.texts import CACHE, read_sentences
+from recipes.tiny.voices import VOICES, speak
 from recipes.tiny.words import is_closed
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
 from fish_speech.tokenizer import FishTokenizer
 from recipes.tiny.batches import BUCKETS
-from recipes.tiny.speech import VOICES
+from recipes.tiny.voices import VOICES
 
 # Bytes, because letters align with sounds sooner than long merges; whole words only for the
 # prompt that every utterance shares.

@@ -1,16 +1,14 @@
 """Stage 3: speak every training sentence with flite and keep only text and codes, in shards.
 
-A shard holds those of `BLOCK` sentences that are of the templates' vocabulary, or those that are
-not; a shard that exists is done, so that a stopped run goes on where it was. The voice `rms` is
-left out on purpose: the demo teaches it.
+A shard holds those of `BLOCK` sentences that are of the templates' vocabulary (`closed`), or those
+that are not (`open`), each by one of the named voices, or the first ones again, each by one of the
+unnamed voices (`unnamed`). A shard that exists is done, so that a stopped run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,11 +19,11 @@ from fish_speech.datasets.protos.stream import write_shard
 from fish_speech.datasets.shards import Sample, text_data
 from fish_speech.models.vqgan import Codec, load_codec
 from recipes.tiny.texts import CACHE, read_sentences
+from recipes.tiny.voices import UNNAMED, VOICES, speak
 from recipes.tiny.words import is_closed
 
-SAMPLE_RATE = 16000
-VOICES = {"SLT": "slt", "KAL": "kal16", "AWB": "awb"}  # name in the prompt: voice of flite
 BLOCK = 256
+KINDS = ("closed", "open", "unnamed")
 
 
 def speaker_of(index: int) -> str:
@@ -33,28 +31,14 @@ def speaker_of(index: int) -> str:
     return list(VOICES)[index % len(VOICES)]
 
 
-def speak(text: str, speaker: str) -> np.ndarray:
-    """Speak `text` with flite, by one of `VOICES` or another of flite's: float32 [N] at 16 kHz,
-    trimmed to 50 ms before and 100 ms after."""
-    import soundfile
-
-    with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-        command = ["flite", "-voice", VOICES.get(speaker, speaker), "-t", text, "-o", file.name]
-        subprocess.run(command, check=True, capture_output=True)
-        samples, sample_rate = soundfile.read(file.name, dtype="float32")
-    if sample_rate != SAMPLE_RATE:
-        raise ValueError(f"flite spoke at {sample_rate} Hz instead of {SAMPLE_RATE}")
-    return trim(samples)
-
-
-def trim(samples: np.ndarray, threshold: float = 0.01) -> np.ndarray:
-    """Cut silence (below `threshold` of the peak) to 50 ms before the speech and 100 ms after."""
-    level = np.abs(samples)
-    loud = np.flatnonzero(level > threshold * level.max(initial=0.0))
-    if len(loud) == 0:
-        return samples
-    first, last = loud[0] - SAMPLE_RATE // 20, loud[-1] + SAMPLE_RATE // 10
-    return samples[max(0, first) : last]
+def jobs_of(texts: list[str], begin: int, kind: str) -> list[tuple[str, str]]:
+    """Text and speaker of what a kind of shard holds of the block from sentence `begin`."""
+    voices = list(UNNAMED)
+    return [
+        (texts[index], voices[index % len(voices)] if kind == "unnamed" else speaker_of(index))
+        for index in range(begin, min(begin + BLOCK, len(texts)))
+        if is_closed(texts[index]) == (kind != "open")
+    ]
 
 
 def encode(codec: Codec, waveforms: list[np.ndarray], batch_size: int = 16) -> list[np.ndarray]:
@@ -80,7 +64,7 @@ def speak_block(jobs: list[tuple[str, str]], codec: Codec, pool: ThreadPoolExecu
     samples = [Sample(*job, spoken) for job, spoken in zip(jobs, codes, strict=True)]
     return [
         message
-        for speaker in VOICES
+        for speaker in sorted({speaker for _, speaker in jobs})
         for message in text_data((s for s in samples if s.speaker == speaker), "flite")
     ]
 
@@ -95,16 +79,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     texts = read_sentences("train.txt", args.cache)
-    jobs = [(text, speaker_of(index)) for index, text in enumerate(texts)]
+    kinds = [kind for kind in KINDS if not (args.closed and kind == "open")]
     codec = load_codec(args.codec, args.device)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for begin in tqdm(range(0, len(jobs), BLOCK), unit="block", disable=None):
-            block = jobs[begin : begin + BLOCK]
-            for kind in ("closed",) if args.closed else ("closed", "open"):
+        for begin in tqdm(range(0, len(texts), BLOCK), unit="block", disable=None):
+            for kind in kinds:
                 shard = args.cache / "shards" / f"{begin // BLOCK:05d}-{kind}.protos"
-                mine = [job for job in block if is_closed(job[0]) == (kind == "closed")]
                 if not shard.exists():
-                    write_shard(shard, speak_block(mine, codec, pool))
+                    write_shard(shard, speak_block(jobs_of(texts, begin, kind), codec, pool))
     return 0
 
 

@@ -34,11 +34,12 @@ from fish_speech.devices import multiplies_bf16
 from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.llama import rotary_table, rotate
-from recipes.tiny.batches import NOWHERE, Corpus, Mixture, batches, token_durations
+from recipes.tiny.batches import NOWHERE, Corpus, batches, token_durations
 from recipes.tiny.corpus import read_corpus
 from recipes.tiny.model import new_model, tiny_tokenizer
 from recipes.tiny.muon import Muon
 from recipes.tiny.texts import CACHE
+from recipes.tiny.voices import VOICES
 from recipes.tiny.words import is_closed
 
 ADAM_RATE, MUON_RATE = 1.5e-3, 0.02  # peaks
@@ -46,7 +47,6 @@ WARM_UP, LAST_SHARE = 200, 0.01
 READING_LAYERS, READING_REACH = (2, 3), 4  # whose first head reads along; letters either way
 READING_WEIGHT = 0.2  # of its loss
 FAST_FRAMES = 120  # of about 460 in a batch: the fast transformer learns from a share of them
-VALIDATION = 256  # utterances at the end of the corpus, never trained on
 CHECKPOINT = "train.ckpt"
 
 
@@ -177,9 +177,8 @@ class Run:
 
         Gradients stay enabled: what was compiled for training is used again.
         """
-        plain = Mixture(joined=0, referenced=0, unnamed=0, noise=0)
         generator = torch.Generator().manual_seed(0)
-        source = batches(held_out, tiny_tokenizer(), plain, durations, generator)
+        source = batches(held_out, tiny_tokenizer(), durations, generator, plain=True)
         losses = [self.losses(*next(source)).detach() for _ in range(12)]
         return torch.stack(losses).mean(0).tolist()
 
@@ -229,13 +228,12 @@ def closed_only(corpus: Corpus) -> Corpus:
     return [(speaker, spoken) for speaker, spoken in corpus if is_closed(spoken.text)]
 
 
-def train(run: Run, corpus: Corpus, args: argparse.Namespace) -> None:
+def train(run: Run, training: Corpus, held_out: Corpus, args: argparse.Namespace) -> None:
     """Train to the end of the schedule; save and validate every `save_minutes`."""
-    durations = token_durations(corpus, tiny_tokenizer())
-    training, held_out = corpus[:-VALIDATION], corpus[-VALIDATION:]
+    durations = token_durations(training, tiny_tokenizer())
     if args.closed:
         training, held_out = map(closed_only, (training, held_out))
-    source = batches(training, tiny_tokenizer(), Mixture(), durations, run.generator)
+    source = batches(training, tiny_tokenizer(), durations, run.generator)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=5, disable=rank() > 0)
     seconds = saved = run.seconds
     began, means = time.monotonic() - run.seconds, torch.zeros(3)
@@ -250,9 +248,12 @@ def train(run: Run, corpus: Corpus, args: argparse.Namespace) -> None:
         if rank() == 0 and seconds - saved >= 60 * args.save_minutes:
             saved = seconds
             run.save()
-            known = "{:.3f} + {:.3f}, reading {:.3f}".format(*run.validate(held_out, durations))
             report = f"step {run.step}, {seconds / 60:.0f} min: training {figures}"
-            bar.write(f"{report}; held out {known}", sys.stderr)
+            for kind, named in (("named", True), ("unnamed", False)):
+                if part := [pair for pair in held_out if (pair[0] in VOICES) == named]:
+                    known = run.validate(part, durations)
+                    report += "; {} {:.3f} + {:.3f}".format(kind, *known)
+            bar.write(report, sys.stderr)
     bar.close()
     if rank() == 0:
         run.save()
@@ -273,7 +274,7 @@ def work(process: int, args: argparse.Namespace, rendezvous: str) -> None:
     # Flash attention's backward is slow at these lengths on a CPU.
     backends = [SDPBackend.MATH] if kind == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends):
-        train(run, read_corpus(args.cache), args)
+        train(run, *read_corpus(args.cache), args)
 
 
 def _end_with_the_parent() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,9 @@ import pytest
 import torch
 
 from fish_speech.conversation import IGNORED, Utterance
+from fish_speech.datasets.protos.stream import write_shard
+from fish_speech.datasets.shards import Sample, text_data
+from fish_speech.evaluation.pitch import median_and_range, pitch
 from fish_speech.models.text2semantic import load_model
 from fish_speech.models.vqgan import load_codec
 from fish_speech.preparation.rates import normal_words
@@ -20,16 +25,16 @@ from recipes.tiny.batches import (
     BUCKETS,
     COLUMNS,
     NOWHERE,
-    Mixture,
     add_noise,
     batches,
     build,
     token_durations,
 )
 from recipes.tiny.codec import Trainer, codec_to_train
+from recipes.tiny.corpus import read_corpus
 from recipes.tiny.model import new_model, tiny_tokenizer
 from recipes.tiny.muon import Muon, orthogonal
-from recipes.tiny.speech import trim
+from recipes.tiny.speech import BLOCK, jobs_of
 from recipes.tiny.texts import clean_sentence, collect, from_templates, spell_number
 from recipes.tiny.train import (
     READING_LAYERS,
@@ -38,6 +43,7 @@ from recipes.tiny.train import (
     rate_share,
     reading_loss,
 )
+from recipes.tiny.voices import UNNAMED, VOICES, speak, trim
 
 EVEN = np.ones(tiny_tokenizer().vocab_size)  # every token takes as long
 TINY = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny"
@@ -81,6 +87,53 @@ def test_speech_is_trimmed_to_50_ms_before_and_100_ms_after():
     assert len(trim(samples)) == pytest.approx(800 + 4000 + 1600, abs=1)
 
 
+@pytest.mark.skipif(not shutil.which("flite"), reason="Debian's flite is not installed")
+def test_unnamed_voices_have_the_pitch_and_the_pace_they_were_given():
+    text = "The doctor found a silver key in the garden this morning."
+    for name in ("unnamed-00", "unnamed-01", "unnamed-02"):
+        voice, spoken = UNNAMED[name], speak(text, name)
+        median, _ = median_and_range(pitch(spoken, 16000))
+        assert median == pytest.approx(voice.pitch, rel=0.1)
+        assert len(speak(text, voice.flite)) / len(spoken) == pytest.approx(voice.pace, rel=0.1)
+
+
+def test_every_known_sentence_is_spoken_by_a_named_and_by_an_unnamed_voice():
+    known, unknown = "The old key was small.", "Archbishops abound in Canterbury."
+    texts = [known, unknown] * BLOCK
+    kinds = {kind: jobs_of(texts, BLOCK, kind) for kind in ("closed", "open", "unnamed")}
+    assert {len(jobs) for jobs in kinds.values()} == {BLOCK // 2}
+    assert {text for text, _ in kinds["open"]} == {unknown}
+    assert {text for text, _ in kinds["unnamed"]} == {known}
+    assert {speaker for _, speaker in kinds["closed"]} <= set(VOICES)
+    assert {speaker for _, speaker in kinds["unnamed"]} <= set(UNNAMED)
+
+
+def test_no_sentence_of_the_last_block_is_trained_on(tmp_path):
+    codes = np.zeros((8, 4), np.uint16)
+    for block in range(3):
+        for kind, speaker in (("closed", "SLT"), ("unnamed", "unnamed-00")):
+            samples = [Sample(f"Sentence {block}.", speaker, codes)]
+            shard = tmp_path / "shards" / f"{block:05d}-{kind}.protos"
+            write_shard(shard, text_data(samples, "flite"))
+    training, held_out = (
+        {(speaker, spoken.text) for speaker, spoken in part} for part in read_corpus(tmp_path)
+    )
+    assert {text for _, text in training} == {"Sentence 0.", "Sentence 1."}
+    assert held_out == {("SLT", "Sentence 2."), ("unnamed-00", "Sentence 2.")}
+
+
+def test_a_voice_without_a_name_has_another_name_each_time_or_none():
+    tokenizer = tiny_tokenizer()
+    voices = [(speaker, spoken) for speaker, spoken in corpus() if speaker == "unnamed-00"]
+    source = batches(voices, tokenizer, EVEN, torch.Generator().manual_seed(0))
+    texts = [tokenizer.decode(row.tolist()) for _ in range(8) for row in next(source)[0][:, 0]]
+    names = [re.findall(r"\[(\w+)\] Sentence", text) for text in texts]
+    assert not any("unnamed" in text for text in texts)
+    assert 0.1 < sum(not name for name in names) / len(names) < 0.5
+    assert len({name[0] for name in names if name}) > len(names) / 3
+    assert all(len(set(name)) <= 1 for name in names)  # a reference has the same
+
+
 def test_training_the_decoder_alone_leaves_the_codes_as_they_are():
     codec = codec_to_train(TINY)
     speech = 0.1 * torch.randn(2, 1, 6400, generator=torch.Generator().manual_seed(0))
@@ -97,7 +150,7 @@ def corpus(count: int = 60) -> list[tuple[str, Utterance]]:
     generator = torch.Generator().manual_seed(0)
     return [
         (
-            "AB"[index % 2],
+            ("SLT", "KAL", "unnamed-00")[index % 3],
             Utterance(f"Sentence {index}.", torch.randint(1000, (8, 20), generator=generator)),
         )
         for index in range(count)
@@ -107,7 +160,7 @@ def corpus(count: int = 60) -> list[tuple[str, Utterance]]:
 def test_batches_are_deterministic_and_fill_a_bucket():
     def first(seed):
         generator = torch.Generator().manual_seed(seed)
-        source = batches(corpus(), tiny_tokenizer(), Mixture(), EVEN, generator)
+        source = batches(corpus(), tiny_tokenizer(), EVEN, generator)
         return [next(source) for _ in range(4)]
 
     for (tokens, labels, _), (again, _, _) in zip(first(1), first(1), strict=True):
@@ -121,8 +174,7 @@ def test_batches_are_deterministic_and_fill_a_bucket():
 def test_noise_changes_frames_only_and_row_0_follows():
     tokenizer = tiny_tokenizer()
     generator = torch.Generator().manual_seed(0)
-    quiet = Mixture(joined=0, referenced=0, noise=0)
-    tokens, labels, _ = next(batches(corpus(), tokenizer, quiet, EVEN, generator))
+    tokens, labels, _ = next(batches(corpus(), tokenizer, EVEN, generator, plain=True))
     noisy = add_noise(tokens, tokenizer, 0.25, generator)
     frames = tokens[:, 0] >= tokenizer.semantic_begin_id
     assert torch.equal(noisy[:, 0][~frames], tokens[:, 0][~frames])
@@ -169,7 +221,7 @@ def test_reading_loss_is_what_attention_misses_of_its_place():
 
 def test_reading_heads_are_those_of_the_model():
     model = new_model(0).eval()
-    tokens = next(batches(corpus(), tiny_tokenizer(), Mixture(), EVEN, torch.Generator()))[0]
+    tokens = next(batches(corpus(), tiny_tokenizer(), EVEN, torch.Generator()))[0]
     hidden, attention = hidden_states(model, tokens)
     assert torch.allclose(hidden, model.hidden_states(tokens), atol=1e-5)
     assert len(attention) == len(READING_LAYERS)
@@ -178,7 +230,7 @@ def test_reading_heads_are_those_of_the_model():
 
 def test_losses_of_whole_batches_are_those_of_the_package(tmp_path, monkeypatch):
     tokens, labels, places = next(
-        batches(corpus(), tiny_tokenizer(), Mixture(), EVEN, torch.Generator().manual_seed(0))
+        batches(corpus(), tiny_tokenizer(), EVEN, torch.Generator().manual_seed(0))
     )
     frames = int((labels[:, 1] != IGNORED).sum())
     monkeypatch.setattr(train, "FAST_FRAMES", frames)
