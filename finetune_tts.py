@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,7 +135,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if args.device not in (None, "mps"):
             raise ValueError(f"--force-mps and --device {args.device} exclude each other")
         args.device = "mps"
-    if len(args.checkpoint_step or ()) > 1 and not args.evaluate:
+    merged = args.merge_weights or args.full_pipeline
+    if len(args.checkpoint_step or ()) > 1 and (merged or not args.evaluate):
         raise ValueError("--checkpoint-step: one step can be merged, several only with --evaluate")
     if args.merge_best and (args.merge_weights or args.checkpoint_path):
         raise ValueError("--merge-best chooses by itself: leave the other flags out")
@@ -270,9 +272,11 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> None:
 
     try:
         board = evaluate(run, Request.of_flags(vars(args)), say)
-    except (ValueError, OSError, MemoryError) as error:
+    except Exception as error:  # whatever it is, hours of training are worth a merge
         if args.evaluate:
             raise
+        if args.debug:
+            traceback.print_exc()
         say(f"not evaluated: {error}")  # the pipeline goes on
         return
     print(board.recommendation)
@@ -321,7 +325,8 @@ def run_stages(args: argparse.Namespace) -> int:
         if not is_first():
             return OK  # the first process goes on, and answers for all
         if stopped_by is not None:
-            say("stopped; the same command goes on from here")
+            named = "--resume-latest in place of --resume-from-checkpoint"
+            say(f"stopped; {named if args.resume_from_checkpoint else 'the same command'} goes on")
             return INTERRUPTED if stopped_by == signal.SIGINT else 128 + stopped_by
     if args.evaluate or (everything and args.evaluate is None):
         evaluate_stage(args, run)

@@ -42,10 +42,10 @@ def audio_info(path: str | Path) -> AudioInfo:
         pass
     with _open_av(path) as container:
         stream = container.streams.audio[0]
-        if container.duration is not None:
-            duration = container.duration / 1e6  # in AV_TIME_BASE, microseconds
-        elif stream.duration is not None:
+        if stream.duration is not None:  # the picture of a film may outlast it
             duration = float(stream.duration * stream.time_base)
+        elif container.duration is not None:
+            duration = container.duration / 1e6  # in AV_TIME_BASE, microseconds
         else:
             duration = None
         if not stream.rate:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 _SMALL_MODEL = 100_000_000  # bytes of weights
+_ASSUMED_MEMORY = 4 << 30  # bytes, where the system does not say
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -119,6 +120,8 @@ def free_memory(device: torch.device) -> int:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
+        if not hasattr(os, "sysconf"):  # Windows
+            return _ASSUMED_MEMORY
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 

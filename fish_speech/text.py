@@ -25,6 +25,7 @@ _CLOSERS = r"[\"'”’»›)\]}」』】》）]*+"
 _OPENERS = r"[\"'“‘«‹(\[{「『【《（]*+"
 _FULL_STOPS, _COMMAS = "。！？．｡।؟።", "，、；：､،؛"
 _WIDE = r"[\p{Han}\p{Hiragana}\p{Katakana}]"  # scripts that write no spaces between words
+_SYLLABLE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]"  # what is written as one letter
 _NO_DECIMAL = r"(?!(?<=\d)[．，：]\d)"  # not the mark of "3．14"
 # Where a chunk may end, the best places first, with what a cut there costs against a short chunk.
 _CUTS = (
@@ -85,6 +86,15 @@ def clean_text(text: str) -> str:
     return _REPEATED_MARK.sub(r"\1", text).strip()
 
 
+def spoken_text(text: str) -> str:
+    """A text of one chunk as the model is given it: clean, a space wherever there is white space.
+
+    >>> spoken_text("It’s late,,,\\nyou know")
+    "It's late, you know"
+    """
+    return " ".join(clean_text(text).split())
+
+
 def is_speakable(text: str) -> bool:
     """Whether there is anything to say: a letter or a number of any script."""
     return _SPEAKABLE.search(text) is not None
@@ -114,7 +124,7 @@ def split_text(text: str, *, min_bytes: int = 100, max_bytes: int = 150) -> list
 def longest_speech(text: str) -> float:
     """Seconds that no reading of `text` exceeds, about twice an unhurried one."""
     letters = sum(map(str.isalpha, text))
-    wide = len(regex.findall(_WIDE, text))
+    wide = len(regex.findall(_SYLLABLE, text))
     digits = sum(map(str.isnumeric, text))  # each may be a word of its own: "1984" is four
     others = len(text) - letters - digits
     return 1.5 + 0.15 * (letters - wide) + 0.5 * wide + 0.6 * digits + 0.1 * others

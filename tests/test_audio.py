@@ -139,6 +139,28 @@ def test_files_that_break_off_are_told_from_whole_ones(tmp_path, name, options):
     assert audio.breaks_off(path, seconds()).startswith("breaks off after ")
 
 
+def test_a_picture_that_outlasts_the_sound_breaks_nothing_off(tmp_path):
+    import av
+
+    with av.open(tmp_path / "film.mp4", "w") as film:
+        picture, sound = film.add_stream("mpeg4", rate=5), film.add_stream("aac", rate=44100)
+        picture.width = picture.height = 32
+        picture.pix_fmt, sound.layout = "yuv420p", "mono"
+        frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        for _ in range(15):
+            film.mux(picture.encode(frame))
+        film.mux(picture.encode())
+        for begin, block in enumerate(np.split(sine(440, 86 * 1024 / 44100, 44100), 86)):
+            tone = av.AudioFrame.from_ndarray(block[None], format="fltp", layout="mono")
+            tone.sample_rate, tone.pts = 44100, 1024 * begin
+            film.mux(sound.encode(tone))
+        film.mux(sound.encode())
+    waveform, sample_rate = audio.load_audio(tmp_path / "film.mp4")
+    seconds = waveform.shape[1] / sample_rate
+    assert seconds == pytest.approx(2.0, abs=0.1)
+    assert audio.breaks_off(tmp_path / "film.mp4", seconds) is None
+
+
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
 def test_a_wave_file_from_a_pipe_does_not_know_its_size_and_is_whole(tmp_path, size):
     soundfile.write(tmp_path / "a.wav", sine(440, 1.0, SECOND), SECOND)

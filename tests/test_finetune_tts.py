@@ -300,6 +300,20 @@ def test_a_resumed_run_remembers_what_is_not_said_again(project, tmp_path):
     torch.testing.assert_close(states[0]["state_dict"], states[1]["state_dict"], atol=0, rtol=0)
 
 
+def test_an_evaluation_that_nobody_asked_for_never_costs_the_merge(
+    project, tmp_path, monkeypatch, capsys
+):
+    keep_codes(tmp_path)
+    monkeypatch.setattr("fish_speech.evaluation.project.evaluate", lambda *a: {}["no cuBLAS"])
+    flags = ("--data-dir", "data", "--full-pipeline", "--max-steps", 2, "--learning-rate", "1e-3")
+    assert project(*flags) == 0
+    assert "not evaluated: 'no cuBLAS'" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints" / "p-merged" / "model.pth").is_file()
+    assert project("--evaluate") == 2
+    assert project("--evaluate", "--merge-weights", "--checkpoint-step", 1, 2) == 2
+    assert "one step can be merged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["2024", "1e5", "true", "голос"])
 def test_any_folder_name_is_a_project(project, tmp_path, name):
     keep_codes(tmp_path)

@@ -108,9 +108,19 @@ def test_a_long_text_is_cut_in_no_time_into_the_same_words():
     assert " ".join(chunks) == text.strip()
 
 
+# 40 syllables: about 4.5 a second, and pauses.
+KOREAN = "오늘 아침에 의사 선생님이 정원에서 오래된 은색 열쇠를 찾았고, 우리는 강가를 따라 천천히 걸어갔다."
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("Hello.", 0.5), ("The year was 1984.", 2.0), ("你好，世界。", 1.5), (PROSE, 22.0)],
+    [
+        ("Hello.", 0.5),
+        ("The year was 1984.", 2.0),
+        ("你好，世界。", 1.5),
+        (PROSE, 22.0),
+        (KOREAN, 9.5),
+    ],
 )
 def test_an_unhurried_reading_lies_within_the_bounds(text, seconds):
     assert shortest_speech(text) < seconds < longest_speech(text)

@@ -14,6 +14,7 @@ from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.protos.stream import read_shard, write_shard
 from fish_speech.datasets.protos.text_data_pb2 import Semantics, Sentence, TextData
 from fish_speech.files import file_digest, read_json, safe_name, write_json
+from fish_speech.text import is_speakable
 
 SHARD_FOLDER = "protos"
 _MANIFEST = "manifest.json"
@@ -76,7 +77,8 @@ def build_shards(
     usable = []
     for clip in progress(clips):
         try:
-            clip.read_text()
+            if not is_speakable(clip.read_text()):
+                raise ValueError(f"{clip.transcript}: the transcript has no letter or number")
             manifest.frames += read_codes(clip.codes, num_codebooks, codebook_size).shape[1]
             usable.append(clip)
         except (ValueError, FileNotFoundError) as error:
@@ -156,16 +158,23 @@ def _messages(clips: list[Clip], data_dir: str | Path, speaker: str) -> Iterator
 
 
 def _choose_validation(clips: list[Clip], share: float) -> set[str]:
-    """Names of the held-out clips: a share, at least one where there are two.
+    """Names of the held-out clips: about a share, at least one of two and three of twenty.
 
-    A digest of the name decides, so that a clip stays on its side when others are added, and a
-    second stage never validates on what the first one learned.
+    The digest of a name decides, and not how many others there are, so that a second stage with
+    more clips never validates on what the first one learned.
     """
     if len(clips) < 2 or share <= 0:
         return set()
-    count = min(max(1, round(share * len(clips))), len(clips) - 1)
-    names = [clip.name for clip in clips]
-    return set(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
+    places = {clip.name: _place(clip.name) for clip in clips}
+    names = sorted(places, key=places.__getitem__)
+    fewest = 3 if len(names) >= 20 else 1
+    count = max(fewest, sum(place < share for place in places.values()))
+    return set(names[: min(count, len(names) - 1)])
+
+
+def _place(name: str) -> float:
+    """Where a name lies in [0, 1), evenly and for ever."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
 
 
 def _source_digest(clips: list[Clip], settings: tuple) -> str:

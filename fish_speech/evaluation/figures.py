@@ -13,13 +13,18 @@ _RESAMPLES = 2000
 FEWEST = 3  # samples, below which nothing is certain
 
 
-def figure(values: Sequence[float], weights: Sequence[float] | None = None) -> Figure | None:
+def figure(
+    values: Sequence[float],
+    weights: Sequence[float] | None = None,
+    texts: Sequence[str] | None = None,
+) -> Figure | None:
     """`sum(values) / sum(weights)`, the mean without `weights`, with its 95% interval.
 
     For a rate, `values` are errors and `weights` words: sentences are resampled, and what they sum
-    up to is divided. None where there is nothing to divide by.
+    up to is divided. Values of the same one of `texts` are one sample: to speak it again tells
+    little of other texts. None where there is nothing to divide by.
     """
-    weights = np.ones(len(values)) if weights is None else weights
+    values, weights = _samples(values, weights, texts)
     if not sum(weights):
         return None
     mean = float(sum(values) / sum(weights))
@@ -40,17 +45,31 @@ def share(happened: Sequence[bool]) -> Figure | None:
 
 
 def difference(
-    a: Sequence[float], b: Sequence[float], weights: Sequence[float] | None = None
+    a: Sequence[float],
+    b: Sequence[float],
+    weights: Sequence[float] | None = None,
+    texts: Sequence[str] | None = None,
 ) -> tuple[float, float]:
     """The 95% interval of the figure of `a` less that of `b`, over the same samples.
 
     Resampling both alike tells far smaller differences than comparing two intervals would. With
     next to no samples, nothing is certain: minus to plus infinity.
     """
-    if len(a) < FEWEST:
+    values, weights = _samples(np.subtract(a, b), weights, texts)
+    if len(values) < FEWEST:
         return float("-inf"), float("inf")
-    weights = np.ones(len(a)) if weights is None else weights
-    return _interval(np.subtract(a, b), weights)
+    return _interval(values, weights)
+
+
+def _samples(
+    values: Sequence[float], weights: Sequence[float] | None, texts: Sequence[str] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values and weights of each sample: one for each of the texts, in order of appearance."""
+    weights = np.ones(len(values)) if weights is None else weights
+    places: dict = {}
+    numbers = [places.setdefault(text, len(places)) for text in texts or range(len(values))]
+    sums = (np.bincount(numbers, part, len(places)) for part in (values, weights))
+    return tuple(sums) if numbers else (np.zeros(0), np.zeros(0))
 
 
 def _interval(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:

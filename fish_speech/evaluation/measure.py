@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -142,15 +143,20 @@ def figures_of(results: Sequence[Result]) -> dict[str, Figure | None]:
     plain = [result for result in results if result.line.reference is None]
     referenced = [result for result in results if result.line.reference is not None]
     return {
-        "wer": _rate([result.clip.words for result in plain]),
-        "cer": _rate([result.clip.characters for result in plain]),
-        "similarity": _mean([result.similarity for result in plain]),
-        "wer_referenced": _rate([result.clip.words for result in referenced]),
-        "cer_referenced": _rate([result.clip.characters for result in referenced]),
-        "similarity_referenced": _mean([result.similarity for result in referenced]),
+        **_words_and_voice(plain),
+        **{f"{name}_referenced": found for name, found in _words_and_voice(referenced).items()},
         "runaways": share([result.take.runaway for result in results]),
         "empty": share([result.take.audio is None for result in results]),
         **_manner([result.clip for result in results]),
+    }
+
+
+def _words_and_voice(results: Sequence[Result]) -> dict[str, Figure | None]:
+    texts = [result.line.text for result in results]
+    return {
+        "wer": _rate([result.clip.words for result in results], texts),
+        "cer": _rate([result.clip.characters for result in results], texts),
+        "similarity": _mean([result.similarity for result in results], texts),
     }
 
 
@@ -207,13 +213,20 @@ def _manner(clips: Sequence[Clip]) -> dict[str, Figure | None]:
     }
 
 
-def _rate(errors: Sequence[Errors | None]) -> Figure | None:
-    known = [e for e in errors if e is not None]
-    return figure([e.count for e in known], [e.length for e in known])
+def _rate(errors: Sequence[Errors | None], texts: Sequence[str] | None = None) -> Figure | None:
+    known, texts = _known(errors, texts)
+    return figure([e.count for e in known], [e.length for e in known], texts)
 
 
-def _mean(values: Sequence[float | None]) -> Figure | None:
-    return figure([value for value in values if value is not None])
+def _mean(values: Sequence[float | None], texts: Sequence[str] | None = None) -> Figure | None:
+    known, texts = _known(values, texts)
+    return figure(known, None, texts)
+
+
+def _known(values: Sequence, texts: Sequence[str] | None) -> tuple[list, list[str] | None]:
+    """What is not None, and the texts of that."""
+    kept = [value is not None for value in values]
+    return list(compress(values, kept)), texts and list(compress(texts, kept))
 
 
 def _spoken(result: Result, folder: Path) -> Spoken:

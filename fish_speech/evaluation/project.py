@@ -92,7 +92,8 @@ class AdaptedBase:
 
     def candidates(self, checkpoints: Sequence[Checkpoint]) -> Iterator[Candidate]:
         """The base and its checkpoints."""
-        base = f"{self.model_digest} {file_digest(find_codec(self.directory))}"
+        loaded_as = f"{self._device.type} {self._dtype}"
+        base = f"{self.model_digest} {file_digest(find_codec(self.directory))} {loaded_as}"
         yield Candidate("base", self.directory, base, self._plain, 0)
         for checkpoint in checkpoints:
             yield Candidate(
@@ -234,14 +235,14 @@ def _first_record(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
 
 
 def _data_dir(record: dict[str, Any], request: Request) -> Path:
-    """Where the run says that it was trained, or where that has gone."""
+    """What was asked for, else where the run says that it was trained."""
     recorded = Path(shown_path(Path(record["data_dir"])))
-    if not recorded.is_dir() and request.data_dir is None:
+    if request.data_dir is None and not recorded.is_dir():
         raise FileNotFoundError(
             f"{recorded}: the data set of this project is not there any more; "
             "give its place with --data-dir"
         )
-    return recorded if recorded.is_dir() else request.data_dir
+    return request.data_dir or recorded
 
 
 def _losses(
@@ -255,7 +256,11 @@ def _losses(
         lambda: data.losses(voice().model, tokenizer),
     )
     weighed = [loss * frames for loss, frames in zip(found["losses"], found["frames"], strict=True)]
-    logged = {int(float(r["step"])) + 1: r["train/loss"] for r in run.metrics() if r["train/loss"]}
+    logged = {
+        int(float(row["step"])) + 1: row["train/loss"]
+        for row in run.metrics()
+        if row.get("train/loss")
+    }
     before = range(candidate.step - _LOGGED_STEPS + 1, candidate.step + 1)
     return {
         "held_out_loss": figure(weighed, found["frames"]),

@@ -38,7 +38,7 @@ def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands
     if not sound:
         return _keep(base, f"every checkpoint {compare.loses}, beyond the interval", commands)
     if compare.count < FEWEST:
-        return _keep(base, f"{compare.count} samples are too few to tell", commands)
+        return _keep(base, f"too few different texts to tell: {compare.count}", commands)
     best = next(
         row
         for index, row in enumerate(sound)
@@ -74,7 +74,7 @@ def prefer(a: Row, b: Row, samples: Sequence[Sample], commands: Commands) -> Rec
     if a.error is not None:
         reason = "neither could be measured"
     elif compare.count < FEWEST:
-        reason = f"{compare.count} texts are too few to tell"
+        reason = f"too few different texts to tell: {compare.count}"
     else:
         reason = "neither is better than the other beyond the interval"
     return _keep(a, reason, commands)
@@ -115,7 +115,7 @@ class _Comparison:
         everything = [spoken for sample in self._samples for spoken in sample.spoken.values()]
         self._by_voice = any(spoken.similarity is not None for spoken in everything)
         self.words_count = any(spoken.wer is not None for spoken in everything)
-        self.count = len(self._samples)
+        self.count = len({sample.text for sample in self._samples})
         self.wins = (
             "is more like the voice than" if self._by_voice
             else "makes fewer word errors than" if self.words_count
@@ -154,7 +154,7 @@ class _Comparison:
             pair = [value(sample.spoken[row.name]) for row in (a, b) if row.name in sample.spoken]
             if len(pair) == 2 and None not in pair:
                 weight = len(normal_words(sample.text).split()) if weighted else 1
-                found.append((pair[0] * weight, pair[1] * weight, weight))
+                found.append((pair[0] * weight, pair[1] * weight, weight, sample.text))
         if not found:
             return difference([], [])
         return difference(*zip(*found, strict=True))

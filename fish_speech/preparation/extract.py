@@ -50,7 +50,8 @@ def extract_codes(
     record_file = data_dir / (f"codes.{rank}.json" if rank else RECORD_FILE)
     digest = file_digest(find_codec(model_dir))
     records = _read_records(data_dir)
-    stamps: dict[str, list[int]] = {}  # of the clips that this process has seen to
+    # Of the clips that this process has seen to; None: the codes there are of something else.
+    stamps: dict[str, list[int] | None] = {}
     record = {"codec": digest, "clips": stamps}
     result = Extraction()
     work = []
@@ -63,6 +64,8 @@ def extract_codes(
             result.kept += 1
         else:
             work.append(clip)
+            if clip.codes.is_file():
+                stamps[clip.name] = None
     try:
         with tqdm(total=len(work), desc="extracting", unit="clip", disable=None) as progress:
             for number, batch in enumerate(_loader(work, codec, batch_size, num_workers)):
@@ -100,6 +103,7 @@ def _encode(batch: list[_Loaded], codec: Codec, stamps: dict, result: Extraction
         if item.problem is not None:
             result.failed[item.clip.name] = item.problem
             item.clip.codes.unlink(missing_ok=True)  # of audio that there is no more
+            stamps.pop(item.clip.name, None)
     whole = [item for item in batch if item.waveform is not None]
     if not whole:
         return

@@ -8,9 +8,13 @@ from __future__ import annotations
 import unicodedata
 from typing import NamedTuple
 
+import regex
+
 NORMALISATION = (
-    "lower case, compatibility forms unified, hyphens as spaces, letters and digits only"
+    "lower case, compatibility forms unified, hyphens as spaces, letters and digits only; "
+    "each Chinese or Japanese character is a word"
 )
+_ALONE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")  # written without spaces
 _HYPHENS = dict.fromkeys(map(ord, "-‐‑‒–—"), " ")
 
 
@@ -27,12 +31,14 @@ def normal(text: str) -> str:
 
 
 def normal_words(text: str) -> str:
-    """The words of `text` as `normal` has them, a space between.
+    """The words of `text` as `normal` has them, a space between; scripts that write no spaces have
+    a word a character.
 
     >>> normal_words("Twenty-one, isn't it?")
     'twenty one isnt it'
     """
-    return " ".join(filter(None, map(normal, text.translate(_HYPHENS).split())))
+    text = _ALONE.sub(r" \g<0> ", text.translate(_HYPHENS))
+    return " ".join(filter(None, map(normal, text.split())))
 
 
 def word_errors(text: str, heard: str) -> Errors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,24 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class SaveCheckpoints(L.Callback):
-    """`step_%09d.ckpt` every so many steps and at the end, however it comes."""
+    """`step_%09d.ckpt` every so many steps and at the end, however it comes.
 
-    def __init__(self, run: Run, every: int, keep: int | None) -> None:
-        self.run, self.every, self.keep = run, every, keep
+    A run that goes on from an earlier step than its last one puts the later checkpoints aside, so
+    that the latest is always of the training at hand.
+    """
+
+    def __init__(
+        self, run: Run, every: int, keep: int | None, say: Callable[[str], None] = print
+    ) -> None:
+        self.run, self.every, self.keep, self.say = run, every, keep, say
         self._saved_step = -1  # until training starts there is nothing to save
 
     def on_train_start(self, trainer: L.Trainer, module) -> None:
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero and (
+            aside := self.run.set_aside(trainer.global_step, str(trainer.loggers[0].version))
+        ):
+            self.say(f"later checkpoints of the run up to now were moved to {aside}")
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
         if step_finished(trainer, batch_index) and trainer.global_step % self.every == 0:

@@ -109,6 +109,20 @@ class Run:
             f"--checkpoint-step {step}: project '{self.project}' has no such step, only {there}"
         )
 
+    def set_aside(self, step: int, log: str) -> Path | None:
+        """Move the checkpoints after `step` out of the way of a start that goes on from there.
+
+        Returns the folder, named by the log of that start, or None where there are none.
+        """
+        later = [checkpoint.path for checkpoint in self.checkpoints() if checkpoint.step > step]
+        if not later:
+            return None
+        folder = self.checkpoint_folder / f"before_{log}"
+        folder.mkdir(exist_ok=True)
+        for path in later:
+            path.rename(folder / path.name)
+        return folder
+
     def validation_losses(self) -> dict[int, float]:
         """Held-out loss by step, from the logs."""
         losses = {}
@@ -217,10 +231,12 @@ def choose_start(
         return Start(other, True, f"going on from {other.path} exactly")
     if own:
         parent = own[-1].read()["run"]["parent"]
-        if resume_from and (parent is None or Path(parent).resolve() != other.path.resolve()):
+        is_own = other and other.path.resolve().parent == run.checkpoint_folder.resolve()
+        is_parent = other and parent and _is_in(Path(parent), real_path(named))
+        if other and not (is_own or is_parent):
             raise ValueError(
                 f"project '{run.project}' has checkpoints of its own, up to step {own[-1].step}, "
-                f"that did not start from {resume_from}; choose another --project"
+                f"that did not start from {named}; choose another --project"
             )
         return Start(own[-1], True, f"going on from {own[-1].path} exactly")
     if other is not None:
@@ -240,6 +256,11 @@ def choose_start(
         f"project '{run.project}' is new: starting from the adapters of {related.path}, "
         f"the newest trained on {data_dir}",
     )
+
+
+def _is_in(file: Path, place: Path) -> bool:
+    """Whether a checkpoint is `place`, or lies in that folder or run."""
+    return place.resolve() in (file.resolve(), *file.resolve().parents[:2])
 
 
 def real_path(path: str | Path) -> Path:

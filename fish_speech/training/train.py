@@ -28,6 +28,7 @@ from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora
 from fish_speech.models.vqgan import CodecConfig
+from fish_speech.text import spoken_text
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.callbacks import (
     AtomicCheckpoints,
@@ -127,7 +128,7 @@ def _train(
     stop = StopCleanly()
     try:
         with _quiet_lightning():
-            trainer = _trainer(config, run, device, dtype, data, [stop, *callbacks])
+            trainer = _trainer(config, run, device, dtype, data, say, [stop, *callbacks])
             trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.exact else None)
     except SystemExit as error:  # Lightning's answer to a second Ctrl+C
         raise KeyboardInterrupt from error
@@ -187,7 +188,7 @@ def _named_speakers(manifest: Manifest) -> list[str]:
 
 
 def load_split(data_dir: Path, manifest: Manifest, split: str) -> list[Sample]:
-    """The samples of a split, each with the name of its clip.
+    """The samples of a split, each with the name of its clip and its text as it would be spoken.
 
     Raises `ValueError` where the shards are not those of the manifest any more.
     """
@@ -196,7 +197,10 @@ def load_split(data_dir: Path, manifest: Manifest, split: str) -> list[Sample]:
             raise ValueError(f"{path}: was packed again by another run; start this one again")
     samples = read_samples(manifest.paths(data_dir, split))
     names = getattr(manifest, split)
-    return [replace(s, name=name) for s, name in zip(samples, names, strict=True)]
+    return [
+        replace(sample, name=name, text=spoken_text(sample.text))
+        for sample, name in zip(samples, names, strict=True)
+    ]
 
 
 def _data_module(
@@ -290,6 +294,7 @@ def _trainer(
     device: torch.device,
     dtype: torch.dtype,
     data: SemanticDataModule,
+    say: Say,
     callbacks: Sequence[L.Callback],
 ) -> L.Trainer:
     settings = config.train
@@ -322,7 +327,7 @@ def _trainer(
             TensorBoardLogger(run.folder, name="logs", version=version),
         ],
         callbacks=[
-            SaveCheckpoints(run, settings.save_every, settings.keep_checkpoints),
+            SaveCheckpoints(run, settings.save_every, settings.keep_checkpoints, say),
             Progress(settings.max_steps),
             *callbacks,
         ],

@@ -157,4 +157,4 @@ def test_the_better_of_two(a, b, chosen, reason):
     assert (found.verdict, found.choice) == (("use", chosen) if chosen else ("keep the base", "a"))
     assert found.next == (f"speak p{chosen}" if chosen else "keep")
     few = prefer(*rows, samples[:2], Commands("", "", ""))
-    assert few.reason == "2 texts are too few to tell"
+    assert few.reason == "too few different texts to tell: 2"

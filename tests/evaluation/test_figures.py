@@ -23,6 +23,17 @@ def test_the_interval_of_twelve_samples_holds_the_truth_about_19_times_in_20():
     assert 0.91 < held < 0.98
 
 
+def test_an_interval_covers_other_texts_and_not_only_other_takes_of_these():
+    rng = np.random.default_rng(3)
+    texts, count = [text for text in "abcd" for _ in range(6)], 200
+    found = []
+    for _ in range(count):
+        hard = np.repeat(rng.normal(0, 0.2, 4), 6)
+        found.append(figure(list(hard + rng.normal(0, 0.05, 24)), texts=texts))
+    assert found[0].n == 4
+    assert np.mean([each.low <= 0 <= each.high for each in found]) > 0.85
+
+
 def test_a_paired_difference_is_found_where_the_samples_vary_far_more():
     rng = np.random.default_rng(2)
     base = rng.normal(0.5, 0.3, 12)

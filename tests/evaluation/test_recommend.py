@@ -11,7 +11,7 @@ TEXT = "one two three four five six seven eight nine ten"
 COMMANDS = Commands("merge {path}", "more steps", "speak with the base")
 
 
-def board(*models, samples=12, loss=None):
+def board(*models, samples=12, texts=12, loss=None):
     """Rows and samples of models given as (word error rate, similarity), the base first.
 
     Sentences vary far more than models do, as they really do.
@@ -20,7 +20,7 @@ def board(*models, samples=12, loss=None):
     hard, unlike = rng.uniform(0, 0.2, samples), rng.normal(0, 0.05, samples)
     rows = [Row("base", 0, "base")]
     rows += [Row(f"step_{step}", step, f"{step}.ckpt") for step in range(1, len(models))]
-    listed = [Sample(f"{i:04d}", TEXT, False) for i in range(samples)]
+    listed = [Sample(f"{i:04d}", f"{TEXT} {i % texts}", False) for i in range(samples)]
     for row, (wer, similarity) in zip(rows, models, strict=True):
         for i, sample in enumerate(listed):
             jitter = rng.normal(0, 0.005, 2)
@@ -44,6 +44,12 @@ def verdict(*models, **more):
 
 
 BASE = (0.1, 0.6)
+
+
+def test_one_text_spoken_often_is_one_text():
+    assert verdict(BASE, (0.1, 0.8)) == ("use", 1)
+    assert verdict(BASE, (0.1, 0.8), texts=3) == ("use", 1)
+    assert verdict(BASE, (0.1, 0.8), texts=2) == ("keep the base", 0)
 
 
 @pytest.mark.parametrize(

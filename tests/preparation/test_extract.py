@@ -88,3 +88,19 @@ def test_an_interrupted_run_goes_on(data, codec, codec_dir, monkeypatch):
             extract_codes(data, codec, codec_dir, batch_size=1)
     result = extract_codes(data, codec, codec_dir)
     assert (result.made, result.kept) == (3, 2)
+
+
+def test_codes_of_old_audio_do_not_outlive_an_interrupted_run(data, codec, codec_dir, monkeypatch):
+    extract_codes(data, codec, codec_dir)
+    rng = np.random.default_rng(1)
+    for number in range(5):  # as long as before, but other sound
+        samples = rng.normal(0, 0.1, 8000 + 3000 * number)
+        file = data / "Ann" / f"c{number}.wav"
+        soundfile.write(file, samples, 22050 if number % 2 else 44100)
+        os.utime(file, ns=(1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Codec, "encode", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            extract_codes(data, codec, codec_dir, batch_size=1)
+    assert extract_codes(data, codec, codec_dir).made == 5
+    assert extract_codes(data, codec, codec_dir).kept == 5

@@ -27,7 +27,8 @@ def test_disagreement_is_the_character_error_rate(text, heard, rate):
         ("one two", "one too two", (1, 2), (3, 6)),
         ("one two", "", (2, 2), (6, 6)),
         ("one", "two three four", (3, 1), (10, 3)),
-        ("你好。", "你好", (0, 1), (0, 2)),
+        ("你好。", "你好", (0, 2), (0, 2)),
+        ("今天天气很好。", "今天天汽很好", (1, 6), (1, 6)),
         ("...", "what", (1, 0), (4, 0)),
     ],
 )

@@ -116,6 +116,7 @@ def test_a_project_is_never_started_over():
 def test_the_same_command_goes_on_after_a_warm_start():
     other = make_checkpoints("other", 50).checkpoint_path(50)
     run = make_checkpoints("p", 100, parent=str(other))
+    make_checkpoints("other", 80)  # it was trained on since then
     for flags in ({"checkpoint_path": "results/other"}, {"resume_from": str(other)}):
         start = choose_start(run, Path("data"), **flags)
         assert (start.checkpoint.step, start.exact) == (100, True)
@@ -124,8 +125,11 @@ def test_the_same_command_goes_on_after_a_warm_start():
 def test_own_checkpoints_are_not_given_up_for_another_projects():
     run = make_checkpoints("p", 100)
     other = make_checkpoints("other", 50).checkpoint_path(50)
-    with pytest.raises(ValueError, match="choose another --project"):
-        choose_start(run, Path("data"), resume_from=str(other))
+    for flag in ("resume_from", "checkpoint_path"):
+        with pytest.raises(ValueError, match="choose another --project"):
+            choose_start(run, Path("data"), **{flag: str(other)})
+    start = choose_start(run, Path("data"), checkpoint_path="results/p")
+    assert (start.checkpoint.step, start.exact) == (100, True)
 
 
 def test_damage_and_other_bases_are_passed_over_in_the_search():

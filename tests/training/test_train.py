@@ -14,11 +14,12 @@ from fish_speech.models.text2semantic import load_model
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora, lora_state_dict
 from fish_speech.models.vqgan import load_codec
 from fish_speech.preparation.extract import extract_codes
+from fish_speech.text import split_text
 from fish_speech.training.config import compose_config
 from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
 from fish_speech.training.loss import loss_sums
 from fish_speech.training.runs import Run, choose_start
-from fish_speech.training.train import train
+from fish_speech.training.train import load_split, train
 from tests.conftest import ROOT, golden_tensors
 from tests.made_data import make_data_set
 
@@ -233,6 +234,36 @@ def test_validation_loss_is_logged_by_step_and_the_curve_is_drawn(trainer):
 def test_only_the_newest_checkpoints_are_kept_when_asked(trainer):
     trainer("p", "train.max_steps=5", "train.save_every=1", "train.keep_checkpoints=2")
     assert [checkpoint.step for checkpoint in Run.of("p").checkpoints()] == [4, 5]
+
+
+def test_a_run_that_goes_back_puts_its_later_checkpoints_aside(trainer):
+    trainer("p", "train.max_steps=6", "train.save_every=2")
+    run, said = Run.of("p"), []
+    back = {"resume_from": str(run.checkpoint_path(2)), "said": said}
+    trainer("p", "train.max_steps=4", "train.save_every=1", "train.keep_checkpoints=2", **back)
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [3, 4]
+    (aside,) = run.checkpoint_folder.glob("before_*")
+    assert sorted(path.stem for path in aside.iterdir()) == ["step_000000004", "step_000000006"]
+    assert any(str(aside) in message for message in said)
+
+
+def test_settings_of_the_optimizer_can_change_on_the_way(trainer):
+    trainer("p", "train.max_steps=2")
+    more = ("optimizer.weight_decay=0.3", "optimizer.betas=[0.8,0.9]", "optimizer.eps=1e-6")
+    resumed = trainer("p", "train.max_steps=3", *more)
+    group = resumed.checkpoint.read()["optimizer_states"][0]["param_groups"][0]
+    assert group["weight_decay"] == 0.3
+    assert tuple(group["betas"]) == (0.8, 0.9)
+    assert group["eps"] == 1e-6
+
+
+def test_texts_are_learned_as_they_would_be_spoken(trainer, tmp_path):
+    data = make_data_set(tmp_path / "curly", {"Ann": 3})
+    for file in data.rglob("*.lab"):
+        file.write_text("It’s late,,,\nyou know… 😀", encoding="utf-8")
+    manifest, _ = build_shards(data, num_codebooks=8, codebook_size=1024)
+    texts = {sample.text for sample in load_split(data, manifest, "train")}
+    assert texts == set(split_text("It’s late,,,\nyou know… 😀")) == {"It's late, you know…"}
 
 
 def test_another_project_starts_from_the_adapters_and_remembers_its_parent(trainer):

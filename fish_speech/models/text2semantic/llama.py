@@ -112,7 +112,7 @@ class Attention(nn.Module):
             is_causal=mask is None and length > 1,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],
-        ).view(len(qkv), self.n_head, length, self.head_dim)
+        ).reshape(len(qkv), self.n_head, length, self.head_dim)  # some kernels answer transposed
         return out.transpose(1, 2).flatten(2)
 
 

@@ -109,3 +109,18 @@ def test_low_precision_stays_close_and_mixes_nothing(model, golden, dtype, share
     low = model.to(dtype)(tokens).token_logits
     assert low.dtype == dtype
     assert (low.float() - full).abs().mean() < share * full.abs().mean()
+
+
+@torch.no_grad()
+def test_attention_whose_kernel_answers_transposed_is_the_same(model, golden, monkeypatch):
+    # As CUDA's memory-efficient kernel does, which is the one for fp32.
+    tokens = golden["batch"]["inputs"][:1, :, :1]
+    expected = model.hidden_states(tokens)
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def transposed(*arguments, **options):
+        out = kernel(*arguments, **options)
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", transposed)
+    assert torch.equal(model.hidden_states(tokens), expected)
