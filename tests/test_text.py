@@ -109,7 +109,10 @@ def test_a_long_text_is_cut_in_no_time_into_the_same_words():
 
 
 # 40 syllables: about 4.5 a second, and pauses.
-KOREAN = "오늘 아침에 의사 선생님이 정원에서 오래된 은색 열쇠를 찾았고, 우리는 강가를 따라 천천히 걸어갔다."
+KOREAN = (
+    "오늘 아침에 의사 선생님이 정원에서 오래된 은색 열쇠를 찾았고, "
+    "우리는 강가를 따라 천천히 걸어갔다."
+)
 
 
 @pytest.mark.parametrize(
