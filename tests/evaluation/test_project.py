@@ -77,7 +77,7 @@ def last_error(capsys):
 
 
 def test_the_base_and_every_checkpoint_are_measured(project, capsys):
-    assert finetune("--evaluate", "--eval-samples", 3) == 0
+    assert finetune("--evaluate", "--eval-samples", 4) == 0
     said = capsys.readouterr()
     board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
     assert [(row.name, row.step) for row in board.rows] == [
@@ -93,8 +93,8 @@ def test_the_base_and_every_checkpoint_are_measured(project, capsys):
     texts = {text_of(ROOT / "samples" / f"{name.split('/')[1]}.flac")
              for name in held_out["validation"]}  # fmt: skip
     assert {sample.text for sample in board.samples} == texts
-    assert len(board.samples) == 6  # three, with and without a reference
-    assert "2 texts for 3 samples: --texts FILE gives more" in said.err
+    assert len(board.samples) == 8  # four, with and without a reference
+    assert "3 texts for 4 samples: --texts FILE gives more" in said.err
     assert said.out.splitlines()[0].split(":")[0] in ("train longer", "keep the base") or (
         said.out.startswith("use step_")
     )
