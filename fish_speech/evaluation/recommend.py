@@ -85,8 +85,9 @@ def _use(
     commands: Commands,
 ) -> Recommendation:  # fmt: skip
     reason = f"{best.name} {compare.wins} the base ({compare.show(best, base)})"
-    if compare.words_count:
-        reason += ", its error rate is no worse"
+    if compare.by_voice and compare.words_count:
+        words = compare.show(best, base, "wer")
+        reason += f", its error rate is no worse beyond the interval ({words})"
     if best is not sound[-1]:
         reason += ", and no later one is better beyond the interval"
     elif len(sound) > 1 and compare.better(best, sound[-2]):
@@ -113,11 +114,11 @@ class _Comparison:
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = [sample for sample in samples if not sample.referenced] or list(samples)
         everything = [spoken for sample in self._samples for spoken in sample.spoken.values()]
-        self._by_voice = any(spoken.similarity is not None for spoken in everything)
+        self.by_voice = any(spoken.similarity is not None for spoken in everything)
         self.words_count = any(spoken.wer is not None for spoken in everything)
         self.count = len({sample.text for sample in self._samples})
         self.wins = (
-            "is more like the voice than" if self._by_voice
+            "is more like the voice than" if self.by_voice
             else "makes fewer word errors than" if self.words_count
             else "runs on or says nothing less often than"
         )  # fmt: skip
@@ -128,7 +129,7 @@ class _Comparison:
 
     def better(self, a: Row, b: Row) -> bool:
         """Whether `a` beats `b` on similarity (else on error rate), beyond the interval."""
-        if self._by_voice:
+        if self.by_voice:
             return self._interval(a, b, lambda spoken: spoken.similarity)[0] > 0
         return self._interval(a, b, _failure, weighted=self.words_count)[1] < 0
 
@@ -136,8 +137,10 @@ class _Comparison:
         """Whether `a` makes more errors than `b`, beyond the interval."""
         return self._interval(a, b, _failure, weighted=self.words_count)[0] > 0
 
-    def show(self, a: Row, b: Row) -> str:
-        name, form = ("similarity", "{:.2f}") if self._by_voice else ("wer", "{:.0%}")
+    def show(self, a: Row, b: Row, name: str | None = None) -> str:
+        """The figures of both; without a name, of what decides."""
+        name = name or ("similarity" if self.by_voice else "wer")
+        form = "{:.2f}" if name == "similarity" else "{:.0%}"
         if self._samples[0].referenced:
             name += "_referenced"
         figures = [row.figure(name) for row in (a, b)]
