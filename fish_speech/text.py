@@ -24,8 +24,8 @@ _SYMBOL = regex.compile(r"[\p{S}%&@#§]")  # unlike a punctuation mark, somebody
 _CLOSERS = r"[\"'”’»›)\]}」』】》）]*+"
 _OPENERS = r"[\"'“‘«‹(\[{「『【《（]*+"
 _FULL_STOPS, _COMMAS = "。！？．｡।؟።", "，、；：､،؛"
-_WIDE = r"[\p{Han}\p{Hiragana}\p{Katakana}]"  # scripts that write no spaces between words
-_SYLLABLE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]"  # what is written as one letter
+WIDE = r"[\p{Han}\p{Hiragana}\p{Katakana}]"  # scripts that write no spaces between words
+_SYLLABLE = rf"{WIDE}|\p{{Hangul}}"  # what is written as one letter
 _NO_DECIMAL = r"(?!(?<=\d)[．，：]\d)"  # not the mark of "3．14"
 # Where a chunk may end, the best places first, with what a cut there costs against a short chunk.
 _CUTS = (
@@ -34,7 +34,7 @@ _CUTS = (
         0.0,
         regex.compile(
             rf"(?<![.!?…])[.!?…]++{_CLOSERS}\s++(?!\p{{Ll}})"
-            rf"|(?<={_WIDE})[.!?…]++{_CLOSERS}(?={_OPENERS}{_WIDE})"
+            rf"|(?<={WIDE})[.!?…]++{_CLOSERS}(?={_OPENERS}{WIDE})"
             rf"|(?<![{_FULL_STOPS}]){_NO_DECIMAL}[{_FULL_STOPS}]++{_CLOSERS}\s*"
         ),
     ),
@@ -42,17 +42,17 @@ _CUTS = (
         0.5,
         regex.compile(
             rf"(?<![,;:!?…])[,;:!?…]++{_CLOSERS}\s+|\s+(?=[–—(](?!\s*\d))|—+"
-            rf"|(?<={_WIDE})[,;:]++{_CLOSERS}(?={_OPENERS}{_WIDE})"
+            rf"|(?<={WIDE})[,;:]++{_CLOSERS}(?={_OPENERS}{WIDE})"
             rf"|(?<![{_COMMAS}]){_NO_DECIMAL}[{_COMMAS}]++{_CLOSERS}\s*"
         ),
     ),
-    (2.0, regex.compile(rf"(?<!\d)\s++|\s++(?!\d)|(?<={_WIDE})(?={_WIDE})")),
+    (2.0, regex.compile(rf"(?<!\d)\s++|\s++(?!\d)|(?<={WIDE})(?={WIDE})")),
     (4.0, regex.compile(r"\s++")),  # between numbers too, where they are a long list
 )
 _CHARACTER_COST = 8.0
 # What is cut last of all: an address, a number, else between graphemes.
 _ATOM = regex.compile(
-    rf"(?:[A-Za-z0-9._%+-]{{1,64}}(?:://|@)|www\.)(?:(?!{_WIDE})\S)+"
+    rf"(?:[A-Za-z0-9._%+-]{{1,64}}(?:://|@)|www\.)(?:(?!{WIDE})\S)+"
     r"|[+-]?\p{N}[\p{N}.,:'’/+-]*|\X"
 )
 _GRAPHEME = regex.compile(r"\X")

@@ -174,7 +174,7 @@ def _choose_validation(clips: list[Clip], share: float) -> set[str]:
 
 def _place(name: str) -> float:
     """Where a name lies in [0, 1), evenly and for ever."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def _source_digest(clips: list[Clip], settings: tuple) -> str:

@@ -68,8 +68,8 @@ def _samples(
     weights = np.ones(len(values)) if weights is None else weights
     places: dict = {}
     numbers = [places.setdefault(text, len(places)) for text in texts or range(len(values))]
-    sums = (np.bincount(numbers, part, len(places)) for part in (values, weights))
-    return tuple(sums) if numbers else (np.zeros(0), np.zeros(0))
+    numbers = np.array(numbers, int)
+    return np.bincount(numbers, values), np.bincount(numbers, weights)
 
 
 def _interval(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:

@@ -27,7 +27,13 @@ from fish_speech.inference.voices import check_reference, check_speaker
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.packed import pack
 from fish_speech.models.vqgan import Codec, load_codec
-from fish_speech.text import clean_text, is_speakable, longest_speech, shortest_speech, split_text
+from fish_speech.text import (
+    is_speakable,
+    longest_speech,
+    shortest_speech,
+    split_text,
+    spoken_text,
+)
 from fish_speech.tokenizer import FishTokenizer
 
 logger = logging.getLogger(__name__)
@@ -164,7 +170,7 @@ class TextToSpeech:
             self._references.move_to_end(digest)
             while len(self._references) > _CACHED_REFERENCES:
                 self._references.popitem(last=False)
-            return Utterance(clean_text(text), self._references[digest])
+            return Utterance(spoken_text(text), self._references[digest])
 
     @torch.inference_mode()
     def _encode(self, audio: str | Path) -> Tensor:

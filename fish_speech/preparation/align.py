@@ -17,6 +17,7 @@ import regex
 
 from fish_speech.preparation.rates import normal
 from fish_speech.preparation.segment import Piece
+from fish_speech.text import WIDE
 
 Island = tuple[float, float]
 
@@ -218,7 +219,7 @@ def _strength(token: str) -> int:
 
 def _weight(text: str) -> float:
     """How long a text takes to say, in letters: a digit is a word, so is many a wide character."""
-    wide = len(regex.findall(r"[\p{Han}\p{Hiragana}\p{Katakana}]", text))
+    wide = len(regex.findall(WIDE, text))
     digits = sum(map(str.isnumeric, text))
     return 0.5 + sum(map(str.isalnum, text)) + 2 * wide + 3 * digits
 

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import regex
 
+from fish_speech.text import WIDE
+
 NORMALISATION = (
     "lower case, compatibility forms unified, hyphens as spaces, letters and digits only; "
     "each Chinese or Japanese character is a word"
 )
-_ALONE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")  # written without spaces
+_ALONE = regex.compile(WIDE)
 _HYPHENS = dict.fromkeys(map(ord, "-‐‑‒–—"), " ")
 
 

@@ -39,9 +39,7 @@ class SaveCheckpoints(L.Callback):
     that the latest is always of the training at hand.
     """
 
-    def __init__(
-        self, run: Run, every: int, keep: int | None, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, run: Run, every: int, keep: int | None, say: Callable[[str], None]) -> None:
         self.run, self.every, self.keep, self.say = run, every, keep, say
         self._saved_step = -1  # until training starts there is nothing to save
 

@@ -158,11 +158,9 @@ class TextToSemantic(L.LightningModule):
 
     def on_train_start(self) -> None:
         # A resumed optimizer has come with the settings that it was saved with.
-        config = self.optimizer_config
-        for group in self.trainer.optimizers[0].param_groups:
-            decayed = group["params"][0].ndim > 1
-            group["weight_decay"] = config.weight_decay if decayed else 0.0
-            group["betas"], group["eps"] = config.betas, config.eps
+        wanted = self.configure_optimizers().param_groups
+        for group, fresh in zip(self.trainer.optimizers[0].param_groups, wanted, strict=True):
+            group.update({name: fresh[name] for name in ("weight_decay", "betas", "eps")})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         rate = self.optimizer_config.rate(self.global_step)

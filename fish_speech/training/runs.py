@@ -227,11 +227,11 @@ def choose_start(
     own = run.checkpoints()
     named = resume_from or checkpoint_path
     other = named_checkpoint(named) if named else None
-    if resume_from and other.path.resolve().parent == run.checkpoint_folder.resolve():
+    is_own = other and other.path.resolve().parent == run.checkpoint_folder.resolve()
+    if resume_from and is_own:
         return Start(other, True, f"going on from {other.path} exactly")
     if own:
         parent = own[-1].read()["run"]["parent"]
-        is_own = other and other.path.resolve().parent == run.checkpoint_folder.resolve()
         is_parent = other and parent and _is_in(Path(parent), real_path(named))
         if other and not (is_own or is_parent):
             raise ValueError(

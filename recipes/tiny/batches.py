@@ -21,7 +21,6 @@ from recipes.tiny.voices import VOICES
 COLUMNS = 1152
 BUCKETS = (72, 96, 128, 144, 192, 288, 384)  # lengths; each divides COLUMNS
 
-
 NOISE = 0.22  # of the input codes, so that the model listens to the text and not only to itself
 
 
@@ -39,11 +38,11 @@ class Mixture:
     unnamed: float
 
 
-NAMED = Mixture(joined=0.1, referenced=0.1, unnamed=0.1)
+NAMED_SHARES = Mixture(joined=0.1, referenced=0.1, unnamed=0.1)
 # For voices without a name of their own: what comes before tells the voice, and a name that nobody
 # knows tells nothing, like the name of a voice that is about to be learned.
-UNNAMED = Mixture(joined=0.05, referenced=0.4, unnamed=0.3)
-PLAIN = Mixture(joined=0, referenced=0, unnamed=0)
+UNNAMED_SHARES = Mixture(joined=0.05, referenced=0.4, unnamed=0.3)
+PLAIN_SHARES = Mixture(joined=0, referenced=0, unnamed=0)
 
 Corpus = list[tuple[str, Utterance]]  # speaker and utterance
 NOWHERE = -1  # the place of a column that speaks nothing
@@ -99,7 +98,8 @@ def batches(
     while True:
         for index in torch.randperm(len(corpus), generator=generator).tolist():
             speaker, utterance = corpus[index]
-            mixture = PLAIN if plain else NAMED if speaker in VOICES else UNNAMED
+            shares = NAMED_SHARES if speaker in VOICES else UNNAMED_SHARES
+            mixture = PLAIN_SHARES if plain else shares
             chosen = _choose(utterance, speaker, by_speaker[speaker], mixture, generator)
             item = build(tokenizer, *chosen, durations)
             length = len(item.places)

@@ -11,7 +11,7 @@ import random
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 
 import numpy as np
 import soundfile
@@ -42,7 +42,7 @@ class Voice:
 
 def _unnamed(count: int) -> dict[str, Voice]:
     draw, voices = random.Random(0), {}
-    for number, flite in zip(range(count), cycle(_RANGES), strict=False):
+    for number, flite in enumerate(islice(cycle(_RANGES), count)):
         pitches, tracts = _RANGES[flite]
         tract = round(draw.uniform(*tracts), 2)
         voice = Voice(flite, draw.uniform(*pitches), tract, draw.uniform(*_PACES))
