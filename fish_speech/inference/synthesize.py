@@ -25,7 +25,6 @@ from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.streaming import decode_stream
 from fish_speech.inference.voices import check_reference, check_speaker
 from fish_speech.models.text2semantic import DualARTransformer, load_model
-from fish_speech.models.text2semantic.packed import pack
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.text import (
     is_speakable,
@@ -131,7 +130,9 @@ class TextToSpeech:
         device = resolve_device(str(device))
         usual = torch.bfloat16 if quantize else resolve_precision("auto", device)
         model = load_model(directory, device, dtype or usual)
-        if quantize or not (adaptable or compile):
+        if quantize or (device.type == "cpu" and not (adaptable or compile)):
+            from fish_speech.models.text2semantic.packed import pack  # compiles when imported
+
             model = pack(model, quantize)
         low = quantize is not None and multiplies_bf16(device)
         if compile:

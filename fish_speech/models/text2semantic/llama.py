@@ -46,6 +46,11 @@ class KeyValueCache:
         self._values[layer][:, :, self.length : end] = values
         return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
+    def room(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, heads, size, head_dim] of a layer, to be written at `length`."""
+        assert self.length < self.size, f"the cache holds {self.size} columns"
+        return self._keys[layer], self._values[layer]
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in fp32 and cast back before the weight."""

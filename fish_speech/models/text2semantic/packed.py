@@ -2,18 +2,19 @@
 
 There a frame costs reading every weight once, so fewer bytes are faster, and so is an order of them
 that both cores can stream. Activations are fp32 whatever the weights are: they cost nothing, and
-casting them does.
+casting them does. What is between the products of a single column is compiled (`column.py`).
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fish_speech.models.text2semantic import column
 from fish_speech.models.text2semantic.llama import (
     DualARTransformer,
     KeyValueCache,
@@ -21,7 +22,7 @@ from fish_speech.models.text2semantic.llama import (
     TransformerBlock,
 )
 
-_STEPS = 63  # either way, of an input: 127 * 127 * 2 still fits the 16 bits that CPUs sum pairs in
+_SHORT = 256  # columns; attention to more is faster on all cores
 
 # Looked up once: each look-up takes as long as a small operation.
 _multiply_fp32 = torch.ops.mkldnn._linear_pointwise.default
@@ -29,106 +30,115 @@ _multiply_fp16 = torch.ops.quantized.linear_dynamic_fp16.default
 _multiply_int8 = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
 
-class FloatLinear:
-    """A linear layer in fp32 whose weight lies in oneDNN's order."""
+class PackedLinear:
+    """A linear layer whose weight is packed: fp32 [..., K] -> [..., N]."""
+
+    parts = 1  # of a single column that `product` takes, see `column.py`
+    bias: Tensor | None
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [B, K] times the weight: [B, N], without the bias."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return out if self.bias is None else out + self.bias
+
+
+class FloatLinear(PackedLinear):
+    """One whose weight is fp32, in oneDNN's order."""
 
     def __init__(self, linear: nn.Linear) -> None:
         weight = linear.weight.detach().float()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        self._bias = _bias(linear)
+        self.bias = _bias(linear)
 
     @staticmethod
     def is_native() -> bool:
         """Whether this build of torch has the kernel."""
         return torch.backends.mkldnn.is_available() and HalfLinear.is_native()
 
-    def __call__(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
-        return _multiply_fp32(x, self._packed, self._bias, "none", [], "")
+    def product(self, x: Tensor) -> Tensor:
+        return _multiply_fp32(x, self._packed, None, "none", [], "")
 
 
-class HalfLinear:
-    """A linear layer whose weight is fp16, which holds bf16's values exactly but for tiny ones.
+class HalfLinear(PackedLinear):
+    """One whose weight is fp16, which holds bf16's values exactly but for tiny ones.
 
     Multiplies in fp32, a column at a time twice as fast as bf16 is multiplied.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        weight = linear.weight.detach().float()
-        self._packed = torch.ops.quantized.linear_prepack_fp16(weight, _bias(linear))
+        self._packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), None)
+        self.bias = _bias(linear)
 
     @staticmethod
     def is_native() -> bool:
         """Whether this build of torch has the kernel."""
         return torch.backends.quantized.engine in ("x86", "fbgemm")
 
-    def __call__(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+    def product(self, x: Tensor) -> Tensor:
         return _multiply_fp16(x, self._packed)
 
 
-class Int8Linear:
-    """A linear layer whose weight is int8 with one scale for every output channel.
+class Int8Linear(PackedLinear):
+    """One whose weight is int8 with one scale for every output channel.
 
     Inputs are int8 too, in two parts: what rounding leaves of a column is magnified and multiplied
     as another column. The weights are read once for both, so the precision costs no time, and only
     that of the weights is lost.
     """
 
-    def __init__(self, linear: nn.Linear, steps: float | None = None) -> None:
-        """`steps`: the inputs come in steps of rounding already, so many to 1 and at most
-        `_STEPS`; without it, their largest is looked for."""
+    parts = 2
+
+    def __init__(self, linear: nn.Linear) -> None:
         weight, scale = _quantized(linear)
         zeros = torch.zeros(len(scale), dtype=torch.long)
         with warnings.catch_warnings():
             # torch is pinned; a later one has other names for this.
             warnings.filterwarnings("ignore", message="torch.quantize_per", category=UserWarning)
             weight = torch._make_per_channel_quantized_tensor(
-                weight, scale.double() / (steps or _STEPS), zeros, 0
+                weight, scale.double() / column.STEPS, zeros, 0
             )
         self._packed = torch.ops.quantized.linear_prepack(weight, None)
-        self._bias = _bias(linear)
-        self._finds_size = steps is None
+        self.bias = _bias(linear)
 
     @staticmethod
     def is_native() -> bool:
         """Whether this build of torch has the kernel."""
         return HalfLinear.is_native()
 
-    def __call__(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
-        steps = x.flatten(0, -2)
-        if self._finds_size:
-            size = torch.linalg.vector_norm(steps, torch.inf, -1, keepdim=True).clamp_(min=1e-12)
-            steps = steps * (_STEPS / size)
+    def product(self, x: Tensor) -> Tensor:
+        """The parts of columns, in steps of rounding, times the weight."""
+        return _multiply_int8(x, 1.0, column.STEPS + 1, self._packed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
+        steps = x * (column.STEPS / size)
         rounded = steps.round()
-        rest = (steps - rounded).mul_(2 * _STEPS)
-        out = _multiply_int8(torch.cat((rounded, rest)), 1.0, _STEPS + 1, self._packed)
-        first, second = out.chunk(2)
-        out = torch.add(first, second, alpha=0.5 / _STEPS)
-        if self._finds_size:
-            out.mul_(size)
-        out = out.view(*x.shape[:-1], out.shape[-1])
-        return out if self._bias is None else out + self._bias
+        rest = (steps - rounded).mul_(column.MAGNIFIED)
+        first, second = self.product(torch.stack((rounded, rest)))
+        out = torch.add(first, second, alpha=1 / column.MAGNIFIED).mul_(size)
+        return out if self.bias is None else out + self.bias
 
 
-class PortableInt8Linear:
+class PortableInt8Linear(PackedLinear):
     """The same weights for CPUs that have no such kernel, multiplied by bf16 columns."""
 
     def __init__(self, linear: nn.Linear) -> None:
         weight, scale = _quantized(linear)
         self._weight, self._scale = weight, scale.bfloat16()
-        self._bias = _bias(linear)
+        self.bias = _bias(linear)
 
-    def __call__(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
-        columns = x.bfloat16().flatten(0, -2)
-        out = torch._weight_int8pack_mm(columns, self._weight, self._scale)
-        out = out.view(*x.shape[:-1], len(self._scale)).to(x.dtype)
-        return out if self._bias is None else out + self._bias
+    def product(self, x: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(x.bfloat16(), self._weight, self._scale).float()
 
 
 class PackedNorm:
     """RMS norm in one pass: by torch's layer norm, which finds no mean to take off x beside -x."""
 
-    def __init__(self, norm: RMSNorm, scale: float = 1.0) -> None:
-        self._weight = (norm.weight.detach().float() * scale).repeat(2)
+    def __init__(self, norm: RMSNorm) -> None:
+        self._weight = norm.weight.detach().float().repeat(2)
         self._eps = norm.eps
 
     def __call__(self, x: Tensor) -> Tensor:  # [..., D]
@@ -136,29 +146,77 @@ class PackedNorm:
         normed = torch.layer_norm(both, self._weight.shape, self._weight, None, self._eps)
         return normed.narrow(-1, 0, x.shape[-1])
 
+    def one(self, x: np.ndarray, rows: np.ndarray) -> float:
+        """A single column [D] into the rows of a product; see `column.norm`."""
+        return column.norm(x, self._weight.numpy()[: len(x)], self._eps, rows)
+
 
 class PackedBlock(nn.Module):
-    """A transformer block in as few operations and calls as it takes: with one column they cost
-    about as much as the products. What packs the weights is no module, for the same reason."""
+    """A transformer block in as few operations and calls as it takes. What packs the weights is no
+    module, for the same reason."""
 
-    def __init__(self, block: TransformerBlock, kind: type) -> None:
+    def __init__(self, block: TransformerBlock, kind: type[PackedLinear]) -> None:
         super().__init__()
-        attention, feed_forward = block.attention, block.feed_forward
+        self.attention, feed_forward = block.attention, block.feed_forward
         w1, w3 = feed_forward.w1, feed_forward.w3
         both = nn.Linear(w1.in_features, 2 * w1.out_features, bias=False, device="meta")
         both.weight = nn.Parameter(torch.cat([w1.weight.detach(), w3.weight.detach()]), False)
-        self.attention_norm, self.wqkv = _norm_and(attention.wqkv, block.attention_norm, kind)
-        self.ffn_norm, self.w13 = _norm_and(both, block.ffn_norm, kind)
-        self.wo, self.w2 = kind(attention.wo), kind(feed_forward.w2)
-        del attention.wqkv, attention.wo  # what is left of it would keep them
-        self.attend = attention.attend
+        self.attention_norm, self.ffn_norm = map(PackedNorm, (block.attention_norm, block.ffn_norm))
+        self.wqkv, self.wo = kind(self.attention.wqkv), kind(self.attention.wo)
+        self.w13, self.w2 = kind(both), kind(feed_forward.w2)
+        del self.attention.wqkv, self.attention.wo
+        self._parts, self._width = kind.parts, w1.out_features
+        bias = self.wqkv.bias
+        self._bias = np.empty(0, np.float32) if bias is None else bias.numpy()
 
     def forward(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:  # [B, T, D]
-        x = x + self.wo(self.attend(self.wqkv(self.attention_norm(x)), rotary, mask, cache))
+        if cache is not None and x.shape[:-1] == (1, 1):
+            return self._next(x, rotary, cache)
+        attended = self.attention.attend(self.wqkv(self.attention_norm(x)), rotary, mask, cache)
+        x = x + self.wo(attended)
         gate, up = self.w13(self.ffn_norm(x)).chunk(2, -1)
         return x + self.w2(F.silu(gate) * up)
+
+    def _next(self, x: Tensor, rotary: Tensor, cache: KeyValueCache) -> Tensor:
+        """The same for a single column behind the cache."""
+        attention, dim = self.attention, x.shape[-1]
+        before, after = x.numpy().reshape(-1), torch.empty_like(x)
+        between = np.empty(dim, np.float32)
+        rows = self._rows(dim)
+        size = self.attention_norm.one(before, rows)
+        out = self._product(self.wqkv, rows)
+        queries = np.empty((attention.n_head, attention.head_dim), np.float32)
+        keys, values = cache.room(attention.layer)
+        filled = (keys[0].numpy(), values[0].numpy(), cache.length)
+        cos, sin = rotary[:, 0].numpy()
+        column.rotate(out, size, self._bias, cos, sin, queries, *filled)
+        rows = self._rows(queries.size)
+        if cache.length < _SHORT:
+            size = column.attend(queries, *filled, rows)
+        else:
+            end = cache.length + 1
+            heads = torch.from_numpy(queries).view(*keys.shape[:2], -1, attention.head_dim)
+            out = F.scaled_dot_product_attention(heads, keys[:, :, :end], values[:, :, :end])
+            size = column.take(out.numpy().reshape(-1), rows)
+        out = self._product(self.wo, rows)
+        column.add(before, out, size, between)
+        rows = self._rows(dim)
+        size = self.ffn_norm.one(between, rows)
+        out = self._product(self.w13, rows)
+        rows = self._rows(self._width)
+        size = column.gate(out, size, rows)
+        out = self._product(self.w2, rows)
+        column.add(between, out, size, after.numpy().reshape(-1))
+        return after
+
+    def _rows(self, width: int) -> np.ndarray:
+        return np.empty((self._parts, width), np.float32)
+
+    @staticmethod
+    def _product(linear: PackedLinear, rows: np.ndarray) -> np.ndarray:
+        return linear.product(torch.from_numpy(rows)).numpy()
 
 
 class WideEmbedding(nn.Module):
@@ -199,15 +257,6 @@ def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransfo
     for module in (model.norm, model.fast_norm, model.fast_project_in):
         module.float()
     return model
-
-
-def _norm_and(linear: nn.Linear, norm: RMSNorm, kind: type) -> tuple[PackedNorm, object]:
-    """Both packed. What leaves a norm is never larger than this, so int8 need not look for it."""
-    if kind is not Int8Linear:
-        return PackedNorm(norm), kind(linear)
-    largest = math.sqrt(linear.in_features) * norm.weight.abs().max().item()
-    steps = _STEPS / max(largest, 1e-12)
-    return PackedNorm(norm, steps), Int8Linear(linear, steps)
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:

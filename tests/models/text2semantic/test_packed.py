@@ -2,13 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fish_speech.inference.generate import generate
 from fish_speech.inference.sampling import Sampling
-from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
+from fish_speech.models.text2semantic import DualARTransformer, ModelConfig, column, packed
 from fish_speech.models.text2semantic.llama import RMSNorm
 from fish_speech.models.text2semantic.packed import (
     FloatLinear,
@@ -25,13 +27,13 @@ pytestmark = pytest.mark.skipif(not HalfLinear.is_native(), reason="no fbgemm in
 KINDS = {FloatLinear: 1e-5, HalfLinear: 1e-3, Int8Linear: 0.01, PortableInt8Linear: 0.02}
 
 
-def model_of(seed=0, **sizes):
+def model_of(seed=0, n_local_heads=2, **sizes):
     config = ModelConfig(
         vocab_size=1300,
         dim=64,
         n_layer=3,
         n_head=4,
-        n_local_heads=2,
+        n_local_heads=n_local_heads,
         head_dim=16,
         n_fast_layer=2,
         **sizes,
@@ -93,8 +95,7 @@ def test_a_packed_norm_is_the_norm(size):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("local_heads", [1, 2, 4])
 def test_a_packed_model_has_the_logits_of_the_model(bias, local_heads):
-    sizes = {"attention_qkv_bias": bias, "fast_attention_qkv_bias": bias}
-    model = model_of(**sizes)
+    model = model_of(n_local_heads=local_heads, **biases(bias))
     tokens = torch.randint(0, 256, (2, 9, 20))
     tokens[:, 0, 8:] += model.semantic_begin_id
     wanted = model(tokens)
@@ -103,6 +104,50 @@ def test_a_packed_model_has_the_logits_of_the_model(bias, local_heads):
     got = packed(tokens)
     torch.testing.assert_close(got.token_logits, wanted.token_logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got.codebook_logits, wanted.codebook_logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("short", [0, 10, 1000])
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8")]
+)
+@pytest.mark.parametrize(("bias", "local_heads"), [(False, 1), (True, 2), (False, 4)])
+def test_a_column_at_a_time_is_as_all_at_once(
+    bias, local_heads, dtype, quantize, short, monkeypatch
+):
+    monkeypatch.setattr(packed, "_SHORT", short)
+    model = model_of(n_local_heads=local_heads, **biases(bias))
+    model = pack(model.to(getattr(torch, dtype)), quantize)
+    tokens = torch.randint(0, 256, (1, 9, 20))
+    tokens[:, 0, 8:] += model.semantic_begin_id
+    wanted = model.hidden_states(tokens)
+    cache = model.new_cache(20)
+    parts = [model.hidden_states(tokens[..., :5], cache=cache)]
+    parts += [model.hidden_states(tokens[..., [t]], cache=cache) for t in range(5, 20)]
+    got = torch.cat(parts, 1)
+    # What is left after rounding in two parts is a hundredth of a hundredth.
+    most = 1e-3 if quantize else 1e-5
+    assert (got - wanted).norm() < most * wanted.norm()
+    codes = torch.randn(1, 8, 64)
+    wanted, cache = model.fast_logits(codes), model.new_fast_cache()
+    got = torch.cat([model.fast_logits(codes[:, [k]], cache) for k in range(8)], 1)
+    assert (got - wanted).norm() < most * wanted.norm()
+
+
+def biases(bias):
+    return {"attention_qkv_bias": bias, "fast_attention_qkv_bias": bias}
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0, 1000.0])
+def test_the_gate_is_silu(size):
+    """To where e^x leaves the range of fp32, and for the vector's rest as for its whole part."""
+    torch.manual_seed(0)
+    both = size * torch.randn(1, 2 * 1003)
+    gate, up = both.double().chunk(2, -1)
+    rows = np.empty((1, 1003), np.float32)
+    assert column.gate(both.numpy(), 1.0, rows) == 1
+    wanted = F.silu(gate) * up
+    torch.testing.assert_close(torch.from_numpy(rows).double(), wanted, atol=1e-30, rtol=1e-5)
 
 
 @torch.no_grad()

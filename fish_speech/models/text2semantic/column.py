@@ -1,0 +1,171 @@
+"""What lies between the products of a single column on a CPU, each in one pass, compiled by numba.
+
+As tensor operations it takes half as long as the products themselves, only for being called. Here
+`out` [P, N] is what a product gave and `rows` [P, K] what the next one takes, in P parts (see
+`Int8Linear`): one part is the column itself, of two the second is what rounding has left of the
+first, magnified. Functions that write `rows` return the size that brings its product to scale.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import float32, int64, njit, void
+
+STEPS = 63  # either way, of an input: 127 * 127 * 2 still fits the 16 bits that CPUs sum pairs in
+MAGNIFIED = 2 * STEPS  # how much what rounding leaves, half a step at most, is magnified
+
+_STEPS, _REST = float32(STEPS), float32(1 / MAGNIFIED)
+_ONE, _TINY = float32(1), float32(1e-12)
+_LOG2_E, _LARGEST = float32(math.log2(math.e)), float32(126)
+_VECTOR, _MATRIX, _CUBE = float32[::1], float32[:, ::1], float32[:, :, ::1]
+_INLINE = {"inline": "always", "error_model": "numpy"}
+
+
+def _compiled(*signature):
+    """Compiled when it is first imported, and kept for the next time where that can be written."""
+
+    def compile_function(function):
+        options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
+        try:
+            return njit(*signature, cache=True, **options)(function)
+        except RuntimeError:  # no folder to keep it in
+            return njit(*signature, **options)(function)
+
+    return compile_function
+
+
+@njit(**_INLINE)
+def _value(out, index, size):
+    """An element of a product."""
+    if len(out) == 1:
+        return out[0, index]
+    return size * (out[0, index] + _REST * out[1, index])
+
+
+@njit(**_INLINE)
+def _part(rows):
+    """Split the column in the first of two rows."""
+    if len(rows) == 1:
+        return _ONE
+    column, rest = rows[0], rows[1]
+    size = _TINY
+    for index in range(len(column)):
+        size = max(size, abs(column[index]))
+    scale = _STEPS / size
+    for index in range(len(column)):
+        value = column[index] * scale
+        rounded = np.rint(value)
+        column[index] = rounded
+        rest[index] = (value - rounded) * float32(MAGNIFIED)
+    return size
+
+
+@njit(**_INLINE)
+def _exp(x):
+    """e^x as 2^whole * 2^part: the exponent of a float, and a polynomial (Taylor's). Unlike
+    `math.exp` it is computed for many at once."""
+    power = min(max(x * _LOG2_E, -_LARGEST), _LARGEST)
+    whole = np.rint(power)
+    part = power - whole
+    small = float32(0.00015403530393381609)
+    small = small * part + float32(0.0013333558146428443)
+    small = small * part + float32(0.009618129107628477)
+    small = small * part + float32(0.05550410866482158)
+    small = small * part + float32(0.2402265069591007)
+    small = small * part + float32(0.6931471805599453)
+    small = small * part + _ONE
+    exponent = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23))
+    return exponent.view(np.float32) * small
+
+
+@_compiled(float32(_VECTOR, _VECTOR, float32, _MATRIX))
+def norm(x, weight, eps, rows):
+    """RMS norm of x [D] into rows."""
+    squares = float32(0)
+    for index in range(len(x)):
+        squares += x[index] * x[index]
+    scale = _ONE / math.sqrt(squares / float32(len(x)) + eps)
+    for index in range(len(x)):
+        rows[0, index] = x[index] * scale * weight[index]
+    return _part(rows)
+
+
+@_compiled(void(_VECTOR, _MATRIX, float32, _VECTOR))
+def add(x, out, size, total):
+    """x [D] + the product, into total [D]."""
+    for index in range(len(x)):
+        total[index] = x[index] + _value(out, index, size)
+
+
+@_compiled(float32(_VECTOR, _MATRIX))
+def take(x, rows):
+    """x [D] into rows."""
+    rows[0] = x
+    return _part(rows)
+
+
+@_compiled(float32(_MATRIX, float32, _MATRIX))
+def gate(out, size, rows):
+    """SwiGLU: the product is a gate and what it lets through, [P, 2 D], into rows [P, D]."""
+    width = rows.shape[1]
+    for index in range(width):
+        closed = _value(out, index, size)
+        power = _exp(-closed)
+        rows[0, index] = closed / (_ONE + power) * _value(out, width + index, size)
+    return _part(rows)
+
+
+@_compiled(void(_MATRIX, float32, _VECTOR, _VECTOR, _VECTOR, _MATRIX, _CUBE, _CUBE, int64))
+def rotate(out, size, bias, cos, sin, queries, keys, values, position):
+    """Turn the queries and keys of a product by a position's cos and sin [d] (see `llama.rotate`):
+    writes queries [H, d], and keys and values [h, T, d] at the position."""
+    heads, width = queries.shape
+    for head in range(heads + 2 * len(keys)):
+        if head < heads:
+            turned = queries[head]
+        elif head < heads + len(keys):
+            turned = keys[head - heads, position]
+        else:
+            turned = values[head - heads - len(keys), position]
+        for index in range(width):
+            place = head * width + index
+            turned[index] = _value(out, place, size)
+            if len(bias):
+                turned[index] += bias[place]
+        if head < heads + len(keys):
+            for index in range(0, width, 2):
+                first, second = turned[index], turned[index + 1]
+                turned[index] = first * cos[index] + second * sin[index]
+                turned[index + 1] = second * cos[index + 1] + first * sin[index + 1]
+
+
+@_compiled(float32(_MATRIX, _CUBE, _CUBE, int64, _MATRIX))
+def attend(queries, keys, values, position, rows):
+    """Attention of queries [H, d] to keys and values [h, T, d] up to the position, into rows."""
+    heads, width = queries.shape
+    shared = heads // len(keys)
+    scale = _ONE / math.sqrt(float32(width))
+    length = position + 1
+    weights = np.empty(length, np.float32)
+    for head in range(heads):
+        query, key, value = queries[head], keys[head // shared], values[head // shared]
+        largest = float32(-np.inf)
+        for place in range(length):
+            alike = float32(0)
+            for index in range(width):
+                alike += query[index] * key[place, index]
+            weights[place] = alike * scale
+            largest = max(largest, weights[place])
+        total = float32(0)
+        for place in range(length):
+            weights[place] = _exp(weights[place] - largest)
+            total += weights[place]
+        out = rows[0, head * width : (head + 1) * width]
+        out[:] = float32(0)
+        for place in range(length):
+            weight = weights[place] / total
+            for index in range(width):
+                out[index] += weight * value[place, index]
+    return _part(rows)
