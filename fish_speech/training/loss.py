@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fish_speech.conversation import IGNORED
 from fish_speech.models.text2semantic import DualARTransformer
+
+LABELS_AT_ONCE = 256  # of row 0, whose logits take 0.4 MB a label at the published size
 
 
 @dataclass
@@ -32,12 +35,13 @@ class LossSums:
 def loss_sums(model: DualARTransformer, tokens: Tensor, labels: Tensor) -> LossSums:
     """Losses of tokens and labels [B, K+1, T], padded on the right.
 
-    The output layer runs only on positions with a label, the fast transformer only on frames.
+    The output layer runs only on positions with a label, the fast transformer only on frames. Of
+    many labels a part at a time has logits; for the gradient they are computed once more.
     """
     x = model.hidden_states(tokens)  # [B, T, D]
     spoken = labels[:, 0] != IGNORED  # [B, T]
     targets = labels[:, 0][spoken]
-    token = F.cross_entropy(model.token_logits(x[spoken]).float(), targets, reduction="sum")
+    token = token_loss(model, x[spoken], targets)
 
     frames = (labels[:, 1:] != IGNORED).all(dim=1)  # [B, T]
     codes = labels[:, 1:].transpose(1, 2)[frames]  # [N, K]
@@ -49,3 +53,40 @@ def loss_sums(model: DualARTransformer, tokens: Tensor, labels: Tensor) -> LossS
         label_logits = logits.gather(1, codes[:, None])
         top5 = ((logits > label_logits).sum(1) < 5).sum()
     return LossSums(token, codebook, top5, targets.numel(), codes.numel())
+
+
+def token_loss(model: DualARTransformer, x: Tensor, targets: Tensor) -> Tensor:
+    """Summed loss of row 0: hidden states [N, D], labels [N] -> scalar."""
+
+    def part(x: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(model.token_logits(x).float(), targets)
+
+    if len(targets) <= LABELS_AT_ONCE:
+        return part(x, targets)
+    pieces = zip(x.split(LABELS_AT_ONCE), targets.split(LABELS_AT_ONCE), strict=True)
+    return torch.stack([checkpoint(part, *piece, use_reentrant=False) for piece in pieces]).sum()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross entropy of logits [N, V] (fp32) and targets [N].
+
+    The gradient takes the place of the logits, which nobody else may need; torch's function makes
+    three more tensors of that size.
+    """
+    return _CrossEntropy.apply(logits, targets)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        targets = targets[:, None]
+        sizes = logits.logsumexp(1, keepdim=True)
+        ctx.save_for_backward(logits, targets, sizes)
+        return (sizes - logits.gather(1, targets)).sum()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets, sizes = ctx.saved_tensors
+        logits.sub_(sizes).exp_()
+        logits.scatter_add_(1, targets, -torch.ones_like(sizes))
+        return logits.mul_(gradient), None

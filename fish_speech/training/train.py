@@ -39,6 +39,7 @@ from fish_speech.training.callbacks import (
 )
 from fish_speech.training.config import RunConfig
 from fish_speech.training.lit_module import TextToSemantic
+from fish_speech.training.loss import LABELS_AT_ONCE
 from fish_speech.training.processes import is_first
 from fish_speech.training.runs import Checkpoint, Run, Start, recorded_lora
 
@@ -282,7 +283,10 @@ def expected_memory(model: DualARTransformer, columns: int, checkpointing: bool)
         blocks = inputs + max(slow, fast)
     else:
         blocks = c.n_layer * slow + c.n_fast_layer * fast
-    logits = 3 * 4 * columns * (c.vocab_size + c.num_codebooks * c.codebook_size)
+    labels = (
+        min(columns, LABELS_AT_ONCE) * c.vocab_size + columns * c.num_codebooks * c.codebook_size
+    )
+    logits = 3 * 4 * labels
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return weights + trained * 12 + blocks + logits  # gradients and two moments in fp32

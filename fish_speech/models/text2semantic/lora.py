@@ -77,13 +77,9 @@ class LoRALinear(nn.Linear):
         scaling = self.scaling
         if self.training and self.dropout:
             x, scaling = thinned(x, self.dropout), scaling / (1 - self.dropout)
-        if not torch.is_autocast_enabled(x.device.type):  # which casts by itself
-            x = x.to(self.lora_A.dtype)
-        inner = F.linear(x, self.lora_A).flatten(0, -2) * scaling
+        inner = F.linear(x, self.lora_A.to(base.dtype)).flatten(0, -2) * scaling
         # In this order in memory the gradient is a product of a quick shape.
-        up = self.lora_B.T.contiguous()
-        if inner.dtype != base.dtype:  # a bf16 base without autocast: rounded once, at the end
-            return base + (inner @ up).to(base.dtype).view_as(base)
+        up = self.lora_B.T.to(base.dtype).contiguous()
         return torch.addmm(base.flatten(0, -2), inner, up).view_as(base)
 
     def plain(self) -> nn.Linear:
