@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def hub_settings(endpoint: str, home: Path, **environment: str) -> dict[str, str
         "HF_HUB_OFFLINE": "0",
         **environment,
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard():
+    """Of tests that a shell started in the background, all they start would ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
-"""What lies between the products of a single column on a CPU, each in one pass, compiled by numba.
+"""What lies between the products of one or a few columns on a CPU, compiled by numba.
 
 As tensor operations it takes half as long as the products themselves, only for being called. Here
-`out` [P, N] is what a product gave and `rows` [P, K] what the next one takes, in P parts (see
-`Int8Linear`): one part is the column itself, of two the second is what rounding has left of the
-first, magnified. Functions that write `rows` return the size that brings its product to scale.
+`out` [C, P, N] is what a product gave and `rows` [C, P, K] what the next one takes, each of the C
+columns in P parts (see `Int8Linear`): one part is the column itself, of two the second is what
+rounding has left of the first, magnified. `sizes` [C] bring the product to scale.
 """
 
 from __future__ import annotations
@@ -80,92 +80,99 @@ def _exp(x):
     return exponent.view(np.float32) * small
 
 
-@_compiled(float32(_VECTOR, _VECTOR, float32, _MATRIX))
-def norm(x, weight, eps, rows):
-    """RMS norm of x [D] into rows."""
-    squares = float32(0)
-    for index in range(len(x)):
-        squares += x[index] * x[index]
-    scale = _ONE / math.sqrt(squares / float32(len(x)) + eps)
-    for index in range(len(x)):
-        rows[0, index] = x[index] * scale * weight[index]
-    return _part(rows)
+@_compiled(void(_MATRIX, _VECTOR, float32, _CUBE, _VECTOR))
+def norm(x, weight, eps, rows, sizes):
+    """RMS norm of x [C, D] into rows."""
+    for column in range(len(x)):
+        squares = float32(0)
+        for index in range(len(weight)):
+            squares += x[column, index] * x[column, index]
+        scale = _ONE / math.sqrt(squares / float32(len(weight)) + eps)
+        for index in range(len(weight)):
+            rows[column, 0, index] = x[column, index] * scale * weight[index]
+        sizes[column] = _part(rows[column])
 
 
-@_compiled(void(_VECTOR, _MATRIX, float32, _VECTOR))
-def add(x, out, size, total):
-    """x [D] + the product, into total [D]."""
-    for index in range(len(x)):
-        total[index] = x[index] + _value(out, index, size)
+@_compiled(void(_MATRIX, _CUBE, _VECTOR, _MATRIX))
+def add(x, out, sizes, total):
+    """x [C, D] + the product, into total [C, D]."""
+    for column in range(len(x)):
+        for index in range(x.shape[1]):
+            total[column, index] = x[column, index] + _value(out[column], index, sizes[column])
 
 
-@_compiled(float32(_VECTOR, _MATRIX))
-def take(x, rows):
-    """x [D] into rows."""
-    rows[0] = x
-    return _part(rows)
+@_compiled(void(_MATRIX, _CUBE, _VECTOR))
+def take(x, rows, sizes):
+    """x [C, D] into rows."""
+    for column in range(len(x)):
+        rows[column, 0] = x[column]
+        sizes[column] = _part(rows[column])
 
 
-@_compiled(float32(_MATRIX, float32, _MATRIX))
-def gate(out, size, rows):
-    """SwiGLU: the product is a gate and what it lets through, [P, 2 D], into rows [P, D]."""
-    width = rows.shape[1]
-    for index in range(width):
-        closed = _value(out, index, size)
-        power = _exp(-closed)
-        rows[0, index] = closed / (_ONE + power) * _value(out, width + index, size)
-    return _part(rows)
-
-
-@_compiled(void(_MATRIX, float32, _VECTOR, _VECTOR, _VECTOR, _MATRIX, _CUBE, _CUBE, int64))
-def rotate(out, size, bias, cos, sin, queries, keys, values, position):
-    """Turn the queries and keys of a product by a position's cos and sin [d] (see `llama.rotate`):
-    writes queries [H, d], and keys and values [h, T, d] at the position."""
-    heads, width = queries.shape
-    for head in range(heads + 2 * len(keys)):
-        if head < heads:
-            turned = queries[head]
-        elif head < heads + len(keys):
-            turned = keys[head - heads, position]
-        else:
-            turned = values[head - heads - len(keys), position]
+@_compiled(void(_CUBE, _VECTOR, _CUBE))
+def gate(out, sizes, rows):
+    """SwiGLU: the product is a gate and what it lets through, [C, P, 2 D], into rows [C, P, D]."""
+    width = rows.shape[2]
+    for column in range(len(out)):
+        both, size, row = out[column], sizes[column], rows[column, 0]
         for index in range(width):
-            place = head * width + index
-            turned[index] = _value(out, place, size)
-            if len(bias):
-                turned[index] += bias[place]
-        if head < heads + len(keys):
-            for index in range(0, width, 2):
-                first, second = turned[index], turned[index + 1]
-                turned[index] = first * cos[index] + second * sin[index]
-                turned[index + 1] = second * cos[index + 1] + first * sin[index + 1]
+            closed = _value(both, index, size)
+            row[index] = closed / (_ONE + _exp(-closed)) * _value(both, width + index, size)
+        sizes[column] = _part(rows[column])
 
 
-@_compiled(float32(_MATRIX, _CUBE, _CUBE, int64, _MATRIX))
-def attend(queries, keys, values, position, rows):
-    """Attention of queries [H, d] to keys and values [h, T, d] up to the position, into rows."""
-    heads, width = queries.shape
+@_compiled(void(_CUBE, _VECTOR, _VECTOR, _MATRIX, _MATRIX, _CUBE, _CUBE, _CUBE, int64))
+def rotate(out, sizes, bias, cos, sin, queries, keys, values, position):
+    """Turn the queries and keys of a product by cos and sin [C, d] (see `llama.rotate`): writes
+    queries [C, H, d], and keys and values [h, T, d] from the position on."""
+    columns, heads, width = queries.shape
+    for column in range(columns):
+        place = position + column
+        for head in range(heads + 2 * len(keys)):
+            if head < heads:
+                turned = queries[column, head]
+            elif head < heads + len(keys):
+                turned = keys[head - heads, place]
+            else:
+                turned = values[head - heads - len(keys), place]
+            for index in range(width):
+                turned[index] = _value(out[column], head * width + index, sizes[column])
+                if len(bias):
+                    turned[index] += bias[head * width + index]
+            if head < heads + len(keys):
+                for index in range(0, width, 2):
+                    first, second = turned[index], turned[index + 1]
+                    turned[index] = first * cos[column, index] + second * sin[column, index]
+                    index += 1
+                    turned[index] = second * cos[column, index] + first * sin[column, index]
+
+
+@_compiled(void(_CUBE, _CUBE, _CUBE, int64, _CUBE, _VECTOR))
+def attend(queries, keys, values, position, rows, sizes):
+    """Causal attention of queries [C, H, d] from the position on to keys and values [h, T, d]."""
+    columns, heads, width = queries.shape
     shared = heads // len(keys)
     scale = _ONE / math.sqrt(float32(width))
-    length = position + 1
-    weights = np.empty(length, np.float32)
-    for head in range(heads):
-        query, key, value = queries[head], keys[head // shared], values[head // shared]
-        largest = float32(-np.inf)
-        for place in range(length):
-            alike = float32(0)
-            for index in range(width):
-                alike += query[index] * key[place, index]
-            weights[place] = alike * scale
-            largest = max(largest, weights[place])
-        total = float32(0)
-        for place in range(length):
-            weights[place] = _exp(weights[place] - largest)
-            total += weights[place]
-        out = rows[0, head * width : (head + 1) * width]
-        out[:] = float32(0)
-        for place in range(length):
-            weight = weights[place] / total
-            for index in range(width):
-                out[index] += weight * value[place, index]
-    return _part(rows)
+    weights = np.empty(position + columns, np.float32)
+    for column in range(columns):
+        length = position + column + 1
+        for head in range(heads):
+            query, key, value = queries[column, head], keys[head // shared], values[head // shared]
+            largest = float32(-np.inf)
+            for place in range(length):
+                alike = float32(0)
+                for index in range(width):
+                    alike += query[index] * key[place, index]
+                weights[place] = alike * scale
+                largest = max(largest, weights[place])
+            total = float32(0)
+            for place in range(length):
+                weights[place] = _exp(weights[place] - largest)
+                total += weights[place]
+            out = rows[column, 0, head * width : (head + 1) * width]
+            out[:] = float32(0)
+            for place in range(length):
+                weight = weights[place] / total
+                for index in range(width):
+                    out[index] += weight * value[place, index]
+        sizes[column] = _part(rows[column])

@@ -40,15 +40,16 @@ class KeyValueCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, heads, T, head_dim] behind `length`; returns all of the layer's so far."""
+        all_keys, all_values = self.room(layer, keys.shape[2])
         end = self.length + keys.shape[2]
-        assert end <= self.size, f"{end} columns, but the cache holds {self.size}"
-        self._keys[layer][:, :, self.length : end] = keys
-        self._values[layer][:, :, self.length : end] = values
-        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+        all_keys[:, :, self.length : end] = keys
+        all_values[:, :, self.length : end] = values
+        return all_keys[:, :, :end], all_values[:, :, :end]
 
-    def room(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, heads, size, head_dim] of a layer, to be written at `length`."""
-        assert self.length < self.size, f"the cache holds {self.size} columns"
+    def room(self, layer: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, heads, size, head_dim] of a layer, for columns behind `length`."""
+        end = self.length + columns
+        assert end <= self.size, f"{end} columns, but the cache holds {self.size}"
         return self._keys[layer], self._values[layer]
 
 

@@ -23,6 +23,7 @@ from fish_speech.models.text2semantic.llama import (
 )
 
 _SHORT = 256  # columns; attention to more is faster on all cores
+_FEW = 4  # columns
 
 # Looked up once: each look-up takes as long as a small operation.
 _multiply_fp32 = torch.ops.mkldnn._linear_pointwise.default
@@ -146,9 +147,9 @@ class PackedNorm:
         normed = torch.layer_norm(both, self._weight.shape, self._weight, None, self._eps)
         return normed.narrow(-1, 0, x.shape[-1])
 
-    def one(self, x: np.ndarray, rows: np.ndarray) -> float:
-        """A single column [D] into the rows of a product; see `column.norm`."""
-        return column.norm(x, self._weight.numpy()[: len(x)], self._eps, rows)
+    def few(self, x: np.ndarray, rows: np.ndarray, sizes: np.ndarray) -> None:
+        """Columns [C, D] into the rows of a product; see `column.norm`."""
+        column.norm(x, self._weight.numpy()[: x.shape[1]], self._eps, rows, sizes)
 
 
 class PackedBlock(nn.Module):
@@ -172,51 +173,58 @@ class PackedBlock(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:  # [B, T, D]
-        if cache is not None and x.shape[:-1] == (1, 1):
-            return self._next(x, rotary, cache)
+        if cache is not None and _is_few(x, cache):
+            return self._few(x, rotary, cache)
         attended = self.attention.attend(self.wqkv(self.attention_norm(x)), rotary, mask, cache)
         x = x + self.wo(attended)
         gate, up = self.w13(self.ffn_norm(x)).chunk(2, -1)
         return x + self.w2(F.silu(gate) * up)
 
-    def _next(self, x: Tensor, rotary: Tensor, cache: KeyValueCache) -> Tensor:
-        """The same for a single column behind the cache."""
-        attention, dim = self.attention, x.shape[-1]
-        before, after = x.numpy().reshape(-1), torch.empty_like(x)
-        between = np.empty(dim, np.float32)
-        rows = self._rows(dim)
-        size = self.attention_norm.one(before, rows)
-        out = self._product(self.wqkv, rows)
-        queries = np.empty((attention.n_head, attention.head_dim), np.float32)
-        keys, values = cache.room(attention.layer)
+    def _few(self, x: Tensor, rotary: Tensor, cache: KeyValueCache) -> Tensor:
+        """The same for one or a few columns behind those in the cache."""
+        attention, (_, columns, dim) = self.attention, x.shape
+        sizes = np.empty(columns, np.float32)
+
+        def rows(width: int) -> np.ndarray:
+            return np.empty((columns, self._parts, width), np.float32)
+
+        def product(linear: PackedLinear, taken: np.ndarray) -> np.ndarray:
+            out = linear.product(torch.from_numpy(taken.reshape(-1, taken.shape[-1])))
+            return out.numpy().reshape(columns, self._parts, -1)
+
+        before, taken = x[0].numpy(), rows(dim)
+        self.attention_norm.few(before, taken, sizes)
+        out = product(self.wqkv, taken)
+        queries = np.empty((columns, attention.n_head, attention.head_dim), np.float32)
+        keys, values = cache.room(attention.layer, columns)
         filled = (keys[0].numpy(), values[0].numpy(), cache.length)
-        cos, sin = rotary[:, 0].numpy()
-        column.rotate(out, size, self._bias, cos, sin, queries, *filled)
-        rows = self._rows(queries.size)
-        if cache.length < _SHORT:
-            size = column.attend(queries, *filled, rows)
+        column.rotate(out, sizes, self._bias, *rotary.numpy(), queries, *filled)
+        taken = rows(attention.n_head * attention.head_dim)
+        if cache.length + columns <= _SHORT:
+            column.attend(queries, *filled, taken, sizes)
         else:
             end = cache.length + 1
             heads = torch.from_numpy(queries).view(*keys.shape[:2], -1, attention.head_dim)
             out = F.scaled_dot_product_attention(heads, keys[:, :, :end], values[:, :, :end])
-            size = column.take(out.numpy().reshape(-1), rows)
-        out = self._product(self.wo, rows)
-        column.add(before, out, size, between)
-        rows = self._rows(dim)
-        size = self.ffn_norm.one(between, rows)
-        out = self._product(self.w13, rows)
-        rows = self._rows(self._width)
-        size = column.gate(out, size, rows)
-        out = self._product(self.w2, rows)
-        column.add(between, out, size, after.numpy().reshape(-1))
+            column.take(out.numpy().reshape(1, -1), taken, sizes)
+        out = product(self.wo, taken)
+        between, taken = np.empty((columns, dim), np.float32), rows(dim)
+        column.add(before, out, sizes, between)
+        self.ffn_norm.few(between, taken, sizes)
+        out = product(self.w13, taken)
+        taken = rows(self._width)
+        column.gate(out, sizes, taken)
+        out = product(self.w2, taken)
+        after = torch.empty_like(x)
+        column.add(between, out, sizes, after[0].numpy())
         return after
 
-    def _rows(self, width: int) -> np.ndarray:
-        return np.empty((self._parts, width), np.float32)
 
-    @staticmethod
-    def _product(linear: PackedLinear, rows: np.ndarray) -> np.ndarray:
-        return linear.product(torch.from_numpy(rows)).numpy()
+def _is_few(x: Tensor, cache: KeyValueCache) -> bool:
+    """Whether calls cost more than what is computed for x [B, T, D]."""
+    batch, columns, _ = x.shape
+    short = cache.length + columns <= _SHORT
+    return batch == 1 and (columns == 1 or (columns <= _FEW and short))
 
 
 class WideEmbedding(nn.Module):
