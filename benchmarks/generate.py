@@ -12,6 +12,7 @@ from benchmarks.measure import Row, fresh
 from benchmarks.work import frame_weights
 
 _PROMPT = 128  # columns: a sentence, and a short one before it
+_EARLY, _LATE = 64, 2000  # columns: nearly nothing, and a page
 _FRAMES = 60
 _BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
@@ -28,6 +29,21 @@ def generate_int8_row(device: str) -> Row:
     return _row("int8", device)
 
 
+def generate_late_row(device: str) -> Row:
+    """Int8, where everything else costs least."""
+    directory = full_size_model()
+    early, _ = fresh(_generate, directory, "int8", device, _EARLY)
+    late, peak = fresh(_generate, directory, "int8", device, _LATE)
+    return Row(
+        name="generate_late",
+        figure=1 / late,
+        unit="frames/s",
+        limit=1 / early,
+        peak_memory_gb=peak,
+        workload=f"int8 after a prompt of {_LATE} columns; limit: after {_EARLY}",
+    )
+
+
 def frames_limit(directory: Path, kind: str, device: str) -> tuple[float, float]:
     """Frames a second that the memory could feed, and its bandwidth in bytes a second."""
     from fish_speech.models.text2semantic import ModelConfig
@@ -39,7 +55,7 @@ def frames_limit(directory: Path, kind: str, device: str) -> tuple[float, float]
 
 def _row(kind: str, device: str) -> Row:
     directory = full_size_model()
-    seconds, peak = fresh(_generate, directory, kind, device)
+    seconds, peak = fresh(_generate, directory, kind, device, _PROMPT)
     (limit, bandwidth), _ = fresh(frames_limit, directory, kind, device)
     return Row(
         name=f"generate_{kind}",
@@ -52,8 +68,8 @@ def _row(kind: str, device: str) -> Row:
     )
 
 
-def _generate(directory: Path, kind: str, device: str) -> float:
-    """The median seconds a frame, the first frames of a speech apart: they take the prompt."""
+def _generate(directory: Path, kind: str, device: str, columns: int) -> float:
+    """The median seconds a frame after a prompt, which the first frame of a speech takes."""
     import torch
 
     from fish_speech.devices import keep_freed_memory
@@ -68,8 +84,8 @@ def _generate(directory: Path, kind: str, device: str) -> float:
     keep_freed_memory()  # as cli_tts.py does
     tokenizer = FishTokenizer.from_pretrained(directory)
     random = torch.Generator().manual_seed(0)
-    prompt = torch.zeros(model.config.num_codebooks + 1, _PROMPT, dtype=torch.long)
-    prompt[0] = torch.randint(0, 256, (_PROMPT,), generator=random)
+    prompt = torch.zeros(model.config.num_codebooks + 1, columns, dtype=torch.long)
+    prompt[0] = torch.randint(0, 256, (columns,), generator=random)
     times: list[float] = []
     for seed in range(_FRAMES):  # a speech of random weights may end at any time
         frames = generate(

@@ -11,7 +11,12 @@ from tqdm import tqdm
 
 from benchmarks.codec import codec_decode_bf16_row, codec_decode_fp32_row, codec_encode_row
 from benchmarks.data import extract_row, pack_row
-from benchmarks.generate import generate_bf16_row, generate_fp32_row, generate_int8_row
+from benchmarks.generate import (
+    generate_bf16_row,
+    generate_fp32_row,
+    generate_int8_row,
+    generate_late_row,
+)
 from benchmarks.load import load_row
 from benchmarks.measure import Row
 from benchmarks.prepare import prepare_long_row, prepare_row
@@ -27,6 +32,7 @@ ROWS: dict[str, Callable[[str], Row]] = {
     "generate_fp32": generate_fp32_row,
     "generate_bf16": generate_bf16_row,
     "generate_int8": generate_int8_row,
+    "generate_late": generate_late_row,
     "codec_decode_fp32": codec_decode_fp32_row,
     "codec_decode_bf16": codec_decode_bf16_row,
     "codec_encode": codec_encode_row,
