@@ -341,7 +341,9 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
         suit_threads(model_dir / "model.pth")
     device = resolve_device(args.device)
     dtype = None if args.precision == "auto" else resolve_precision(args.precision, device)
-    if args.compile:
+    if args.compile and args.quantize:
+        say("--compile brings nothing to --quantize int8: left out")
+    elif args.compile:
         say("Compiling: the first sentence takes about a minute longer")
     voice = TextToSpeech.from_pretrained(
         model_dir, device=device, dtype=dtype, quantize=args.quantize, compile=args.compile

@@ -418,6 +418,14 @@ def test_ctrl_c_while_the_end_is_heard_falls_silent_and_leaves_the_whole_file(
     assert files() == ["a.wav"]
 
 
+def test_compiling_is_left_out_of_what_is_quantized_and_said(run, capsys):
+    assert run("Hello.", "-o", "a.wav", "--quantize", "int8", "--compile") == 0
+    said = capsys.readouterr().err
+    assert "--compile brings nothing to --quantize int8: left out" in said
+    assert "Compiling" not in said
+    assert files() == ["a.wav"]
+
+
 # What can go wrong
 
 

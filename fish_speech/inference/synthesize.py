@@ -25,6 +25,7 @@ from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.streaming import decode_stream
 from fish_speech.inference.voices import check_reference, check_speaker
 from fish_speech.models.text2semantic import DualARTransformer, load_model
+from fish_speech.models.text2semantic.packed import pack
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.text import (
     is_speakable,
@@ -120,9 +121,9 @@ class TextToSpeech:
         `quantize` "int8" stores the weights of the language model's blocks in a byte each (CPU
         only; the others are then bfloat16 where `dtype` is None, and so is the codec's decoder
         where the CPU multiplies that natively): faster, about as exact as bfloat16. `compile`
-        compiles the model when it first speaks. `adaptable` leaves the layers as adapters need
-        them; on a CPU they are packed otherwise. Raises `FileNotFoundError` or `ValueError` that
-        says what is wrong.
+        compiles the model when it first speaks, unless it is quantized. `adaptable` leaves the
+        layers as adapters need them; on a CPU they are packed otherwise. Raises
+        `FileNotFoundError` or `ValueError` that says what is wrong.
         """
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize is {quantize!r}; 'int8' and None are known")
@@ -130,12 +131,10 @@ class TextToSpeech:
         device = resolve_device(str(device))
         usual = torch.bfloat16 if quantize else resolve_precision("auto", device)
         model = load_model(directory, device, dtype or usual)
-        if quantize or (device.type == "cpu" and not (adaptable or compile)):
-            from fish_speech.models.text2semantic.packed import pack  # compiles when imported
-
+        if quantize or not (adaptable or compile):
             model = pack(model, quantize)
         low = quantize is not None and multiplies_bf16(device)
-        if compile:
+        if compile and not quantize:
             compile_steps(model)
         return cls(
             model,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fish_speech.conversation import IGNORED
@@ -70,8 +71,8 @@ def token_loss(model: DualARTransformer, x: Tensor, targets: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy of logits [N, V] (fp32) and targets [N].
 
-    The gradient takes the place of the logits, which nobody else may need; torch's function makes
-    three more tensors of that size.
+    The gradient, asked for once, takes the place of the logits, which nobody else may need;
+    torch's function makes three more tensors of that size.
     """
     return _CrossEntropy.apply(logits, targets)
 
@@ -85,6 +86,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (sizes - logits.gather(1, targets)).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         logits, targets, sizes = ctx.saved_tensors
         logits.sub_(sizes).exp_()

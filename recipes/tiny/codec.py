@@ -13,6 +13,7 @@ import math
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fish_speech.devices import multiplies_bf16
 from fish_speech.files import atomic_path, write_json
 from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, Codec, CodecConfig, find_codec
 from fish_speech.models.vqgan.firefly import ConvNeXtBlock
@@ -129,6 +131,10 @@ class Trainer:
 
     def __init__(self, codec: Codec, steps: int, *, decoder_only: bool = False) -> None:
         self.codec, self.steps, self.step = codec, steps, 0
+        device = next(codec.parameters()).device
+        self.autocast = partial(
+            torch.autocast, device.type, torch.bfloat16, enabled=multiplies_bf16(device)
+        )
         self.distance = SpectralLoss()
         encoder = [*codec.backbone.parameters(), *codec.quantizer.downsample.parameters()]
         projections = [rvq.project_in for rvq in codec.quantizer.residual_fsq.rvqs]
@@ -153,7 +159,8 @@ class Trainer:
         self._values.clear()
         features = self.codec.backbone(self.codec.spec_transform(speech))
         quantized, _ = self.codec.quantizer(features)
-        made = self.codec.head(quantized)[..., : speech.shape[-1]]
+        with self.autocast():  # the codes are made in fp32, as they will always be
+            made = self.codec.head(quantized).float()[..., : speech.shape[-1]]
         values = torch.stack(self._values).flatten(1, 2)  # [G, B·T, 4]
         penalty = values.mean(1).square().mean() + (values.std(1) - 0.9).square().mean()
         distance = self.distance(made, speech)

@@ -48,6 +48,8 @@ class ModelConfig:
         for name in (*_FAST_TWINS, "attention_qkv_bias"):
             if getattr(self, f"fast_{name}") is None:
                 setattr(self, f"fast_{name}", getattr(self, name))
+        if self.head_dim % 2 or self.fast_head_dim % 2:
+            raise ValueError("config.json: head_dim and fast_head_dim are turned in pairs, so even")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ModelConfig:

@@ -52,7 +52,9 @@ def thinned(x: Tensor, p: float) -> Tensor:
     The places are drawn, not a mask of all: on a CPU that takes a tenth of a training step.
     """
     draws = round(-x.numel() * math.log1p(-p))  # places may be drawn twice
-    places = torch.randint(x.numel(), (draws,), device=x.device)
+    # What is computed again for a gradient draws again; PyTorch restores no other state on MPS.
+    source = "cpu" if x.device.type == "mps" else x.device
+    places = torch.randint(x.numel(), (draws,), device=source).to(x.device)
     return x.flatten().index_fill(0, places, 0.0).view_as(x)
 
 

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fish_speech.models.text2semantic import column
 from fish_speech.models.text2semantic.llama import (
     DualARTransformer,
     KeyValueCache,
@@ -22,6 +21,8 @@ from fish_speech.models.text2semantic.llama import (
     TransformerBlock,
 )
 
+STEPS = 63  # either way, of an input: 127 * 127 * 2 still fits the 16 bits that CPUs sum pairs in
+MAGNIFIED = 2 * STEPS  # how much what rounding leaves, half a step at most, is magnified
 _SHORT = 256  # columns; attention to more is faster on all cores
 _FEW = 4  # columns
 
@@ -99,7 +100,7 @@ class Int8Linear(PackedLinear):
             # torch is pinned; a later one has other names for this.
             warnings.filterwarnings("ignore", message="torch.quantize_per", category=UserWarning)
             weight = torch._make_per_channel_quantized_tensor(
-                weight, scale.double() / column.STEPS, zeros, 0
+                weight, scale.double() / STEPS, zeros, 0
             )
         self._packed = torch.ops.quantized.linear_prepack(weight, None)
         self.bias = _bias(linear)
@@ -111,15 +112,15 @@ class Int8Linear(PackedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """The parts of columns, in steps of rounding, times the weight."""
-        return _multiply_int8(x, 1.0, column.STEPS + 1, self._packed)
+        return _multiply_int8(x, 1.0, STEPS + 1, self._packed)
 
     def __call__(self, x: Tensor) -> Tensor:
         size = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
-        steps = x * (column.STEPS / size)
+        steps = x * (STEPS / size)
         rounded = steps.round()
-        rest = (steps - rounded).mul_(column.MAGNIFIED)
+        rest = (steps - rounded).mul_(MAGNIFIED)
         first, second = self.product(torch.stack((rounded, rest)))
-        out = torch.add(first, second, alpha=1 / column.MAGNIFIED).mul_(size)
+        out = torch.add(first, second, alpha=1 / MAGNIFIED).mul_(size)
         return out if self.bias is None else out + self.bias
 
 
@@ -149,6 +150,8 @@ class PackedNorm:
 
     def few(self, x: np.ndarray, rows: np.ndarray, sizes: np.ndarray) -> None:
         """Columns [C, D] into the rows of a product; see `column.norm`."""
+        from fish_speech.models.text2semantic import column
+
         column.norm(x, self._weight.numpy()[: x.shape[1]], self._eps, rows, sizes)
 
 
@@ -182,6 +185,8 @@ class PackedBlock(nn.Module):
 
     def _few(self, x: Tensor, rotary: Tensor, cache: KeyValueCache) -> Tensor:
         """The same for one or a few columns behind those in the cache."""
+        from fish_speech.models.text2semantic import column
+
         attention, (_, columns, dim) = self.attention, x.shape
         sizes = np.empty(columns, np.float32)
 
@@ -192,7 +197,7 @@ class PackedBlock(nn.Module):
             out = linear.product(torch.from_numpy(taken.reshape(-1, taken.shape[-1])))
             return out.numpy().reshape(columns, self._parts, -1)
 
-        before, taken = x[0].numpy(), rows(dim)
+        before, taken = x[0].contiguous().numpy(), rows(dim)
         self.attention_norm.few(before, taken, sizes)
         out = product(self.wqkv, taken)
         queries = np.empty((columns, attention.n_head, attention.head_dim), np.float32)
@@ -251,6 +256,8 @@ def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransfo
     plain = FloatLinear if model.dtype == torch.float32 else HalfLinear
     if model.device.type != "cpu" or not (quantize or plain.is_native()):
         return model
+    from fish_speech.models.text2semantic import column  # noqa: F401 (compiled now, not later)
+
     kind = plain
     if quantize is not None:
         kind = Int8Linear if Int8Linear.is_native() else PortableInt8Linear
@@ -263,7 +270,7 @@ def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransfo
     for name in ("embeddings", "codebook_embeddings", "fast_embeddings"):
         setattr(model, name, WideEmbedding(getattr(model, name)))
     for module in (model.norm, model.fast_norm, model.fast_project_in):
-        module.float()
+        module.float().requires_grad_(False)
     return model
 
 
