@@ -41,8 +41,6 @@ SETTINGS: dict[str, tuple[float, tuple[str, ...], tuple[int, ...]]] = {
     "linear-2e-5": (2e-5, (), STEPS),
     "linear-1e-4": (1e-4, (), STEPS),
     "linear-5e-4": (5e-4, (), STEPS),
-    "noise-1e-4": (1e-4, ("data.code_noise=0.2",), STEPS),
-    "noise-5e-4": (5e-4, ("data.code_noise=0.2",), STEPS),
     "no-reference": (1e-4, ("data.reference_share=0",), STEPS[:2]),
     "half-reference": (1e-4, ("data.reference_share=0.5",), STEPS[:2]),
 }

@@ -53,12 +53,11 @@ class SemanticDataset(Dataset):
         max_length: int,
         name_speakers: bool = False,
         reference_share: float = 0.0,
-        code_noise: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.tokenizer, self.max_length, self.seed = tokenizer, max_length, seed
         self.name_speakers = name_speakers
-        self.reference_share, self.code_noise = reference_share, code_noise
+        self.reference_share = reference_share
         nothing = Utterance("", torch.zeros(1, 0, dtype=torch.long))
         self._overhead = build_item(tokenizer, nothing)[0].shape[1] + 1
         columns = [self._count_columns(sample) for sample in samples]
@@ -91,9 +90,6 @@ class SemanticDataset(Dataset):
             references=self._references(draw.index, rng),
             speaker=sample.speaker if self.name_speakers else None,
         )
-        if self.code_noise:
-            generator = torch.Generator().manual_seed(rng.getrandbits(63))
-            tokens = add_noise(self.tokenizer, tokens, self.code_noise, generator)
         return {"tokens": tokens, "labels": labels, "draw": draw}
 
     def _references(self, index: int, rng: random.Random) -> list[Utterance]:
@@ -110,25 +106,6 @@ class SemanticDataset(Dataset):
     def _count_columns(self, sample: Sample) -> int:
         text = with_speaker(sample.text, sample.speaker if self.name_speakers else None)
         return len(self.tokenizer.encode(text)) + sample.codes.shape[1] + self._overhead
-
-
-def add_noise(
-    tokenizer: FishTokenizer, tokens: Tensor, share: float, generator: torch.Generator
-) -> Tensor:
-    """An item's tokens [K+1, T] with a share of the codes replaced by those of other frames.
-
-    A model that can't trust what it has said listens to the text. Row 0 follows the first code.
-    """
-    begin = tokenizer.semantic_begin_id
-    frames = (tokens[0] >= begin) & (tokens[0] < begin + tokenizer.codebook_size)  # [T]
-    codes = tokens[1:, frames]  # [K, N]
-    draws = torch.rand(codes.shape, generator=generator)
-    others = (torch.rand(codes.shape, generator=generator) * codes.shape[1]).long()
-    codes = torch.where(draws < share, codes.gather(1, others), codes)
-    tokens = tokens.clone()
-    tokens[1:, frames] = codes
-    tokens[0, frames] = codes[0] + begin
-    return tokens
 
 
 def _utterance(sample: Sample) -> Utterance:

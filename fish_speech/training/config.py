@@ -39,7 +39,6 @@ class DataConfig:
     dir: str | None = None
     validation_share: float = MISSING
     reference_share: float = MISSING
-    code_noise: float | None = None
     max_length: int = MISSING
     batch_size: int = MISSING
     num_workers: int = MISSING
@@ -165,8 +164,8 @@ def _check_ranges(config: RunConfig) -> None:
             value = getattr(section, item.name)
             if item.name in _AT_LEAST_ONE and value is not None and value < 1:
                 raise ValueError(f"config: {name}.{item.name} is {value}; it must be at least 1")
-    for name in ("validation_share", "reference_share", "code_noise"):
-        if not 0 <= (getattr(config.data, name) or 0) <= 1:
+    for name in ("validation_share", "reference_share"):
+        if not 0 <= getattr(config.data, name) <= 1:
             raise ValueError(f"config: data.{name} is {getattr(config.data, name)}, not 0 to 1")
     if str(config.train.gradient_checkpointing).lower() not in ("auto", "true", "false"):
         raise ValueError(

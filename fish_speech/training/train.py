@@ -218,7 +218,6 @@ def _data_module(
         load_split(data_dir, manifest, "train"),
         tokenizer,
         reference_share=config.data.reference_share,
-        code_noise=config.data.code_noise or 0.0,
         **shared,
     )
     validation = SemanticDataset(load_split(data_dir, manifest, "validation"), tokenizer, **shared)

@@ -7,14 +7,13 @@ taught to read along (see `train.reading_loss`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fish_speech.conversation import IGNORED, Utterance, build_item
-from fish_speech.datasets.semantic import add_noise
 from fish_speech.tokenizer import FishTokenizer
 from recipes.tiny.voices import VOICES
 
@@ -103,16 +102,16 @@ def batches(
             mixture = PLAIN_SHARES if plain else shares
             chosen = _choose(utterance, speaker, by_speaker[speaker], mixture, generator)
             item = build(tokenizer, *chosen, durations)
-            if not plain:
-                tokens = add_noise(tokenizer, item.tokens, NOISE, generator)
-                item = replace(item, tokens=tokens)
             length = len(item.places)
             if length > BUCKETS[-1]:
                 continue
             size = next(size for size in BUCKETS if size >= length)
             waiting[size].append(item)
             if len(waiting[size]) == COLUMNS // size:
-                yield collate(waiting[size], size, tokenizer.end_of_text_id)
+                tokens, labels, places = collate(waiting[size], size, tokenizer.end_of_text_id)
+                if not plain:
+                    tokens = add_noise(tokens, tokenizer, NOISE, generator)
+                yield tokens, labels, places
                 waiting[size] = []
 
 
@@ -176,3 +175,18 @@ def collate(items: list[Item], size: int, pad_id: int) -> tuple[Tensor, Tensor, 
         labels[row, :, :length] = item.labels
         places[row, :length] = item.places
     return tokens, labels, places
+
+
+def add_noise(
+    tokens: Tensor, tokenizer: FishTokenizer, share: float, generator: torch.Generator
+) -> Tensor:
+    """Replace a share of the codes of frames by random ones; row 0 follows the first code."""
+    tokens = tokens.clone()
+    begin, size = tokenizer.semantic_begin_id, tokenizer.codebook_size
+    codes = tokens[:, 1:]
+    frames = (tokens[:, :1] >= begin) & (tokens[:, :1] < begin + size)
+    noisy = frames & (torch.rand(codes.shape, generator=generator) < share)
+    random = torch.randint(1000, codes.shape, generator=generator)  # 8 x 5 x 5 x 5 are in use
+    codes[noisy] = random[noisy]
+    tokens[:, :1] = torch.where(frames, codes[:, :1] + begin, tokens[:, :1])
+    return tokens

@@ -131,26 +131,6 @@ def test_a_share_of_the_items_has_a_reference(tokenizer):
     assert 35 < longer < 85
 
 
-def test_noise_is_in_the_codes_that_are_heard_and_nowhere_else(tokenizer):
-    codes = np.random.default_rng(0).integers(0, 1000, (8, 200)).astype(np.uint16)
-    sample = Sample("text", "Ann", codes, "Ann/1")
-    plain = dataset(tokenizer, [sample])[Draw(0, 0, 1, 0)]
-    noisy = dataset(tokenizer, [sample], code_noise=0.3)
-    item, again, later = (noisy[Draw(epoch, 0, 1, 0)] for epoch in (0, 0, 1))
-    assert torch.equal(item["labels"], plain["labels"])
-    assert torch.equal(item["tokens"], again["tokens"])  # what a resumed run would draw
-    assert not torch.equal(item["tokens"], later["tokens"])
-    begin = tokenizer.semantic_begin_id
-    frames = plain["tokens"][0] >= begin
-    assert torch.equal(item["tokens"][:, ~frames], plain["tokens"][:, ~frames])
-    heard = item["tokens"][:, frames]
-    assert torch.equal(heard[0], heard[1] + begin)
-    changed = (heard != plain["tokens"][:, frames])[1:].float().mean()
-    assert 0.25 < changed < 0.35
-    for row, own in zip(heard[1:], codes, strict=True):
-        assert set(row.tolist()) <= set(own.tolist())
-
-
 def test_what_is_too_long_is_left_out_and_named(tokenizer):
     samples = samples_of("Ann", 2)
     codes = np.zeros((8, 500), np.uint16)
