@@ -62,7 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="utterances a batch (4)")
     add("--learning-rate", type=float, help="(1e-4)")
     add("--gradient-accumulation-steps", type=int, metavar="N", help="batches a step (1)")
-    add("--lora-config", metavar="NAME", help="r_4_alpha_8, r_8_alpha_16 (default), r_16_alpha_32")
+    add("--lora-config", metavar="NAME", help="r_4_alpha_8, r_8_alpha_16 (default), r_16_alpha_32, "
+        "or fast_r_8_alpha_160: timbre alone")
     add("--save-every", type=int, metavar="STEPS", help="between checkpoints (100)")
     add("--val-every", type=int, metavar="STEPS", help="between validations (as --save-every)")
     add("--keep-checkpoints", type=int, metavar="N", help="only the newest N (default: all)")

@@ -41,6 +41,7 @@ SETTINGS: dict[str, tuple[float, tuple[str, ...], tuple[int, ...]]] = {
     "linear-2e-5": (2e-5, (), STEPS),
     "linear-1e-4": (1e-4, (), STEPS),
     "linear-5e-4": (5e-4, (), STEPS),
+    "fast": (1e-4, ("lora=fast_r_8_alpha_160",), STEPS),
     "no-reference": (1e-4, ("data.reference_share=0",), STEPS[:2]),
     "half-reference": (1e-4, ("data.reference_share=0.5",), STEPS[:2]),
 }

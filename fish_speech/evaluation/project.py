@@ -35,6 +35,7 @@ from fish_speech.training.runs import Checkpoint, Run, recorded_lora
 from fish_speech.training.train import check_fits
 
 SAMPLES = 12
+TIMBRE_ALONE = "fast_r_8_alpha_160"  # of configs/lora
 _LOGGED_STEPS = 20  # before a checkpoint, over which the training loss is averaged
 
 
@@ -275,8 +276,12 @@ def _commands(
     longer = f"--data-dir {data.data_dir} --train --max-steps {2 * checkpoints[-1].step}"
     reference = next(iter(data.references.values()), None)
     cloning = f" --reference-audio {reference.audio}" if reference else ""
+    adapted = recorded_lora(checkpoints[0].read()["run"]).targets
+    fast_alone = all(target.startswith("fast_") for target in adapted)
+    again = f"--data-dir {data.data_dir} --pretrained-ckpt-path {base_dir} --full-pipeline"
     return Commands(
         use=f"{program} --merge-best",
         train_longer=f"{program} {longer}",
         keep=f'cli_tts.py "Hello there." --model-path {base_dir}{cloning}',
+        gentler=None if fast_alone else f"{program}-timbre {again} --lora-config {TIMBRE_ALONE}",
     )

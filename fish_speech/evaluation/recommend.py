@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fish_speech.evaluation.figures import FEWEST, difference
 from fish_speech.evaluation.leaderboard import Recommendation, Row, Sample, Spoken
@@ -12,11 +12,13 @@ from fish_speech.preparation.rates import normal_words
 
 @dataclass(frozen=True)
 class Commands:
-    """What to give next: `use` (with `{path}` for the chosen row's), `train_longer`, `keep`."""
+    """What to give next: `use` (with `{path}` for the chosen row's), `train_longer`, `keep`, and
+    `gentler` where there is a training that costs fewer words."""
 
     use: str
     train_longer: str
     keep: str
+    gentler: str | None = None
 
 
 def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands) -> Recommendation:
@@ -36,7 +38,10 @@ def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands
         return _keep(base, f"{what} be measured", commands)
     sound = [row for row in measured if not compare.worse_words(row, base)]
     if not sound:
-        return _keep(base, f"every checkpoint {compare.loses}, beyond the interval", commands)
+        reason = f"every checkpoint {compare.loses}, beyond the interval"
+        if commands.gentler:
+            reason += "; adapting the fast transformer alone costs fewer words"
+        return _keep(base, reason, replace(commands, keep=commands.gentler or commands.keep))
     if compare.count < FEWEST:
         return _keep(base, f"too few different texts to tell: {compare.count}", commands)
     best = next(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ import soundfile
 
 import finetune_tts
 from fish_speech.evaluation.leaderboard import Leaderboard
+from fish_speech.evaluation.project import _commands
 from fish_speech.evaluation.recognise import choose_recogniser
 from fish_speech.training.runs import Run
 from tests.conftest import ROOT
@@ -103,6 +105,23 @@ def test_the_base_and_every_checkpoint_are_measured(project, capsys):
         assert all(soundfile.info(f"{FOLDER}/{each.audio}").frames for each in spoken)
         assert len({soundfile.read(f"{FOLDER}/{each.audio}")[0].tobytes() for each in spoken}) > 1
     assert not list((project / "results/p").rglob("model.pth"))
+
+
+def test_the_training_that_costs_fewer_words_is_a_command_that_works(project, monkeypatch):
+    made = []
+
+    def remember(*arguments):
+        made.append(_commands(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("fish_speech.evaluation.project._commands", remember)
+    assert finetune("--evaluate", "--eval-samples", 1) == 0
+    program, *flags = shlex.split(made.pop().gentler)
+    assert program == "finetune_tts.py"
+    short = ("--max-steps", "1", "--no-evaluate", "--precision", "fp32")
+    assert finetune_tts.main([*flags, *short, "--override", "data.validation_share=0.34"]) == 0
+    assert finetune_tts.main(["--project", "p-timbre", "--evaluate", "--eval-samples", "1"]) == 0
+    assert made.pop().gentler is None
 
 
 def test_again_and_with_one_more_step_only_what_is_new_is_spoken(project, monkeypatch):

@@ -1,5 +1,7 @@
 """The recommendation for planted good, bad and identical checkpoints."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -126,3 +128,14 @@ def test_rows_that_failed_are_passed_over():
     assert "no checkpoint could be measured" in recommend(rows, samples, COMMANDS).reason
     rows[0].error = "damaged"
     assert "the base could not be measured" in recommend(rows, samples, COMMANDS).reason
+
+
+def test_where_words_are_lost_a_gentler_training_is_named():
+    rows, samples = board(BASE, (0.9, 0.9))
+    found = recommend(rows, samples, replace(COMMANDS, gentler="train less of it"))
+    assert (found.verdict, found.next) == ("keep the base", "train less of it")
+    assert found.reason.endswith("; adapting the fast transformer alone costs fewer words")
+    assert recommend(rows, samples, COMMANDS).next == "speak with the base"
+    rows, samples = board(BASE, BASE)  # nothing is lost: nothing gentler is needed
+    found = recommend(rows, samples, replace(COMMANDS, gentler="train less of it"))
+    assert found.next == "speak with the base"

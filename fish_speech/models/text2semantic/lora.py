@@ -21,7 +21,8 @@ EMBEDDING_TARGETS = ("embeddings", "codebook_embeddings", "fast_embeddings")
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Rank `r`, scale `alpha / r`, dropout before the adapters, and the modules that get them."""
+    """Rank `r`, scale `alpha / r`, dropout before the adapters, and the modules that get them:
+    `wqkv` those of both transformers, `fast_layers.wqkv` those of the fast one alone."""
 
     r: int = 8
     alpha: float = 16
@@ -29,7 +30,8 @@ class LoRAConfig:
     targets: Sequence[str] = LINEAR_TARGETS + EMBEDDING_TARGETS
 
     def __post_init__(self) -> None:
-        unknown = set(self.targets) - {*LINEAR_TARGETS, *EMBEDDING_TARGETS}
+        known = {*LINEAR_TARGETS, *EMBEDDING_TARGETS}
+        unknown = {name.removeprefix("fast_layers.") for name in self.targets} - known
         if self.r < 1 or unknown or not self.targets:
             raise ValueError(
                 f"LoRA config: r must be at least 1 (is {self.r}) and targets among "
@@ -130,7 +132,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, module in list(model.named_modules()):
         parent_name, _, child = name.rpartition(".")
-        if child not in config.targets:
+        part = name.partition(".")[0]  # of the model: layers, fast_layers, or a module by itself
+        if child not in config.targets and f"{part}.{child}" not in config.targets:
             continue
         kind = LoRALinear if isinstance(module, nn.Linear) else LoRAEmbedding
         adapted = kind(module, config, generator).train(module.training)

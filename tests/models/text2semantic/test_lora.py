@@ -12,6 +12,7 @@ from fish_speech.models.text2semantic.lora import (
     thinned,
     weight_rows,
 )
+from fish_speech.training.config import compose_config
 from fish_speech.training.loss import loss_sums
 from tests.conftest import golden_tensors
 
@@ -47,6 +48,19 @@ def test_loss_and_gradients_equal_the_reference(adapted, golden):
     assert {name for name, p in parameters.items() if p.requires_grad} == set(
         lora_state_dict(adapted)
     )
+
+
+def test_the_fast_transformer_can_be_adapted_alone(model):
+    add_lora(model, compose_config(["project=p", "lora=fast_r_8_alpha_160"]).adapters)
+    adapters = {name for name, p in model.named_parameters() if p.requires_grad}
+    layers = range(model.config.n_fast_layer)
+    inside = ("attention.wqkv", "attention.wo", *(f"feed_forward.w{i}" for i in (1, 2, 3)))
+    modules = {"fast_output", *(f"fast_layers.{i}.{name}" for i in layers for name in inside)}
+    assert adapters == {f"{module}.lora_{half}" for module in modules for half in "AB"}
+    sums, loss = mean_loss(model.train())
+    assert not sums.token.requires_grad  # the slow one is as quick as without training
+    loss.backward()
+    assert all(model.get_parameter(name).grad is not None for name in adapters)
 
 
 @torch.no_grad()
