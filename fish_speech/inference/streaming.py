@@ -41,8 +41,8 @@ def decode_frames(codec: Codec, frames: list[Tensor], context: list[Tensor] = ()
     """Decode frames [K] that follow those of `context`: waveform [1, n], float32 on the CPU."""
     codes = torch.stack([*context, *frames], dim=1)[None]  # [1, K, T]
     lengths = torch.tensor([codes.shape[2]], device=codes.device)
-    waveforms, _ = codec.decode(codes, lengths)
-    return waveforms[0, :, len(context) * codec.frame_length :].float().cpu()
+    waveforms, _ = codec.decode(codes, lengths, context=len(context))
+    return waveforms[0].float().cpu()
 
 
 class SilenceTrimmer:

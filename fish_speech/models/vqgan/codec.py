@@ -127,18 +127,7 @@ class Codec(nn.Module):
     @property
     def left_context(self) -> int:
         """Frames before a chunk that make its audio the same as in the whole (receptive field)."""
-        head = self.config.head
-        reach = head.post_conv_kernel_size - 1
-        block = max(
-            sum(2 * (kernel - 1) * dilation for dilation in dilations)
-            for kernel, dilations in zip(
-                head.resblock_kernel_sizes, head.resblock_dilation_sizes, strict=True
-            )
-        )
-        stages = zip(head.upsample_rates, head.upsample_kernel_sizes, strict=True)
-        for rate, kernel in reversed(list(stages)):
-            reach = math.ceil((reach + block + kernel - 1) / rate)
-        reach += head.pre_conv_kernel_size - 1
+        reach = self.head.left_context
         for up, block_after in reversed(list(self.quantizer.upsample)):
             reach = math.ceil((reach + block_after.dwconv.span - 1) / up.conv.stride[0])
         return reach
@@ -160,18 +149,21 @@ class Codec(nn.Module):
         return self.quantizer.encode(features), mel_lengths // self._mels_per_frame
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, code_lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def decode(
+        self, codes: Tensor, code_lengths: Tensor | None = None, *, context: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """codes [B, K, T] (`code_lengths [B]` frames of each) to waveforms.
 
-        Returns waveforms [B, 1, T * frame_length] (float32) and their lengths [B] in samples.
+        Returns waveforms [B, 1, (T - context) * frame_length] (float32) and their lengths [B] in
+        samples: the first `context` frames are only what the others follow.
         """
         if code_lengths is None:
             code_lengths = torch.full((len(codes),), codes.shape[-1])
         code_lengths = code_lengths.to(codes.device)
         features = self.quantizer.decode(codes.long())
         mask = length_mask(code_lengths * self._mels_per_frame, features.shape[-1])
-        waveforms = self.head(channels_last(features * mask))
-        lengths = code_lengths * self.frame_length
+        waveforms = self.head(channels_last(features * mask), context * self.frame_length)
+        lengths = (code_lengths - context) * self.frame_length
         return waveforms * length_mask(lengths, waveforms.shape[-1]), lengths
 
 

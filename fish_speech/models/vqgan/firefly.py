@@ -179,12 +179,34 @@ class HiFiGANHead(nn.Module):
             ParallelBlock(c, resblock_kernel_sizes, resblock_dilation_sizes) for c in channels[1:]
         )
         self.conv_post = CausalConv1d(channels[-1], 1, post_conv_kernel_size)
+        block = max(
+            sum(2 * (kernel - 1) * dilation for dilation in dilations)
+            for kernel, dilations in zip(
+                resblock_kernel_sizes, resblock_dilation_sizes, strict=True
+            )
+        )
+        # Samples before one of the waveform that it depends on, at the rate of each stage.
+        reach, self._reaches = post_conv_kernel_size - 1, []
+        for rate, kernel in reversed(list(zip(upsample_rates, upsample_kernel_sizes, strict=True))):
+            self._reaches.insert(0, reach + block)
+            reach = math.ceil((reach + block + kernel - 1) / rate)
+        self.left_context = reach + pre_conv_kernel_size - 1
+        self._rates = list(upsample_rates)
         for module in self.modules():
             if isinstance(module, CausalConv1d | CausalConvTranspose1d):
                 weight_norm(module.conv)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
+        """Without the first `skip` samples: of what is before them, only what the others depend on
+        is computed, which is least at the highest rates, where most of the work is."""
         x = self.conv_pre(x.to(self.conv_pre.conv.weight.dtype))
-        for up, resblock in zip(self.ups, self.resblocks, strict=True):
-            x = resblock(up(F.silu(x)))
-        return torch.tanh(self.conv_post(F.silu(x).to(self.conv_post.conv.weight.dtype)))
+        begin, samples = 0, math.prod(self._rates)  # of the waveform, for each that x has
+        stages = zip(self.ups, self.resblocks, self._rates, self._reaches, strict=True)
+        for up, resblock, rate, reach in stages:
+            x = up(F.silu(x))
+            begin, samples = begin * rate, samples // rate
+            unneeded = max(0, skip // samples - reach - begin)
+            begin += unneeded
+            x = resblock(x[..., unneeded:])
+        x = self.conv_post(F.silu(x).to(self.conv_post.conv.weight.dtype))
+        return torch.tanh(x[..., skip - begin :])

@@ -67,14 +67,34 @@ def test_a_decoder_in_bf16_sounds_the_same_and_leaves_the_codes_alone(codec_dir,
 
 
 def test_a_chunk_with_its_left_context_decodes_as_in_the_whole(codec, golden):
-    codes = golden["codes"][:1]
+    codes, context = golden["codes"][:1], codec.left_context
     whole, _ = codec.decode(codes)
-    begin = codec.left_context + 3
-    chunk, _ = codec.decode(codes[:, :, begin - codec.left_context :])
-    context = codec.left_context * codec.frame_length
-    torch.testing.assert_close(
-        chunk[..., context:], whole[..., begin * codec.frame_length :], atol=1e-6, rtol=1e-5
-    )
+    begin, last = context + 3, []
+    watch = lambda _, given: last.append(given[0].shape[2])  # noqa: E731
+    hook = codec.head.conv_post.register_forward_pre_hook(watch)
+    chunk, lengths = codec.decode(codes[..., begin - context :], context=context)
+    hook.remove()
+    assert lengths.tolist() == [(codes.shape[2] - begin) * codec.frame_length] == [chunk.shape[2]]
+    wanted = whole[..., begin * codec.frame_length :]
+    torch.testing.assert_close(chunk, wanted, atol=1e-6, rtol=1e-5)
+    # Where most of the work is, less than a frame of the context is computed.
+    assert chunk.shape[2] < last[0] < chunk.shape[2] + codec.frame_length
+
+
+@pytest.mark.parametrize("stage", range(5))
+def test_of_the_context_no_stage_leaves_out_what_is_heard(codec, golden, stage):
+    """With one sample less at any stage the chunk is another one."""
+    codes, context = golden["codes"][:1], codec.left_context
+    wanted, _ = codec.decode(codes, context=context)
+    reaches = list(codec.head._reaches)
+    assert len(reaches) == 5
+    try:
+        # The bound is not tight: what a stage has beyond it are zeros or the tails of kernels.
+        codec.head._reaches[stage] = reaches[stage] // 4
+        less, _ = codec.decode(codes, context=context)
+    finally:
+        codec.head._reaches[:] = reaches
+    assert not torch.allclose(less, wanted, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("samples", [1, 500, 2047, 2048])
