@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -276,8 +277,7 @@ def _commands(
     longer = f"--data-dir {data.data_dir} --train --max-steps {2 * checkpoints[-1].step}"
     reference = next(iter(data.references.values()), None)
     cloning = f" --reference-audio {reference.audio}" if reference else ""
-    adapted = recorded_lora(checkpoints[0].read()["run"]).targets
-    fast_alone = all(target.startswith("fast_") for target in adapted)
+    fast_alone = all(target.startswith("fast_") for target in _targets(checkpoints))
     again = f"--data-dir {data.data_dir} --pretrained-ckpt-path {base_dir} --full-pipeline"
     return Commands(
         use=f"{program} --merge-best",
@@ -285,3 +285,11 @@ def _commands(
         keep=f'cli_tts.py "Hello there." --model-path {base_dir}{cloning}',
         gentler=None if fast_alone else f"{program}-timbre {again} --lora-config {TIMBRE_ALONE}",
     )
+
+
+def _targets(checkpoints: Sequence[Checkpoint]) -> Sequence[str]:
+    """What the first checkpoint that can be read adapts."""
+    for checkpoint in checkpoints:
+        with suppress(ValueError):
+            return recorded_lora(checkpoint.read()["run"]).targets
+    return ()
