@@ -13,11 +13,10 @@ import math
 import numpy as np
 from numba import float32, int64, njit, void
 
-STEPS = 63  # either way, of an input: 127 * 127 * 2 still fits the 16 bits that CPUs sum pairs in
-MAGNIFIED = 2 * STEPS  # how much what rounding leaves, half a step at most, is magnified
+from fish_speech.models.text2semantic.packed import MAGNIFIED, STEPS
 
 _STEPS, _REST = float32(STEPS), float32(1 / MAGNIFIED)
-_ONE, _TINY = float32(1), float32(1e-12)
+_ONE, _TINY, _LEAST = float32(1), float32(1e-12), float32(-3e38)
 _LOG2_E, _LARGEST = float32(math.log2(math.e)), float32(126)
 _VECTOR, _MATRIX, _CUBE = float32[::1], float32[:, ::1], float32[:, :, ::1]
 _INLINE = {"inline": "always", "error_model": "numpy"}
@@ -30,7 +29,7 @@ def _compiled(*signature):
         options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
         try:
             return njit(*signature, cache=True, **options)(function)
-        except RuntimeError:  # no folder to keep it in
+        except Exception:  # no folder to keep it in, no room there, or what is there is broken
             return njit(*signature, **options)(function)
 
     return compile_function
@@ -158,7 +157,7 @@ def attend(queries, keys, values, position, rows, sizes):
         length = position + column + 1
         for head in range(heads):
             query, key, value = queries[column, head], keys[head // shared], values[head // shared]
-            largest = float32(-np.inf)
+            largest = _LEAST
             for place in range(length):
                 alike = float32(0)
                 for index in range(width):

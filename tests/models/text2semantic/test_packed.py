@@ -1,6 +1,9 @@
 """Packed weights: the same numbers from fewer bytes, as near as the bytes allow."""
 
 import copy
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +25,7 @@ from fish_speech.models.text2semantic.packed import (
     PortableInt8Linear,
     pack,
 )
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not HalfLinear.is_native(), reason="no fbgemm in this torch")
 # How far a layer may be off, as a share of its output.
@@ -195,3 +199,17 @@ def test_int8_is_refused_where_it_brings_nothing():
     with pytest.raises(ValueError, match="int8 is for the CPU, not for meta"):
         pack(model_of().to("meta"), "int8")
     assert isinstance(pack(model_of().to("meta")).embeddings, nn.Embedding)  # as it was
+
+
+@pytest.mark.slow
+def test_kept_kernels_that_are_broken_are_compiled_again(tmp_path):
+    """As after a power cut or on a full disk."""
+    code = f"import {column.__name__}"
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+        assert done.returncode == 0
+        kept = list(tmp_path.rglob("*.nbi"))
+        assert kept
+        for file in kept:
+            file.write_bytes(b"")
