@@ -275,14 +275,18 @@ def expected_memory(model: DualARTransformer, columns: int, checkpointing: bool)
     """About how many bytes training needs for a batch of so many columns, all of them frames."""
     c = model.config
     size = model.embeddings.weight.element_size()
+    slow_learns = any(
+        p.requires_grad for name, p in model.named_parameters() if not name.startswith("fast_")
+    )
+    n_layer = c.n_layer if slow_learns else 0  # whose activations are kept
     # The shares were measured: what a block keeps for its backward, adapters included.
     slow = columns * size * (10 * c.dim + 7 * c.intermediate_size)
     fast = columns * c.num_codebooks * size * (10 * c.fast_dim + 7 * c.fast_intermediate_size)
     if checkpointing:  # the inputs of all blocks, which autocast may keep in fp32, and one block
-        inputs = columns * 4 * (c.n_layer * c.dim + c.n_fast_layer * c.num_codebooks * c.fast_dim)
+        inputs = columns * 4 * (n_layer * c.dim + c.n_fast_layer * c.num_codebooks * c.fast_dim)
         blocks = inputs + max(slow, fast)
     else:
-        blocks = c.n_layer * slow + c.n_fast_layer * fast
+        blocks = n_layer * slow + c.n_fast_layer * fast
     labels = (
         min(columns, LABELS_AT_ONCE) * c.vocab_size + columns * c.num_codebooks * c.codebook_size
     )

@@ -1,5 +1,6 @@
 """Properties of a run, on the golden model and made-up codes."""
 
+import copy
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from fish_speech.training.config import compose_config
 from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
 from fish_speech.training.loss import loss_sums
 from fish_speech.training.runs import Run, choose_start
-from fish_speech.training.train import load_split, train
+from fish_speech.training.train import expected_memory, load_split, train
 from tests.conftest import ROOT, golden_tensors
 from tests.made_data import make_data_set
 
@@ -312,6 +313,17 @@ def test_a_diverged_loss_stops_with_the_clips_named_and_keeps_the_good_checkpoin
 
 def adapters_of(checkpoint):
     return checkpoint.read()["state_dict"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_does_not_learn_is_not_expected_to_keep_its_activations(model, checkpointing):
+    whole = copy.deepcopy(model)
+    for adapted, preset in ((whole, "r_8_alpha_16"), (model, "fast_r_8_alpha_160")):
+        add_lora(adapted, compose_config(["project=p", f"lora={preset}"]).adapters)
+    c, columns = model.config, 1000
+    saved = expected_memory(whole, columns, checkpointing)
+    saved -= expected_memory(model, columns, checkpointing)
+    assert saved > columns * 4 * c.n_layer * c.dim  # at least the inputs of all its blocks
 
 
 def test_running_out_of_memory_says_what_to_change_and_following_it_loses_nothing(
