@@ -2,7 +2,8 @@
 
 There a frame costs reading every weight once, so fewer bytes are faster, and so is an order of them
 that both cores can stream. Activations are fp32 whatever the weights are: they cost nothing, and
-casting them does. What is between the products of a single column is compiled (`column.py`).
+casting them does. What is between the products of one or a few columns is compiled (`column.py`,
+imported only where weights are packed: importing compiles).
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from fish_speech.models.text2semantic.llama import (
     TransformerBlock,
 )
 
-STEPS = 63  # either way, of an input: 127 * 127 * 2 still fits the 16 bits that CPUs sum pairs in
-MAGNIFIED = 2 * STEPS  # how much what rounding leaves, half a step at most, is magnified
 _SHORT = 256  # columns; attention to more is faster on all cores
 _FEW = 4  # columns
 
@@ -94,13 +93,16 @@ class Int8Linear(PackedLinear):
     parts = 2
 
     def __init__(self, linear: nn.Linear) -> None:
+        from fish_speech.models.text2semantic import column
+
+        self._steps, self._magnified = column.STEPS, column.MAGNIFIED
         weight, scale = _quantized(linear)
         zeros = torch.zeros(len(scale), dtype=torch.long)
         with warnings.catch_warnings():
             # torch is pinned; a later one has other names for this.
             warnings.filterwarnings("ignore", message="torch.quantize_per", category=UserWarning)
             weight = torch._make_per_channel_quantized_tensor(
-                weight, scale.double() / STEPS, zeros, 0
+                weight, scale.double() / self._steps, zeros, 0
             )
         self._packed = torch.ops.quantized.linear_prepack(weight, None)
         self.bias = _bias(linear)
@@ -112,15 +114,15 @@ class Int8Linear(PackedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """The parts of columns, in steps of rounding, times the weight."""
-        return _multiply_int8(x, 1.0, STEPS + 1, self._packed)
+        return _multiply_int8(x, 1.0, self._steps + 1, self._packed)
 
     def __call__(self, x: Tensor) -> Tensor:
         size = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
-        steps = x * (STEPS / size)
+        steps = x * (self._steps / size)
         rounded = steps.round()
-        rest = (steps - rounded).mul_(MAGNIFIED)
+        rest = (steps - rounded).mul_(self._magnified)
         first, second = self.product(torch.stack((rounded, rest)))
-        out = torch.add(first, second, alpha=1 / MAGNIFIED).mul_(size)
+        out = torch.add(first, second, alpha=1 / self._magnified).mul_(size)
         return out if self.bias is None else out + self.bias
 
 
