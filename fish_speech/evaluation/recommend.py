@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fish_speech.evaluation.figures import FEWEST, difference
 from fish_speech.evaluation.leaderboard import Recommendation, Row, Sample, Spoken
@@ -41,7 +41,8 @@ def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands
         reason = f"every checkpoint {compare.loses}, beyond the interval"
         if commands.gentler:
             reason += "; adapting the fast transformer alone costs fewer words"
-        return _keep(base, reason, replace(commands, keep=commands.gentler or commands.keep))
+        command = commands.gentler or commands.keep
+        return Recommendation(base.name, base.step, "keep the base", reason, command)
     if compare.count < FEWEST:
         return _keep(base, f"too few different texts to tell: {compare.count}", commands)
     best = next(

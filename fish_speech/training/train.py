@@ -287,10 +287,8 @@ def expected_memory(model: DualARTransformer, columns: int, checkpointing: bool)
         blocks = inputs + max(slow, fast)
     else:
         blocks = n_layer * slow + c.n_fast_layer * fast
-    labels = (
-        min(columns, LABELS_AT_ONCE) * c.vocab_size + columns * c.num_codebooks * c.codebook_size
-    )
-    logits = 3 * 4 * labels
+    row_0 = min(columns, LABELS_AT_ONCE) * c.vocab_size
+    logits = 3 * 4 * (row_0 + columns * c.num_codebooks * c.codebook_size)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return weights + trained * 12 + blocks + logits  # gradients and two moments in fp32

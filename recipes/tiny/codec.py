@@ -13,7 +13,6 @@ import math
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,10 +130,6 @@ class Trainer:
 
     def __init__(self, codec: Codec, steps: int, *, decoder_only: bool = False) -> None:
         self.codec, self.steps, self.step = codec, steps, 0
-        device = next(codec.parameters()).device
-        self.autocast = partial(
-            torch.autocast, device.type, torch.bfloat16, enabled=multiplies_bf16(device)
-        )
         self.distance = SpectralLoss()
         encoder = [*codec.backbone.parameters(), *codec.quantizer.downsample.parameters()]
         projections = [rvq.project_in for rvq in codec.quantizer.residual_fsq.rvqs]
@@ -159,7 +154,9 @@ class Trainer:
         self._values.clear()
         features = self.codec.backbone(self.codec.spec_transform(speech))
         quantized, _ = self.codec.quantizer(features)
-        with self.autocast():  # the codes are made in fp32, as they will always be
+        # The codes are made in fp32, as they will always be.
+        native = multiplies_bf16(speech.device)
+        with torch.autocast(speech.device.type, torch.bfloat16, enabled=native):
             made = self.codec.head(quantized).float()[..., : speech.shape[-1]]
         values = torch.stack(self._values).flatten(1, 2)  # [G, B·T, 4]
         penalty = values.mean(1).square().mean() + (values.std(1) - 0.9).square().mean()

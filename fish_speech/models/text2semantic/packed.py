@@ -142,19 +142,14 @@ class PackedNorm:
     """RMS norm in one pass: by torch's layer norm, which finds no mean to take off x beside -x."""
 
     def __init__(self, norm: RMSNorm) -> None:
-        self._weight = norm.weight.detach().float().repeat(2)
-        self._eps = norm.eps
+        weight = norm.weight.detach().float()
+        self.weight, self.eps = weight.numpy(), norm.eps
+        self._twice = weight.repeat(2)
 
     def __call__(self, x: Tensor) -> Tensor:  # [..., D]
         both = torch.cat((x, -x), -1)
-        normed = torch.layer_norm(both, self._weight.shape, self._weight, None, self._eps)
+        normed = torch.layer_norm(both, self._twice.shape, self._twice, None, self.eps)
         return normed.narrow(-1, 0, x.shape[-1])
-
-    def few(self, x: np.ndarray, rows: np.ndarray, sizes: np.ndarray) -> None:
-        """Columns [C, D] into the rows of a product; see `column.norm`."""
-        from fish_speech.models.text2semantic import column
-
-        column.norm(x, self._weight.numpy()[: x.shape[1]], self._eps, rows, sizes)
 
 
 class PackedBlock(nn.Module):
@@ -200,7 +195,7 @@ class PackedBlock(nn.Module):
             return out.numpy().reshape(columns, self._parts, -1)
 
         before, taken = x[0].contiguous().numpy(), rows(dim)
-        self.attention_norm.few(before, taken, sizes)
+        column.norm(before, self.attention_norm.weight, self.attention_norm.eps, taken, sizes)
         out = product(self.wqkv, taken)
         queries = np.empty((columns, attention.n_head, attention.head_dim), np.float32)
         keys, values = cache.room(attention.layer, columns)
@@ -217,7 +212,7 @@ class PackedBlock(nn.Module):
         out = product(self.wo, taken)
         between, taken = np.empty((columns, dim), np.float32), rows(dim)
         column.add(before, out, sizes, between)
-        self.ffn_norm.few(between, taken, sizes)
+        column.norm(between, self.ffn_norm.weight, self.ffn_norm.eps, taken, sizes)
         out = product(self.w13, taken)
         taken = rows(self._width)
         column.gate(out, sizes, taken)

@@ -191,7 +191,6 @@ class HiFiGANHead(nn.Module):
             self._reaches.insert(0, reach + block)
             reach = math.ceil((reach + block + kernel - 1) / rate)
         self.left_context = reach + pre_conv_kernel_size - 1
-        self._rates = list(upsample_rates)
         for module in self.modules():
             if isinstance(module, CausalConv1d | CausalConvTranspose1d):
                 weight_norm(module.conv)
@@ -200,10 +199,12 @@ class HiFiGANHead(nn.Module):
         """Without the first `skip` samples: of what is before them, only what the others depend on
         is computed, which is least at the highest rates, where most of the work is."""
         x = self.conv_pre(x.to(self.conv_pre.conv.weight.dtype))
-        begin, samples = 0, math.prod(self._rates)  # of the waveform, for each that x has
-        stages = zip(self.ups, self.resblocks, self._rates, self._reaches, strict=True)
-        for up, resblock, rate, reach in stages:
-            x = up(F.silu(x))
+        begin, samples = (
+            0,
+            math.prod(up.conv.stride[0] for up in self.ups),
+        )  # of the waveform, for each that x has
+        for up, resblock, reach in zip(self.ups, self.resblocks, self._reaches, strict=True):
+            x, rate = up(F.silu(x)), up.conv.stride[0]
             begin, samples = begin * rate, samples // rate
             unneeded = max(0, skip // samples - reach - begin)
             begin += unneeded

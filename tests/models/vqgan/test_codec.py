@@ -83,7 +83,7 @@ def test_a_chunk_with_its_left_context_decodes_as_in_the_whole(codec, golden):
 
 @pytest.mark.parametrize("stage", range(5))
 def test_of_the_context_no_stage_leaves_out_what_is_heard(codec, golden, stage):
-    """With one sample less at any stage the chunk is another one."""
+    """With a quarter of the reach at any stage the chunk is another one."""
     codes, context = golden["codes"][:1], codec.left_context
     wanted, _ = codec.decode(codes, context=context)
     reaches = list(codec.head._reaches)
