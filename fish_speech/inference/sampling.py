@@ -54,7 +54,8 @@ def sample(
     probs = probabilities(logits, previous, sampling)
     if sampling.temperature == 0:
         return probs.argmax()
-    # Dividing by exponential noise and taking the largest draws from `probs` (the Gumbel trick),
-    # and unlike `multinomial` never waits for the device.
-    noise = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / noise).argmax()
+    # One random number, above 0 and at most the sum, falls on an id as often as it is probable.
+    # Unlike `multinomial` this never waits for the device.
+    shares = probs.cumsum(0)
+    number = 1 - torch.rand(1, generator=generator, device=probs.device)
+    return torch.searchsorted(shares, number * shares[-1:])[0]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fish_speech.models.vqgan import Codec
+from fish_speech.models.vqgan.firefly import Memory
 
-# Frames of the first block and of the longest: the first is heard soon, the later ones waste
-# little on decoding their left context again.
+# Frames of the first block and of the longest: the first is heard soon, the later ones take fewer
+# calls.
 FIRST_BLOCK, LONGEST_BLOCK = 6, 48
 _GROWTH = 1.5  # no faster: while a block plays, the next has to be made
 
@@ -21,27 +22,24 @@ _MARGIN = 0.05  # seconds that stay before the first and after the last sound
 def decode_stream(codec: Codec, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
     """Decode frames [K] in blocks: yields waveforms [1, n] on the CPU with their number of frames.
 
-    The codec is causal: with its left context decoded again, every block equals the same stretch of
-    the whole. Blocks do not depend on time, so that the same frames always give the same blocks.
+    The codec is causal and remembers what a block depends on: every block equals the same stretch
+    of the whole. Blocks do not depend on time, so that the same frames always give the same blocks.
     """
-    context: list[Tensor] = []
+    memory: Memory = {}
     block: list[Tensor] = []
     size = float(FIRST_BLOCK)
     for frame in frames:
         block.append(frame)
         if len(block) >= int(size):
-            yield decode_frames(codec, block, context), len(block)
-            context = (context + block)[-codec.left_context :] if codec.left_context else []
+            yield _decode(codec, block, memory), len(block)
             block, size = [], min(size * _GROWTH, LONGEST_BLOCK)
     if block:
-        yield decode_frames(codec, block, context), len(block)
+        yield _decode(codec, block, memory), len(block)
 
 
-def decode_frames(codec: Codec, frames: list[Tensor], context: list[Tensor] = ()) -> Tensor:
-    """Decode frames [K] that follow those of `context`: waveform [1, n], float32 on the CPU."""
-    codes = torch.stack([*context, *frames], dim=1)[None]  # [1, K, T]
-    lengths = torch.tensor([codes.shape[2]], device=codes.device)
-    waveforms, _ = codec.decode(codes, lengths, context=len(context))
+def _decode(codec: Codec, frames: list[Tensor], memory: Memory) -> Tensor:
+    """Waveform [1, n] of the frames [K] that come next, float32 on the CPU."""
+    waveforms, _ = codec.decode(torch.stack(frames, dim=1)[None], memory=memory)
     return waveforms[0].float().cpu()
 
 

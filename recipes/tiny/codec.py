@@ -13,6 +13,7 @@ import math
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -20,20 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fish_speech.devices import multiplies_bf16
+from fish_speech.devices import keep_freed_memory, multiplies_bf16
 from fish_speech.files import atomic_path, write_json
 from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, Codec, CodecConfig, find_codec
 from fish_speech.models.vqgan.firefly import ConvNeXtBlock
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 from fish_speech.models.weights import read_state_dict
 from recipes.tiny.texts import CACHE, read_sentences
-from recipes.tiny.voices import SAMPLE_RATE, VOICES, speak
+from recipes.tiny.voices import SAMPLE_RATE, UNNAMED, VOICES, speak
 
 CHECKPOINT = "codec.ckpt"
 CODEC_FILE = "firefly-gan-vq-fsq-8x1000-20hz-generator.pth"
 RATE = 4e-4
 LAYER_SCALE = 0.1  # the published 1e-6 would take a long training to grow
 SCALES = ((2048, 80), (1024, 80), (512, 60), (256, 40))  # n_fft and mels of the loss
+WARM_UP = 100  # steps
 ENCODER_WAITS, ENCODER_RAMP = 100, 300  # steps
 CONFIG = {
     "spec_transform": {
@@ -148,6 +150,7 @@ class Trainer:
     def update(self, speech: Tensor) -> tuple[float, float]:
         """One step on speech [B, 1, N]; returns the spectral distance and the penalty."""
         decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        decay *= min(1.0, (self.step + 1) / WARM_UP)
         awake = min(1.0, max(0.0, (self.step - ENCODER_WAITS) / ENCODER_RAMP))
         decoder, encoder = self.optimizer.param_groups
         decoder["lr"], encoder["lr"] = RATE * decay, 0.5 * RATE * decay * awake
@@ -170,8 +173,9 @@ class Trainer:
 
 
 def load_speech(texts: list[str]) -> list[Tensor]:
-    """Every text in every voice, as waveforms [N]."""
-    jobs = [(text, speaker) for text in texts for speaker in VOICES]
+    """Every text in every named voice and an unnamed one, as waveforms [N]."""
+    unnamed = cycle(UNNAMED)
+    jobs = [(text, speaker) for text in texts for speaker in (*VOICES, next(unnamed))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         spoken = tqdm(pool.map(lambda job: speak(*job), jobs), total=len(jobs), disable=None)
         return [torch.from_numpy(samples) for samples in spoken]
@@ -211,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    keep_freed_memory()
     texts = read_sentences("train.txt", args.cache)
     speech, size = load_speech(texts[: args.sentences]), round(args.seconds * SAMPLE_RATE)
     if args.start:

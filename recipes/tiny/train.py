@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from fish_speech.conversation import IGNORED
-from fish_speech.devices import multiplies_bf16
+from fish_speech.devices import keep_freed_memory, multiplies_bf16
 from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.llama import rotary_table, rotate
@@ -267,6 +267,7 @@ def work(process: int, args: argparse.Namespace, rendezvous: str) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=process, world_size=args.processes
         )
+    keep_freed_memory()
     torch._dynamo.config.recompile_limit = 32  # one for every bucket
     compiled = not args.no_compile
     run = Run(args.cache, args.device, args.seed, compiled=compiled, start=args.start)

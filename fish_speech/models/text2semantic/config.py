@@ -49,7 +49,7 @@ class ModelConfig:
             if getattr(self, f"fast_{name}") is None:
                 setattr(self, f"fast_{name}", getattr(self, name))
         if self.head_dim % 2 or self.fast_head_dim % 2:
-            raise ValueError("config.json: head_dim and fast_head_dim are turned in pairs, so even")
+            raise ValueError("head_dim and fast_head_dim are turned in pairs, so they must be even")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ModelConfig:
@@ -67,7 +67,11 @@ class ModelConfig:
             if value is not None and kind in (int, float) and not isinstance(value, int | float):
                 raise ValueError(f"{file}: {key} is {value!r}, not a number")
         known = {key: value for key, value in values.items() if key in kinds}
-        return cls(**known, extra={k: v for k, v in values.items() if k not in kinds})
+        extra = {key: value for key, value in values.items() if key not in kinds}
+        try:
+            return cls(**known, extra=extra)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
     def save(self, directory: str | Path) -> None:
         """Write `config.json` in the published, flat layout."""

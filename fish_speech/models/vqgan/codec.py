@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import remove_parametrizations
 
 from fish_speech.files import read_json
 from fish_speech.hub import CODEC_PATTERN
-from fish_speech.models.vqgan.firefly import ConvNeXtEncoder, HiFiGANHead
+from fish_speech.models.vqgan.firefly import ConvNeXtEncoder, HiFiGANHead, Memory
 from fish_speech.models.vqgan.fsq import DownsampleFiniteScalarQuantizer
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 from fish_speech.models.weights import assign_strictly, empty_modules, read_state_dict
@@ -124,14 +124,6 @@ class Codec(nn.Module):
     def device(self) -> torch.device:
         return self.quantizer.residual_fsq.rvqs[0].project_in.weight.device
 
-    @property
-    def left_context(self) -> int:
-        """Frames before a chunk that make its audio the same as in the whole (receptive field)."""
-        reach = self.head.left_context
-        for up, block_after in reversed(list(self.quantizer.upsample)):
-            reach = math.ceil((reach + block_after.dwconv.span - 1) / up.conv.stride[0])
-        return reach
-
     @torch.no_grad()
     def encode(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """waveforms [B, 1, N] (at `sample_rate`, `lengths [B]` samples of each) to codes.
@@ -150,20 +142,24 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def decode(
-        self, codes: Tensor, code_lengths: Tensor | None = None, *, context: int = 0
+        self,
+        codes: Tensor,
+        code_lengths: Tensor | None = None,
+        *,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Tensor]:
         """codes [B, K, T] (`code_lengths [B]` frames of each) to waveforms.
 
-        Returns waveforms [B, 1, (T - context) * frame_length] (float32) and their lengths [B] in
-        samples: the first `context` frames are only what the others follow.
+        Returns waveforms [B, 1, T * frame_length] (float32) and their lengths [B] in samples. With
+        a memory the codes follow those that it was given before, all of them whole frames.
         """
         if code_lengths is None:
             code_lengths = torch.full((len(codes),), codes.shape[-1])
         code_lengths = code_lengths.to(codes.device)
-        features = self.quantizer.decode(codes.long())
+        features = self.quantizer.decode(codes.long(), memory)
         mask = length_mask(code_lengths * self._mels_per_frame, features.shape[-1])
-        waveforms = self.head(channels_last(features * mask), context * self.frame_length)
-        lengths = (code_lengths - context) * self.frame_length
+        waveforms = self.head(channels_last(features * mask), memory)
+        lengths = code_lengths * self.frame_length
         return waveforms * length_mask(lengths, waveforms.shape[-1]), lengths
 
 

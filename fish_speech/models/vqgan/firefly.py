@@ -3,6 +3,8 @@
 Shapes: B batch, C channels, T frames, N samples. Parameter names are those of the published codec.
 Whether a frame's channels or a channel's frames lie side by side in memory is up to the caller.
 Both give the same numbers, and the order is kept throughout; a CPU is faster with the first.
+
+A stream is decoded piece by piece with a `Memory`, and every piece comes out as in the whole.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+
+# The last columns that every convolution has seen; empty at the beginning of a stream.
+Memory = dict[nn.Module, Tensor]
 
 
 class CausalConv1d(nn.Module):
@@ -35,13 +40,13 @@ class CausalConv1d(nn.Module):
             in_channels, out_channels, kernel_size, stride, dilation=dilation, groups=groups
         )
         self.stride = stride
-        self.span = (kernel_size - 1) * dilation + 1
+        self._before = (kernel_size - 1) * dilation + 1 - stride
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, T] -> [B, C', ceil(T / stride)]
-        frames = math.ceil(x.shape[-1] / self.stride)
-        right = frames * self.stride - x.shape[-1]
-        # As an image of one row: padding and convolving those keeps the order in memory.
-        padded = F.pad(x[:, :, None], (self.span - self.stride, right))
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """[B, C, T] -> [B, C', ceil(T / stride)]; with a memory T must be a multiple of it."""
+        if right := -x.shape[-1] % self.stride:
+            x = F.pad(x, (0, right))
+        padded = _follow(self, x, self._before, memory)
         conv, weight = self.conv, self.conv.weight[:, :, None]
         return F.conv2d(
             padded, weight, conv.bias, (1, self.stride), 0, (1, *conv.dilation), conv.groups
@@ -54,12 +59,32 @@ class CausalConvTranspose1d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.ConvTranspose1d(in_channels, out_channels, kernel_size, stride)
-        self.trim = kernel_size - stride
+        self._before = math.ceil(kernel_size / stride) - 1
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, T] -> [B, C', T * stride]
-        conv, weight = self.conv, self.conv.weight[:, :, None]
-        x = F.conv_transpose2d(x[:, :, None], weight, conv.bias, (1, *conv.stride))[:, :, 0]
-        return x[..., : x.shape[-1] - self.trim]
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        """[B, C, T] -> [B, C', T * stride]"""
+        conv, weight, stride = self.conv, self.conv.weight[:, :, None], self.conv.stride[0]
+        begin = 0 if memory is None else self._before
+        end = begin + x.shape[-1]
+        x = _follow(self, x, begin, memory)
+        x = F.conv_transpose2d(x, weight, conv.bias, (1, stride))[:, :, 0]
+        return x[..., begin * stride : end * stride]
+
+
+def _follow(module: nn.Module, x: Tensor, size: int, memory: Memory | None) -> Tensor:
+    """x [B, C, T] behind the `size` columns before it, which are zeros at the beginning and the
+    module's in the memory later: [B, C, 1, size + T].
+
+    As images of one row: padding, joining and convolving those keeps the order in memory.
+    """
+    x = x[:, :, None]
+    if size == 0:
+        return x
+    before = None if memory is None else memory.get(module)
+    x = F.pad(x, (size, 0)) if before is None else torch.cat([before, x], dim=-1)
+    if memory is not None:
+        memory[module] = x[..., -size:].clone()
+    return x
 
 
 class ChannelsFirstLayerNorm(nn.LayerNorm):
@@ -83,8 +108,8 @@ class ConvNeXtBlock(nn.Module):
         self.pwconv2 = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), layer_scale))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, T]
-        h = self.norm(self.dwconv(x).transpose(1, 2))
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:  # [B, C, T]
+        h = self.norm(self.dwconv(x, memory).transpose(1, 2))
         h = self.gamma * self.pwconv2(F.gelu(self.pwconv1(h)))
         return x + h.transpose(1, 2)
 
@@ -128,9 +153,9 @@ class ResidualBlock(nn.Module):
             for _ in range(2)
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, N]
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:  # [B, C, N]
         for first, second in zip(self.convs1, self.convs2, strict=True):
-            x = x + second(F.silu(first(F.silu(x))))
+            x = x + second(F.silu(first(F.silu(x), memory)), memory)
         return x
 
 
@@ -145,10 +170,10 @@ class ParallelBlock(nn.Module):
             ResidualBlock(channels, k, d) for k, d in zip(kernel_sizes, dilations, strict=True)
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, N]
-        total = self.blocks[0](x)
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:  # [B, C, N]
+        total = self.blocks[0](x, memory)
         for block in self.blocks[1:]:
-            total = total + block(x)
+            total = total + block(x, memory)
         return total / len(self.blocks)
 
 
@@ -179,35 +204,12 @@ class HiFiGANHead(nn.Module):
             ParallelBlock(c, resblock_kernel_sizes, resblock_dilation_sizes) for c in channels[1:]
         )
         self.conv_post = CausalConv1d(channels[-1], 1, post_conv_kernel_size)
-        block = max(
-            sum(2 * (kernel - 1) * dilation for dilation in dilations)
-            for kernel, dilations in zip(
-                resblock_kernel_sizes, resblock_dilation_sizes, strict=True
-            )
-        )
-        # Samples before one of the waveform that it depends on, at the rate of each stage.
-        reach, self._reaches = post_conv_kernel_size - 1, []
-        for rate, kernel in reversed(list(zip(upsample_rates, upsample_kernel_sizes, strict=True))):
-            self._reaches.insert(0, reach + block)
-            reach = math.ceil((reach + block + kernel - 1) / rate)
-        self.left_context = reach + pre_conv_kernel_size - 1
         for module in self.modules():
             if isinstance(module, CausalConv1d | CausalConvTranspose1d):
                 weight_norm(module.conv)
 
-    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
-        """Without the first `skip` samples: of what is before them, only what the others depend on
-        is computed, which is least at the highest rates, where most of the work is."""
-        x = self.conv_pre(x.to(self.conv_pre.conv.weight.dtype))
-        begin, samples = (
-            0,
-            math.prod(up.conv.stride[0] for up in self.ups),
-        )  # of the waveform, for each that x has
-        for up, resblock, reach in zip(self.ups, self.resblocks, self._reaches, strict=True):
-            x, rate = up(F.silu(x)), up.conv.stride[0]
-            begin, samples = begin * rate, samples // rate
-            unneeded = max(0, skip // samples - reach - begin)
-            begin += unneeded
-            x = resblock(x[..., unneeded:])
-        x = self.conv_post(F.silu(x).to(self.conv_post.conv.weight.dtype))
-        return torch.tanh(x[..., skip - begin :])
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        x = self.conv_pre(x.to(self.conv_pre.conv.weight.dtype), memory)
+        for up, resblock in zip(self.ups, self.resblocks, strict=True):
+            x = resblock(up(F.silu(x), memory), memory)
+        return torch.tanh(self.conv_post(F.silu(x).to(self.conv_post.conv.weight.dtype), memory))

@@ -12,7 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fish_speech.models.vqgan.firefly import CausalConv1d, CausalConvTranspose1d, ConvNeXtBlock
+from fish_speech.models.vqgan.firefly import (
+    CausalConv1d,
+    CausalConvTranspose1d,
+    ConvNeXtBlock,
+    Memory,
+)
 
 
 class FiniteScalarQuantizer(nn.Module):
@@ -114,11 +119,14 @@ class DownsampleFiniteScalarQuantizer(nn.Module):
         groups = zip(self.residual_fsq.rvqs, self._groups(x), strict=True)
         return torch.stack([rvq.encode(part) for rvq, part in groups], dim=1)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, memory: Memory | None = None) -> Tensor:
         """codes [B, G, T'] -> features [B, D, T'·factor]."""
         groups = zip(self.residual_fsq.rvqs, codes.unbind(1), strict=True)
         quantized = torch.cat([rvq.decode(part) for rvq, part in groups], dim=-1)
-        return self.upsample(quantized.transpose(1, 2))
+        features = quantized.transpose(1, 2)
+        for up, block in self.upsample:
+            features = block(up(features, memory), memory)
+        return features
 
     def _groups(self, x: Tensor) -> Sequence[Tensor]:
         return self.downsample(x).transpose(1, 2).chunk(len(self.residual_fsq.rvqs), dim=-1)

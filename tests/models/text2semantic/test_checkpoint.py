@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import pytest
@@ -88,10 +89,14 @@ def test_a_file_of_an_old_pytorch_loads(model, directory):
     torch.testing.assert_close(load_model(directory).state_dict(), model.state_dict())
 
 
-def test_a_config_with_text_for_a_number_is_refused(directory):
-    values = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**values, "dim": "64"}))
-    with pytest.raises(ValueError, match=r"config\.json: dim is '64', not a number"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"dim": "64"}, "dim is '64', not a number"), ({"head_dim": 9}, "must be even")],
+)
+def test_a_config_that_can_not_be_is_refused(directory, wrong, message):
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **wrong}))
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))}: .*{message}"):
         load_model(directory)
 
 
