@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 _SMALL_MODEL = 100_000_000  # bytes of weights
-_HUGE_PAGE = 2 << 20  # bytes
 _ASSUMED_MEMORY = 4 << 30  # bytes, where the system does not say
 
 
@@ -104,30 +104,6 @@ def keep_freed_memory() -> None:
     if hasattr(library, "gnu_get_libc_version"):
         library.mallopt(mmap_threshold, 1 << 30)
         library.mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def use_huge_pages() -> None:
-    """Move what the process holds into pages of 2 MB; does nothing but on a Linux that has them.
-
-    The address of every page has to be looked up: packed weights are read 7% faster.
-    """
-    import ctypes
-
-    hugepage, collapse = 14, 25  # advice of mman.h
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return
-    library = ctypes.CDLL(None)
-    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
-        addresses, access, _, _, inode, *name = line.split(maxsplit=5)
-        if access != "rw-p" or inode != "0" or name not in ([], ["[heap]"]):
-            continue
-        begin, end = (int(address, 16) for address in addresses.split("-"))
-        begin, end = -(-begin // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
-        if begin < end:
-            region = (ctypes.c_void_p(begin), ctypes.c_size_t(end - begin))
-            library.madvise(*region, hugepage)
-            library.madvise(*region, collapse)  # refused by an older kernel: those to come at least
 
 
 def free_memory(device: torch.device) -> int:

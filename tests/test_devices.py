@@ -4,7 +4,6 @@ import ctypes
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -61,24 +60,3 @@ bytearray(1 << 26)
 sys.exit(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before > 1000)
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
-
-
-def test_what_a_process_holds_moves_into_huge_pages_unchanged():
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not pages.exists() or "[never]" in pages.read_text():
-        pytest.skip("no huge pages here")
-    script = """
-from pathlib import Path
-from fish_speech.devices import use_huge_pages
-def huge():
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
-held, before = bytearray(b"abcd") * (1 << 24), huge()
-use_huge_pages()
-print(huge() - before, held == b"abcd" * (1 << 24))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    kilobytes, unchanged = done.stdout.split()
-    assert unchanged == "True"
-    if "[always]" not in pages.read_text():
-        assert int(kilobytes) > 32 << 10

@@ -54,8 +54,7 @@ def sample(
     probs = probabilities(logits, previous, sampling)
     if sampling.temperature == 0:
         return probs.argmax()
-    # One random number, above 0 and at most the sum, falls on an id as often as it is probable.
-    # Unlike `multinomial` this never waits for the device.
-    shares = probs.cumsum(0)
-    number = 1 - torch.rand(1, generator=generator, device=probs.device)
-    return torch.searchsorted(shares, number * shares[-1:])[0]
+    # Dividing by exponential noise and taking the largest draws from `probs` (the Gumbel trick),
+    # and unlike `multinomial` never waits for the device. Here the noise is negative.
+    noise = torch.empty_like(probs).uniform_(1e-30, 1, generator=generator).log_()
+    return (probs / noise).argmin()

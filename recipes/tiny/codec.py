@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start", type=Path, help="model directory whose codec to train on")
     parser.add_argument("--decoder-only", action="store_true", help="leave the codes as they are")
     parser.add_argument("--steps", type=int, default=16000)
-    parser.add_argument("--sentences", type=int, default=2000, help="spoken in every voice")
+    parser.add_argument("--sentences", type=int, default=2000, help="each in four voices")
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=0.8, help="length of a crop")
     parser.add_argument("--save-every", type=int, default=500)

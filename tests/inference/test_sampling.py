@@ -30,6 +30,20 @@ def test_the_most_likely_always_stays():
     assert probs.tolist() == [1.0, 0.0, 0.0]
 
 
+def test_a_model_that_gives_no_numbers_never_draws_beyond_its_ids():
+    for logits in (torch.full((8,), torch.nan), torch.full((8,), torch.inf)):
+        assert 0 <= sample(logits, None, Sampling(), None) < 8
+
+
+def test_the_improbable_is_never_drawn(monkeypatch):
+    """Not even by the ends of what a random number can be."""
+    logits = torch.tensor([-torch.inf, 1.0, 1.0, -torch.inf])
+    for share in (0.0, 1 - 2**-24):
+        uniform = lambda x, low, high, share=share, **_: x.fill_(low + share * (high - low))  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
+        assert sample(logits, None, Sampling(), None) in (1, 2)
+
+
 def test_temperature_zero_takes_the_most_likely():
     logits = torch.tensor([0.1, 0.3, 0.2])
     assert sample(logits, None, Sampling(temperature=0), None) == 1

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fish_speech.devices import use_huge_pages
 from fish_speech.models.text2semantic.llama import (
     DualARTransformer,
     KeyValueCache,
@@ -269,7 +268,6 @@ def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransfo
         setattr(model, name, WideEmbedding(getattr(model, name)))
     for module in (model.norm, model.fast_norm, model.fast_project_in):
         module.float().requires_grad_(False)
-    use_huge_pages()
     return model
 
 

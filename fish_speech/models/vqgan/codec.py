@@ -151,7 +151,7 @@ class Codec(nn.Module):
         """codes [B, K, T] (`code_lengths [B]` frames of each) to waveforms.
 
         Returns waveforms [B, 1, T * frame_length] (float32) and their lengths [B] in samples. With
-        a memory the codes follow those that it was given before, all of them whole frames.
+        a memory (without lengths) the codes follow those that it was given before.
         """
         if code_lengths is None:
             code_lengths = torch.full((len(codes),), codes.shape[-1])

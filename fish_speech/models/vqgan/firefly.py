@@ -44,9 +44,9 @@ class CausalConv1d(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """[B, C, T] -> [B, C', ceil(T / stride)]; with a memory T must be a multiple of it."""
-        if right := -x.shape[-1] % self.stride:
-            x = F.pad(x, (0, right))
         padded = _follow(self, x, self._before, memory)
+        if right := -x.shape[-1] % self.stride:
+            padded = F.pad(padded, (0, right))
         conv, weight = self.conv, self.conv.weight[:, :, None]
         return F.conv2d(
             padded, weight, conv.bias, (1, self.stride), 0, (1, *conv.dilation), conv.groups
@@ -54,7 +54,7 @@ class CausalConv1d(nn.Module):
 
 
 class CausalConvTranspose1d(nn.Module):
-    """Upsampling by `stride`; what would look ahead is trimmed on the right."""
+    """Upsampling by `stride`; what would look ahead, or was there before, is trimmed."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
         super().__init__()

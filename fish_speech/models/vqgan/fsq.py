@@ -112,7 +112,7 @@ class DownsampleFiniteScalarQuantizer(nn.Module):
             rvq(part) for rvq, part in zip(self.residual_fsq.rvqs, self._groups(x), strict=True)
         ]
         quantized = torch.cat([part for part, _ in parts], dim=-1).transpose(1, 2)
-        return self.upsample(quantized), torch.stack([codes for _, codes in parts], dim=1)
+        return self._upsampled(quantized), torch.stack([codes for _, codes in parts], dim=1)
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, D, T] -> codes [B, G, T'] (int64)."""
@@ -123,10 +123,12 @@ class DownsampleFiniteScalarQuantizer(nn.Module):
         """codes [B, G, T'] -> features [B, D, T'·factor]."""
         groups = zip(self.residual_fsq.rvqs, codes.unbind(1), strict=True)
         quantized = torch.cat([rvq.decode(part) for rvq, part in groups], dim=-1)
-        features = quantized.transpose(1, 2)
+        return self._upsampled(quantized.transpose(1, 2), memory)
+
+    def _upsampled(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         for up, block in self.upsample:
-            features = block(up(features, memory), memory)
-        return features
+            x = block(up(x, memory), memory)
+        return x
 
     def _groups(self, x: Tensor) -> Sequence[Tensor]:
         return self.downsample(x).transpose(1, 2).chunk(len(self.residual_fsq.rvqs), dim=-1)
