@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fish_speech.inference.sampling import Sampling, probabilities, sample
+from fish_speech.models.text2semantic import column
 from tests.conftest import golden_tensors
 
 
@@ -38,10 +39,27 @@ def test_a_model_that_gives_no_numbers_never_draws_beyond_its_ids():
 def test_the_improbable_is_never_drawn(monkeypatch):
     """Not even by the ends of what a random number can be."""
     logits = torch.tensor([-torch.inf, 1.0, 1.0, -torch.inf])
-    for share in (0.0, 1 - 2**-24):
-        uniform = lambda x, low, high, share=share, **_: x.fill_(low + share * (high - low))  # noqa: E731
-        monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
-        assert sample(logits, None, Sampling(), None) in (1, 2)
+    for number, drawn in ((0.0, 2), (1 - 2**-24, 1)):
+        monkeypatch.setattr(torch, "rand", lambda *_, number=number, **__: torch.tensor(number))
+        assert sample(logits, None, Sampling(top_p=1), None) == drawn
+
+
+@pytest.mark.parametrize("size", [5, 1024, 1025])
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 3.0])
+@pytest.mark.parametrize("top_p", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("penalty", [0.8, 1.0, 1.2])
+def test_what_a_cpu_draws_has_the_same_probabilities(size, temperature, top_p, penalty):
+    generator = torch.Generator().manual_seed(size)
+    for spread in (0.1, 1.0, 5.0):
+        logits = spread * torch.randn(size, generator=generator)
+        previous = torch.randint(0, size, (16,), generator=generator)  # some of them twice
+        probs = probabilities(logits, previous, Sampling(temperature, top_p, penalty)).double()
+        ends = probs.cumsum(0) / probs.sum()
+        for number in torch.rand(5, generator=generator).tolist():
+            settings = (penalty, top_p, temperature, number)
+            drawn = column.draw(logits.numpy(), previous.numpy(), *settings)
+            assert probs[drawn] > 0
+            assert ends[drawn] - probs[drawn] - 1e-5 < number < ends[drawn] + 1e-5
 
 
 def test_temperature_zero_takes_the_most_likely():

@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import float32, int64, njit, void
+from numba import float32, float64, int64, njit, void
 
 STEPS = 63  # either way, of an input: 127 * 127 * 2 still fits the 16 bits that CPUs sum pairs in
 MAGNIFIED = 2 * STEPS  # how much what rounding leaves, half a step at most, is magnified
 
 _STEPS, _REST = float32(STEPS), float32(1 / MAGNIFIED)
 _ONE, _TINY, _LEAST = float32(1), float32(1e-12), float32(-3e38)
+_HALVINGS = 32  # of the distance to a threshold
 _LOG2_E, _LARGEST = float32(math.log2(math.e)), float32(126)
 _VECTOR, _MATRIX, _CUBE = float32[::1], float32[:, ::1], float32[:, :, ::1]
 _INLINE = {"inline": "always", "error_model": "numpy"}
@@ -176,3 +177,42 @@ def attend(queries, keys, values, position, rows, sizes):
                 for index in range(width):
                     out[index] += weight * value[place, index]
         sizes[column] = _part(rows[column])
+
+
+@_compiled(int64(_VECTOR, int64[::1], float32, float32, float32, float64))
+def draw(logits, previous, penalty, top_p, temperature, number):
+    """The id that a number above 0, at most 1, draws from logits [V] (see `inference.sampling`)."""
+    scores = logits.copy()
+    for index in previous:  # those that repeat are changed once
+        score = logits[index]
+        scores[index] = score * penalty if score < 0 else score / penalty
+    largest = _LEAST
+    for index in range(len(scores)):
+        largest = max(largest, scores[index])
+    weights, total = np.empty_like(scores), float32(0)
+    for index in range(len(scores)):
+        weights[index] = _exp(scores[index] - largest)
+        total += weights[index]
+    # The least weight that stays: of those from it on, the sum is within top-p.
+    least, below = _ONE, float32(0)
+    for _ in range(_HALVINGS if top_p < _ONE else 0):
+        middle = (least + below) / float32(2)
+        above = float32(0)
+        for index in range(len(weights)):
+            above += weights[index] if weights[index] >= middle else float32(0)
+        if above <= top_p * total:
+            least = middle
+        else:
+            below = middle
+    total = float32(0)
+    for index in range(len(weights)):
+        stays = top_p >= _ONE or weights[index] >= least
+        weights[index] = _exp((scores[index] - largest) / temperature) if stays else float32(0)
+        total += weights[index]
+    passed, last = float64(0), 0
+    for index in range(len(weights)):
+        if weights[index] > 0:
+            passed, last = passed + float64(weights[index]), index
+            if passed >= number * float64(total):
+                break
+    return last

@@ -3,7 +3,7 @@
 There a frame costs reading every weight once, so fewer bytes are faster, and so is an order of them
 that both cores can stream. Activations are fp32 whatever the weights are: they cost nothing, and
 casting them does. What is between the products of one or a few columns is compiled (`column.py`,
-imported only where weights are packed: importing compiles).
+imported only where it is needed: importing compiles).
 """
 
 from __future__ import annotations
