@@ -24,6 +24,16 @@ def test_blocks_join_to_the_whole_decoded_at_once(tts):
     assert sum(sizes) == 203
 
 
+def test_two_streams_of_one_codec_do_not_mix(tts):
+    codec, generator = tts._codec, torch.Generator().manual_seed(0)
+    codes = [torch.randint(0, 1000, (8, 20), generator=generator) for _ in range(2)]  # [K, T]
+    streams = [decode_stream(codec, part.T) for part in codes]
+    blocks = zip(*zip(*streams, strict=True), strict=True)  # by turns
+    for part, mine in zip(codes, blocks, strict=True):
+        alone, _ = codec.decode(part[None])
+        assert torch.allclose(torch.cat([b for b, _ in mine], dim=1), alone[0], atol=1e-4)
+
+
 def test_the_first_block_comes_before_the_frames_have_ended(tts):
     made = []
 
