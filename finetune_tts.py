@@ -15,6 +15,7 @@ from fish_speech.devices import keep_freed_memory
 
 if TYPE_CHECKING:
     from fish_speech.datasets.shards import Manifest
+    from fish_speech.evaluation.leaderboard import Leaderboard
     from fish_speech.training.config import RunConfig
     from fish_speech.training.runs import Run, Start
 
@@ -137,8 +138,11 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--force-mps and --device {args.device} exclude each other")
         args.device = "mps"
     merged = args.merge_weights or args.full_pipeline
-    if len(args.checkpoint_step or ()) > 1 and (merged or not args.evaluate):
-        raise ValueError("--checkpoint-step: one step can be merged, several only with --evaluate")
+    measured = args.evaluate or args.merge_best
+    if len(args.checkpoint_step or ()) > 1 and (merged or not measured):
+        raise ValueError(
+            "--checkpoint-step: one step can be merged, several with --evaluate or --merge-best"
+        )
     if args.merge_best and (args.merge_weights or args.checkpoint_path):
         raise ValueError("--merge-best chooses by itself: leave the other flags out")
     needs_data = stages[:5]
@@ -267,8 +271,8 @@ def train_stage(
     return done.stopped_by
 
 
-def evaluate_stage(args: argparse.Namespace, run: Run) -> None:
-    """Checkpoints -> `results/<project>/evaluation`."""
+def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
+    """Checkpoints -> `results/<project>/evaluation`; None where nobody asked and it failed."""
     from fish_speech.evaluation.project import Request, evaluate
 
     try:
@@ -279,12 +283,13 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> None:
         if args.debug:
             traceback.print_exc()
         say(f"not evaluated: {error}")  # the pipeline goes on
-        return
+        return None
     print(board.recommendation)
+    return board
 
 
-def merge_stage(args: argparse.Namespace, run: Run) -> Path:
-    """Checkpoint -> `checkpoints/<project>-merged`."""
+def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -> Path:
+    """Checkpoint -> `checkpoints/<project>-merged`; `board` is of this very command."""
     from fish_speech.training.merge import merge
 
     base_dir, lora = args.pretrained_ckpt_path, None
@@ -299,7 +304,7 @@ def merge_stage(args: argparse.Namespace, run: Run) -> Path:
     elif args.merge_best:
         from fish_speech.evaluation.project import Request, recommended
 
-        checkpoint = recommended(run, Request.of_flags(vars(args)), say)
+        checkpoint = recommended(run, Request.of_flags(vars(args)), say, board)
     else:
         checkpoint = run.checkpoint(*args.checkpoint_step or ())
     folder = Path("checkpoints") / f"{run.project}-merged"
@@ -329,10 +334,11 @@ def run_stages(args: argparse.Namespace) -> int:
             named = "--resume-latest in place of --resume-from-checkpoint"
             say(f"stopped; {named if args.resume_from_checkpoint else 'the same command'} goes on")
             return INTERRUPTED if stopped_by == signal.SIGINT else 128 + stopped_by
+    board = None
     if args.evaluate or (everything and args.evaluate is None):
-        evaluate_stage(args, run)
+        board = evaluate_stage(args, run)
     if everything or args.merge_weights or args.merge_best:
-        merge_stage(args, run)
+        merge_stage(args, run, board)
     return FAILED if args.failures else OK
 
 
@@ -348,7 +354,7 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             if processes.is_first():
                 prepare_stage(args)
             processes.wait_for_all()
-            data_dir = prepared_dir(args)
+            args.data_dir = data_dir = prepared_dir(args)  # for the stages after training too
         if not (training or args.extract_tokens or args.build_dataset):
             return None
         config = make_config(args, data_dir)

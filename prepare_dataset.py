@@ -60,6 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_NOT_WHEN_CHECKING = (
+    *("output", "speaker", "strict", "youtube", "max_duration", "cookies", "cookies_from_browser"),
+    *("normalize", "split_long", "segment_duration", "drop_flagged"),
+)
+
+
 def make_options(arguments: argparse.Namespace):
     """The options that a command line means. Raises `ValueError` for impossible combinations."""
     from fish_speech.preparation.pipeline import Options, Thresholds
@@ -69,6 +75,10 @@ def make_options(arguments: argparse.Namespace):
         raise ValueError("give either --input with --output, or --check")
     if given["check"] is None and given["output"] is None:
         raise ValueError("--input needs --output, the folder of the data set")
+    if given["check"] is not None:
+        for name in _NOT_WHEN_CHECKING:
+            if given[name] != build_parser().get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')} has no part in --check: leave it out")
     given["input"] = str(given["input"] or given["check"])
     given["output"] = given["output"] or Path(given["input"])
     names = set(Options.__dataclass_fields__)

@@ -57,8 +57,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a new folder beside `path` that takes its place when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{_TEMPORARY}*-{path.name}"):  # by a killed run
-        shutil.rmtree(left, ignore_errors=True)
+    ours = re.compile(rf"{re.escape(_TEMPORARY)}\d+-(old-)?{re.escape(path.name)}")
+    for left in path.parent.iterdir():  # by a killed run
+        if ours.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     old = path.with_name(f"{_TEMPORARY}{os.getpid()}-old-{path.name}")
     temporary.mkdir()

@@ -296,6 +296,7 @@ def test_the_newest_trained_voice_is_preferred_and_said_to_be(place, monkeypatch
     assert "no checkpoints/*-merged is there" in capsys.readouterr().err
     a_model(place / "checkpoints" / "old-merged", 1e9)
     a_model(place / "checkpoints" / "new-merged", 2e9)
+    a_model(place / "checkpoints" / ".tmp-9-other-merged", 4e9)  # being written
     assert cli_tts.setup_fish_speech()[1].name == "new-merged"
     assert "Voice: checkpoints/new-merged (trained voice of 2033-" in capsys.readouterr().err
     assert cli_tts.setup_fish_speech("checkpoints/old-merged")[1].name == "old-merged"

@@ -38,6 +38,17 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     assert [path.name for path in tmp_path.rglob("*.wav")] == ["whole.wav"]
 
 
+def test_a_folder_that_is_being_written_is_not_another_ones_leftover(tmp_path):
+    left = tmp_path / ".tmp-123-old-me"
+    left.mkdir()
+    with files.atomic_folder(tmp_path / "demo-me") as first:
+        with files.atomic_folder(tmp_path / "me") as second:
+            (second / "b").touch()
+        (first / "a").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"demo-me", "me"}
+    assert (tmp_path / "demo-me" / "a").is_file()
+
+
 def test_among_the_files_of_others_only_named_ones_are_cleaned_up(tmp_path):
     for name in ("mine.wav", "theirs.wav", "deep/mine.wav"):
         with files.atomic_path(tmp_path / name) as temporary:

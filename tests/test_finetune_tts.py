@@ -123,6 +123,45 @@ def test_the_whole_pipeline_goes_on_where_it_was_and_does_nothing_twice(project,
     assert "going on from results/p/checkpoints/step_000000002.ckpt exactly" in said
 
 
+def test_recordings_are_evaluated_by_what_was_prepared_of_them(project, monkeypatch, capsys):
+    os.mkdir("raw")
+    for number in range(1, 4):
+        for suffix in (".flac", ".txt"):
+            shutil.copy(ROOT / f"samples/rms_00{number}{suffix}", "raw")
+    asked = []
+
+    def evaluate(run, request, say):
+        asked.append(request)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("fish_speech.evaluation.project.evaluate", evaluate)
+    flags = ("--data-dir", "raw", "--full-pipeline", "--max-steps", 1, "--learning-rate", "1e-3")
+    assert project(*flags) == 0
+    assert [str(request.data_dir) for request in asked] == ["training_data/p"]
+
+
+def test_a_resumed_run_says_that_its_data_is_another(project, tmp_path, capsys):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 1) == 0
+    assert project(*TRAIN, "--max-steps", 2) == 0
+    changed = "the data has changed since results/p/checkpoints/step_000000002.ckpt"
+    assert changed not in capsys.readouterr().err
+    (tmp_path / "data/Ann/clip_0000.lab").write_text("Other words, many of them.")
+    assert project(*TRAIN, "--max-steps", 3) == 0
+    assert f"{changed}: going on with what data holds now" in capsys.readouterr().err
+
+
+def test_losses_that_cannot_be_drawn_cost_no_training(project, tmp_path, monkeypatch, capsys):
+    keep_codes(tmp_path)
+
+    def full(rows, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fish_speech.training.train.plot_losses", full)
+    assert project(*TRAIN, "--max-steps", 1) == 0
+    assert "loss.png: could not be drawn: [Errno 28]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

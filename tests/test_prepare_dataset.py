@@ -240,6 +240,8 @@ def test_bad_input_ends_in_one_line(home, capsys):
         (["--check", "n" * 300], "no such folder"),
         (["--input", "samples"], "--input needs --output"),
         (["--check", "nowhere"], "nowhere: no such folder"),
+        (["--check", "samples", "--drop-flagged"], "--drop-flagged has no part in --check"),
+        (["--check", "samples", "--output", "data"], "--output has no part in --check"),
         ([], "give either --input with --output, or --check"),
         (["--input", "samples", "--output", "samples"], "write to another folder"),
         (["--input", "samples", "--output", "d", "--speaker", "../.."], "needs a letter"),

@@ -73,8 +73,7 @@ def build_shards(
     if current is not None:
         return current, False
 
-    manifest = Manifest(source, sorted({clip.speaker for clip in clips}))
-    usable = []
+    manifest, usable = Manifest(source, []), []
     for clip in progress(clips):
         try:
             if not is_speakable(clip.read_text()):
@@ -86,7 +85,8 @@ def build_shards(
     if not usable:
         reason = next(iter(manifest.skipped.values()))
         raise ValueError(f"{data_dir}: no clip can be used; the first: {reason}")
-    held_out = _choose_validation(usable, validation_share)
+    manifest.speakers = sorted({clip.speaker for clip in usable})
+    held_out = _choose_validation(usable, validation_share, before=_last_manifest(folder))
     for split in ("train", "validation"):
         chosen = [clip for clip in usable if (clip.name in held_out) == (split == "validation")]
         chosen.sort(key=lambda clip: clip.speaker)  # so that names and shards run alike
@@ -157,19 +157,25 @@ def _messages(clips: list[Clip], data_dir: str | Path, speaker: str) -> Iterator
     return text_data(samples, Path(data_dir).name)
 
 
-def _choose_validation(clips: list[Clip], share: float) -> set[str]:
+def _choose_validation(clips: list[Clip], share: float, before: Manifest | None) -> set[str]:
     """Names of the held-out clips: about a share, at least one of two and three of twenty.
 
     The digest of a name decides, and not how many others there are, so that a second stage with
-    more clips never validates on what the first one learned.
+    more clips never validates on what the first one learned. Where that gives too few, those that
+    were held out before come first, and one that was learned is taken only where there is no other.
     """
     if len(clips) < 2 or share <= 0:
         return set()
     places = {clip.name: _place(clip.name) for clip in clips}
     names = sorted(places, key=places.__getitem__)
     fewest = 3 if len(names) >= 20 else 1
-    count = max(fewest, sum(place < share for place in places.values()))
-    return set(names[: min(count, len(names) - 1)])
+    chosen = [name for name in names if places[name] < share]
+    held = set(before.validation) if before else set()
+    learned = set(before.train) if held else set()  # else nothing was to be held out
+    others = [name for name in names if name not in chosen and name not in learned]
+    others.sort(key=lambda name: name not in held)
+    chosen += others[: max(0, fewest - len(chosen))]
+    return set((chosen or names[:1])[: len(names) - 1])
 
 
 def _place(name: str) -> float:
@@ -200,13 +206,18 @@ def read_manifest(data_dir: str | Path) -> Manifest:
         raise ValueError(f"{file}: not a manifest ({error}); delete it and pack again") from error
 
 
-def _current_manifest(folder: Path, source: str) -> Manifest | None:
-    """The manifest on disk, if it describes these clips and its shards are whole."""
+def _last_manifest(folder: Path) -> Manifest | None:
+    """What was packed last, if anything was."""
     try:
-        manifest = read_manifest(folder.parent)
+        return read_manifest(folder.parent)
     except (ValueError, FileNotFoundError):
         return None
-    if manifest.source != source:
+
+
+def _current_manifest(folder: Path, source: str) -> Manifest | None:
+    """The manifest on disk, if it describes these clips and its shards are whole."""
+    manifest = _last_manifest(folder)
+    if manifest is None or manifest.source != source:
         return None
     for name, digest in manifest.shards.items():
         if not (folder / name).is_file() or file_digest(folder / name) != digest:

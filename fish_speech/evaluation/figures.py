@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binomtest, norm, t
+from scipy.stats import norm, t
 
 from fish_speech.evaluation.leaderboard import Figure
 
@@ -32,16 +32,20 @@ def figure(
     return Figure(mean, min(low, mean), max(high, mean), len(values))  # in spite of rounding
 
 
-def share(happened: Sequence[bool]) -> Figure | None:
+def share(happened: Sequence[bool], texts: Sequence[str] | None = None) -> Figure | None:
     """How often something happened, with its 95% interval; None of no samples.
 
-    Wilson's interval: resamples of what never happened would say that it never will.
+    Wilson's interval: resamples of what never happened would say that it never will. Takes of the
+    same one of `texts` are one sample, as in `figure`.
     """
     if not happened:
         return None
-    found = binomtest(sum(happened), len(happened))
-    low, high = found.proportion_ci(method="wilson")
-    return Figure(found.statistic, float(low), float(high), len(happened))
+    mean, count = float(np.mean(happened)), len(set(texts or range(len(happened))))
+    squared = norm.ppf(0.975) ** 2 / count
+    centre = mean + squared / 2
+    reach = np.sqrt(squared * (mean * (1 - mean) + squared / 4))
+    low, high = ((centre + side * reach) / (1 + squared) for side in (-1, 1))
+    return Figure(mean, max(0.0, round(low, 12)), min(1.0, round(high, 12)), count)
 
 
 def difference(

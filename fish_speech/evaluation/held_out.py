@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,18 +28,19 @@ _REFERENCE_SECONDS = 8.0
 class HeldOut:
     """The held-out clips of a data set as it was packed, and what else stands for its voices."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, records: Sequence[dict[str, Any]] = ()) -> None:
+        """`records` are those of checkpoints: what was not held out from one doesn't count."""
         self.data_dir, self.manifest = data_dir, read_manifest(data_dir)
+        kept = [set(record["held_out"]) for record in records if "held_out" in record]
+        self.held = [
+            name for name in self.manifest.validation if all(name in names for names in kept)
+        ]
         self._clips = {clip.name: clip for clip in find_clips(data_dir)}
 
     @cached_property
     def texts(self) -> list[str]:
         """All transcripts."""
-        return [clip.read_text() for clip in self._of([*self.manifest.train, *self._held])]
-
-    @property
-    def _held(self) -> list[str]:
-        return self.manifest.validation
+        return [clip.read_text() for clip in self._of([*self.manifest.train, *self.held])]
 
     @property
     def named(self) -> bool:
@@ -52,7 +54,7 @@ class HeldOut:
         """
         held = [
             self._line(clip.read_text(), clip.speaker, _recording(clip))
-            for clip in self._of(self._held)
+            for clip in self._of(self.held)
         ]
         speakers = self.manifest.speakers
         more = [
@@ -77,7 +79,7 @@ class HeldOut:
         """Real clips by speaker: the held-out ones, and training clips where those are few."""
         found = {}
         for speaker in self.manifest.speakers:
-            held = [c for c in self._of(self._held) if c.speaker == speaker][:_MOST_CLIPS]
+            held = [c for c in self._of(self.held) if c.speaker == speaker][:_MOST_CLIPS]
             trained = [c for c in self._of(self.manifest.train) if c.speaker == speaker]
             chosen = held + trained[: max(0, _REAL_CLIPS - len(held))]
             found[speaker] = [_recording(clip) for clip in chosen]
@@ -98,7 +100,8 @@ class HeldOut:
     def losses(self, model: DualARTransformer, tokenizer: FishTokenizer) -> dict[str, list[float]]:
         """The loss of each held-out clip (nats a label) and its frames."""
         values, frames = [], []
-        for sample in load_split(self.data_dir, self.manifest, "validation")[:_MOST_CLIPS]:
+        samples = load_split(self.data_dir, self.manifest, "validation")
+        for sample in [s for s in samples if s.name in self.held][:_MOST_CLIPS]:
             utterance = Utterance(sample.text, torch.from_numpy(sample.codes.astype("int64")))
             speaker = sample.speaker if self.named else None
             item = build_item(tokenizer, utterance, speaker=speaker)

@@ -142,12 +142,13 @@ def figures_of(results: Sequence[Result]) -> dict[str, Figure | None]:
     """The figures of a row, as `leaderboard.Row` names them."""
     plain = [result for result in results if result.line.reference is None]
     referenced = [result for result in results if result.line.reference is not None]
+    texts = [result.line.text for result in results]
     return {
         **_words_and_voice(plain),
         **{f"{name}_referenced": found for name, found in _words_and_voice(referenced).items()},
-        "runaways": share([result.take.runaway for result in results]),
-        "empty": share([result.take.audio is None for result in results]),
-        **_manner([result.clip for result in results]),
+        "runaways": share([result.take.runaway for result in results], texts),
+        "empty": share([result.take.audio is None for result in results], texts),
+        **_manner([result.clip for result in results], texts),
     }
 
 
@@ -202,14 +203,14 @@ def _scale(real: Mapping[str, Voice], strangers: Sequence[Clip]) -> list[Row]:
     ]
 
 
-def _manner(clips: Sequence[Clip]) -> dict[str, Figure | None]:
+def _manner(clips: Sequence[Clip], texts: Sequence[str] | None = None) -> dict[str, Figure | None]:
     """Pace and pitch, of the clips that have any speech."""
-    spoken = [clip for clip in clips if clip.speech > 0]
-    pitches = [clip.pitch for clip in spoken if clip.pitch is not None]
+    spoken, texts = _known([clip if clip.speech > 0 else None for clip in clips], texts)
+    pitches = [clip.pitch or (None, None) for clip in spoken]
     return {
-        "speaking_rate": figure([c.letters for c in spoken], [c.speech for c in spoken]),
-        "pitch_median": _mean([median for median, _ in pitches]),
-        "pitch_range": _mean([reach for _, reach in pitches]),
+        "speaking_rate": figure([c.letters for c in spoken], [c.speech for c in spoken], texts),
+        "pitch_median": _mean([median for median, _ in pitches], texts),
+        "pitch_range": _mean([reach for _, reach in pitches], texts),
     }
 
 

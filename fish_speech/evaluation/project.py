@@ -29,6 +29,7 @@ from fish_speech.inference import TextToSpeech
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import add_lora, load_lora, remove_lora
 from fish_speech.models.vqgan.codec import find_codec
+from fish_speech.preparation.extract import codecs_of_codes
 from fish_speech.preparation.transcribe import Journal
 from fish_speech.text import is_speakable
 from fish_speech.tokenizer import FishTokenizer
@@ -84,9 +85,11 @@ class AdaptedBase:
     @cached_property
     def _voice(self) -> TextToSpeech:
         suit_threads(self.directory / MODEL_FILE)
-        return TextToSpeech.from_pretrained(
+        voice = TextToSpeech.from_pretrained(
             self.directory, device=self._device, dtype=self._dtype, adaptable=True
         )
+        voice.model.config.extra.pop("speakers", None)  # the project has its own
+        return voice
 
     @cached_property
     def model_digest(self) -> str:
@@ -128,10 +131,16 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     """
     checkpoints = [run.checkpoint(step) for step in request.steps]
     checkpoints = checkpoints or run.checkpoints() or [run.checkpoint()]  # which says what to do
-    record = _first_record(checkpoints)
-    data = HeldOut(_data_dir(record, request))
-    base_dir = request.base_dir or Path(shown_path(Path(record["base"])))
+    records = _readable_records(checkpoints)
+    data = HeldOut(_data_dir(records[0], request), records)
+    base_dir = request.base_dir or Path(shown_path(Path(records[0]["base"])))
     check_model_dir(base_dir)
+    if codecs_of_codes(data.data_dir) - {file_digest(find_codec(base_dir))}:
+        raise ValueError(
+            f"{data.data_dir}: its codes are of another codec than that of {base_dir}; make them "
+            f"again: finetune_tts.py --project {run.project} --data-dir {data.data_dir} "
+            f"--pretrained-ckpt-path {base_dir} --extract-tokens --build-dataset"
+        )
     further = read_texts(request.texts) if request.texts else []
     device = resolve_device(request.device)
     usual = SAMPLES // 2 if request.brief and device.type == "cpu" else SAMPLES
@@ -164,16 +173,16 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     return board
 
 
-def recommended(run: Run, request: Request, say: Say) -> Checkpoint:
-    """The checkpoint to merge; evaluates first where that was not done since the latest step.
+def recommended(
+    run: Run, request: Request, say: Say, board: Leaderboard | None = None
+) -> Checkpoint:
+    """The checkpoint to merge, by the `board` that was just made, else by the one on disk; where
+    that isn't of these checkpoints and this request, evaluates first.
 
     Raises `ValueError` that says why where none is recommended.
     """
-    file = evaluation_folder(run) / JSON_NAME
-    steps = {checkpoint.step for checkpoint in run.checkpoints()}
-    board = Leaderboard.read(file) if file.is_file() else None
-    if board is None or not steps <= {row.step for row in board.rows}:
-        board = evaluate(run, replace(request, steps=(), brief=False), say)
+    board = board or _current_board(run, request)
+    board = board or evaluate(run, replace(request, brief=False), say)
     best = board.recommendation
     if best.verdict != "use":
         raise ValueError(
@@ -181,6 +190,22 @@ def recommended(run: Run, request: Request, say: Say) -> Checkpoint:
             "(--merge-weights --checkpoint-step N merges one all the same)"
         )
     return run.checkpoint(best.step)
+
+
+def _current_board(run: Run, request: Request) -> Leaderboard | None:
+    """The leaderboard on disk, where nothing has changed since and nothing else is asked for."""
+    file = evaluation_folder(run) / JSON_NAME
+    asked = (request.texts, request.samples, request.whisper_model, request.speaker_encoder)
+    if not file.is_file() or any(asked):
+        return None
+    board = Leaderboard.read(file)
+    checkpoints = run.checkpoints()
+    steps = set(request.steps) or {checkpoint.step for checkpoint in checkpoints}
+    if steps != {row.step for row in board.rows[1:]}:
+        return None
+    made = file.stat().st_mtime
+    newer = any(checkpoint.path.stat().st_mtime > made for checkpoint in checkpoints)
+    return None if newer else board
 
 
 def evaluation_folder(run: Run) -> Path:
@@ -226,14 +251,17 @@ def read_texts(file: Path) -> list[str]:
     return texts
 
 
-def _first_record(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    """What the first readable checkpoint was trained on. Raises `ValueError` if none can be."""
+def _readable_records(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """What those that can be read were trained on. Raises `ValueError` if none can be."""
+    records, failure = [], None
     for checkpoint in checkpoints:
         try:
-            return checkpoint.read()["run"]
+            records.append(checkpoint.read()["run"])
         except ValueError as error:
-            failure = error
-    raise failure
+            failure = failure or error
+    if not records:
+        raise failure
+    return records
 
 
 def _data_dir(record: dict[str, Any], request: Request) -> Path:
@@ -254,7 +282,7 @@ def _losses(
     """The held-out loss of a candidate, and the training loss of the steps before it."""
     found = remembered(
         folder / AUDIO / safe_name(candidate.name) / "loss.json",
-        [candidate.digest, data.manifest.shards],
+        [candidate.digest, data.manifest.shards, data.held],
         lambda: data.losses(voice().model, tokenizer),
     )
     weighed = [loss * frames for loss, frames in zip(found["losses"], found["frames"], strict=True)]

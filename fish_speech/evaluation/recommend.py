@@ -22,8 +22,8 @@ class Commands:
 
 
 def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands) -> Recommendation:
-    """The earliest row after the base that no later one beats on similarity beyond the interval,
-    among those whose error rate is no worse than the base's beyond the interval.
+    """The earliest row that no later one beats on similarity beyond the interval, among those that
+    beat the base and whose error rate is no worse than the base's beyond the interval.
 
     "Beyond the interval": the 95% interval of the difference, over the samples that both spoke,
     leaves out zero. A row that is not more like the voice than the base is not worth using: then
@@ -45,12 +45,13 @@ def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands
         return Recommendation(base.name, base.step, "keep the base", reason, command)
     if compare.count < FEWEST:
         return _keep(base, f"too few different texts to tell: {compare.count}", commands)
-    best = next(
-        row
-        for index, row in enumerate(sound)
-        if not any(compare.better(later, row) for later in sound[index + 1 :])
-    )
-    if compare.better(best, base):
+    gains = [row for row in sound if compare.better(row, base)]
+    if gains:
+        best = next(
+            row
+            for index, row in enumerate(gains)
+            if not any(compare.better(later, row) for later in gains[index + 1 :])
+        )
         return _use(best, base, sound, measured, compare, commands)
     last = sound[-1]
     falling = last is measured[-1] and _loss_falls([base, *measured])
@@ -96,6 +97,8 @@ def _use(
         reason += f", its error rate is no worse beyond the interval ({words})"
     if best is not sound[-1]:
         reason += ", and no later one is better beyond the interval"
+    elif best is not measured[-1]:
+        reason += f"; each later one {compare.loses}"
     elif len(sound) > 1 and compare.better(best, sound[-2]):
         reason += "; it is the last and still getting better: a higher --max-steps may help"
     if len(measured) == 1:

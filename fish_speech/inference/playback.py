@@ -14,11 +14,11 @@ import torch
 
 # Programs that play raw 16-bit mono samples from standard input, at {rate} Hz.
 PLAYERS = (
-    "pw-play --format=s16 --channels=1 --rate={rate} --raw -",
     "paplay --raw --format=s16le --channels=1 --rate={rate}",
     "aplay -q -t raw -f S16_LE -c 1 -r {rate} -",
     "ffplay -nodisp -autoexit -loglevel error -f s16le -ch_layout mono -ar {rate} -i -",
     "play -q -t raw -e signed -b 16 -c 1 -r {rate} -",
+    "pw-play --format=s16 --channels=1 --rate={rate} --raw -",  # older ones know no --raw
 )
 
 

@@ -205,9 +205,9 @@ class TextToSpeech:
         """Speak a text of any length: waveform [1, N], float32 on the CPU, at `sample_rate`.
 
         `reference` is what `encode_reference` returns (one or several), `speaker` one of `speakers`
-        where the model has several. Problems that leave a speech all the same (see `Settings`) are
-        logged as warnings. Raises `ValueError` where `check` does, or for a model
-        that says nothing at all.
+        where the model has several (the first, where nobody is cloned). Problems that leave a
+        speech all the same (see `Settings`) are logged as warnings. Raises `ValueError` where
+        `check` does, or for a model that says nothing at all.
         """
         sampling = Sampling(temperature, top_p, repetition_penalty)
         settings = Settings(sampling, seed, max_new_tokens, retries)
@@ -288,6 +288,8 @@ class TextToSpeech:
         """The chunks of a text, each of which has room in the model's context."""
         check_speaker(speaker, self.speakers)
         references = [reference] if isinstance(reference, Utterance) else list(reference or ())
+        if speaker is None and self.speakers and not references:
+            speaker = self.speakers[0]  # whoever learned names was never asked without one
         chunks = split_text(text)
         if not any(map(is_speakable, chunks)):
             raise ValueError(f"there is nothing to speak in {text[:40]!r}: no letter and no number")

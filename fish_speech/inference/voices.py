@@ -22,7 +22,7 @@ def local_voices(root: Path) -> list[tuple[Path, str]]:
         {
             file
             for folder in (root, Path.cwd())
-            for file in folder.resolve().glob("checkpoints/*-merged/model.pth")
+            for file in folder.resolve().glob("checkpoints/[!.]*-merged/model.pth")
         },
         key=lambda file: file.stat().st_mtime,
         reverse=True,

@@ -1,15 +1,15 @@
 """Which part of a script is said in which stretch of a long recording.
 
 With a recogniser's words the two word sequences are aligned as a whole, and the recording is cut
-where both a pause and a place between two script words are certain. With none, sentences are laid
-on the islands of speech by their lengths. Either way the text is the script's, every word once:
-pieces hold slices of it that add up to it.
+where both a pause and a place between two script words are certain. With none, or where they leave
+too long a piece, sentences are laid on the islands of speech by their lengths. Either way
+the text is the script's, every word once: pieces hold slices of it that add up to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -41,10 +41,13 @@ class Word:
     end: float
 
 
-def align_words(script: str, words: Sequence[Word], islands: Sequence[Island]) -> list[Piece]:
+def align_words(
+    script: str, words: Sequence[Word], islands: Sequence[Island], *, longest: float = np.inf
+) -> list[Piece]:
     """Cut at every pause whose place in the script is certain; texts are slices of `script`.
 
-    A piece with an empty text holds speech that the script doesn't have.
+    Where a piece would be over `longest` seconds, the recogniser did not follow: lengths decide. A
+    piece with an empty text holds speech that the script doesn't have.
     """
     tokens = _TOKEN.findall(script)
     pairs = match([normal(token) for token in tokens], [normal(word.text) for word in words])
@@ -56,13 +59,24 @@ def align_words(script: str, words: Sequence[Word], islands: Sequence[Island]) -
         next_heard = int(np.searchsorted(middles, (before[1] + after[0]) / 2))
         next_token = _place(pairs, next_heard, len(tokens), len(words))
         if next_token is not None:
-            pieces.append(
-                _piece(
-                    islands[first : index + 1], tokens[token:next_token], words[heard:next_heard]
-                )
-            )
+            text = "".join(tokens[token:next_token])
+            pieces += _lay(text, words[heard:next_heard], islands[first : index + 1], longest)
             first, token, heard = index + 1, next_token, next_heard
-    pieces.append(_piece(islands[first:], tokens[token:], words[heard:]))
+    return pieces + _lay("".join(tokens[token:]), words[heard:], islands[first:], longest)
+
+
+def _lay(
+    text: str, words: Sequence[Word], islands: Sequence[Island], longest: float
+) -> list[Piece]:
+    """Text and words between two certain places as a piece, or as several where it is too long."""
+    start, end = islands[0][0], islands[-1][1]
+    heard = " ".join(word.text.strip() for word in words)
+    if end - start <= longest or len(islands) == 1 or not text.strip():
+        return [Piece(start, end, text, heard)]
+    pieces = []
+    for piece in align_lengths(text, islands):
+        inside = [w.text.strip() for w in words if w.start < piece.end and piece.start < w.end]
+        pieces.append(replace(piece, heard=" ".join(inside)))
     return pieces
 
 
@@ -192,11 +206,6 @@ def _place(
     return token + heard - word if between == next_word - word - 1 else None
 
 
-def _piece(islands: Sequence[Island], tokens: Sequence[str], words: Sequence[Word]) -> Piece:
-    heard = " ".join(word.text.strip() for word in words)
-    return Piece(islands[0][0], islands[-1][1], "".join(tokens), heard)
-
-
 def _units(script: str) -> list[tuple[str, int]]:
     """Cut a script into clauses: each with what ends it (SENTENCE, CLAUSE, WORD)."""
     units, current = [], []
@@ -255,6 +264,7 @@ def _pieces_of_path(
         low, row = steps[unit]
         back, aside = divmod(int(row[island - low]), most_islands + 1)
         text = "".join(text for text, _ in units[unit - back : unit])
-        pieces.append(Piece(islands[island - aside][0], islands[island - 1][1], text))
+        start, end = islands[island - aside][0], islands[island - 1][1]
+        pieces.append(Piece(start, end, text, estimated=True))
         unit, island = unit - back, island - aside
     return pieces[::-1]

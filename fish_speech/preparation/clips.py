@@ -71,14 +71,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to keep of a recording and what not (entries of the summary's `skipped`).
-
-    `estimated`: its texts were laid on it by their lengths alone.
-    """
+    """What to keep of a recording and what not (entries of the summary's `skipped`)."""
 
     segments: list[Segment]
     skipped: list[dict[str, Any]]
-    estimated: bool = False
 
 
 def carry_out(
@@ -182,7 +178,7 @@ def make_plan(
             for part, result in zip(segments, heard, strict=True)
             for word in result.words
         ]
-        pieces = align.align_words(transcript, words, speech.islands)
+        pieces = align.align_words(transcript, words, speech.islands, longest=job.longest)
     else:
         pieces = align.align_lengths(transcript, speech.islands)
     segments, skipped = [], []
@@ -195,7 +191,7 @@ def make_plan(
         else:
             reason = "speech that its transcript does not have"
             skipped += [_skip(job, Segment(p.start, p.end, heard=p.heard), reason) for p in run]
-    return Plan(segments, skipped, estimated=not heard)
+    return Plan(segments, skipped)
 
 
 def write_clips(job: Job, plan: Plan, speech: Speech) -> Iterator[dict[str, Any]]:
@@ -217,7 +213,7 @@ def write_clips(job: Job, plan: Plan, speech: Speech) -> Iterator[dict[str, Any]
         path = Path(options.output, FRESH, file)
         save_audio(path, samples, SAMPLE_RATE)
         write_text(path.with_suffix(".lab"), part.text)
-        yield {**clip, **({"estimated": True} if plan.estimated else {})}
+        yield clip
 
 
 def inspect(job: Job, recogniser: transcribe.Recogniser | None = None) -> Record:
@@ -272,8 +268,9 @@ def describe(
     if recording.transcript is not None and part.heard:
         clip["disagreement"] = rates.disagreement(part.text, part.heard)
         clip["heard"] = part.heard
-    if part.cut_in_speech:
-        clip["cut_in_speech"] = True
+    for name in ("cut_in_speech", "estimated"):
+        if getattr(part, name):
+            clip[name] = True
     return clip
 
 

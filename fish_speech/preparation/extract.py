@@ -57,9 +57,11 @@ def extract_codes(
     work = []
     for clip in find_clips(data_dir)[rank::world_size]:
         stamp = _stamp(clip.audio)
-        current = any(r["codec"] == digest and r["clips"].get(clip.name) == stamp for r in records)
-        foreign = all(clip.name not in r["clips"] for r in records)
-        if (current and clip.codes.is_file()) or (foreign and _fits(clip, codec)):
+        # Other processes may have seen to the clip before; where two records differ, which was the
+        # later one is not known.
+        named = [record for record in records if clip.name in record["clips"]]
+        current = all(r["codec"] == digest and r["clips"][clip.name] == stamp for r in named)
+        if current and (clip.codes.is_file() if named else _fits(clip, codec)):
             stamps[clip.name] = stamp
             result.kept += 1
         else:
@@ -75,6 +77,9 @@ def extract_codes(
                     write_json(record_file, record)
     finally:
         write_json(record_file, record)
+        if world_size == 1:  # which holds all clips; those of more processes are out of date
+            for file in set(data_dir.glob("codes.*.json")) - {record_file}:
+                file.unlink()
     return result
 
 
@@ -83,6 +88,11 @@ class _Loaded:
     clip: Clip
     waveform: Tensor | None  # [1, N]
     problem: str | None = None
+
+
+def codecs_of_codes(data_dir: Path) -> set[str]:
+    """The digests of the codecs that made the codes there are, as far as that is recorded."""
+    return {record["codec"] for record in _read_records(data_dir)}
 
 
 def _read_records(data_dir: Path) -> list[dict]:

@@ -46,7 +46,8 @@ class Piece:
     """A stretch of speech that is not cut, in seconds, and what is said in it.
 
     `text` is a slice of the script with its white space, `heard` what a recogniser made of it;
-    `forced` says that it begins or ends inside speech, for want of a pause.
+    `forced` says that it begins or ends inside speech, for want of a pause, `estimated` that only
+    its length tells that the text is said there.
     """
 
     start: float
@@ -54,6 +55,7 @@ class Piece:
     text: str = ""
     heard: str = ""
     forced: bool = False
+    estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Segment:
     text: str = ""
     heard: str = ""
     cut_in_speech: bool = False
+    estimated: bool = False
 
 
 def find_speech(path: str | Path, *, max_seconds: float | None = None) -> Speech:
@@ -210,6 +213,7 @@ def _segment(pieces: Sequence[Piece], first: int, last: int, bounds: list[float]
         " ".join(piece.heard for piece in group if piece.heard),
         (group[0].forced and first > 0 and pieces[first - 1].end == group[0].start)
         or (last + 1 < len(pieces) and pieces[last + 1].start == group[-1].end),
+        any(piece.estimated for piece in group),
     )
 
 

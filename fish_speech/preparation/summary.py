@@ -99,6 +99,9 @@ class Books:
             except (TypeError, ValueError):
                 continue  # of another version: its recording is prepared anew
             self.records[_key(record.speaker, record.name)] = record
+        self._any_clip_is_there = any(
+            self._is_there(clip) for record in self.records.values() for clip in record.clips
+        )
         self.corrections = Corrections(folder / "corrections.json")
 
     def owners(self) -> dict[Key, tuple[str, str]]:
@@ -106,13 +109,14 @@ class Books:
         return {key: (record.address, record.digest) for key, record in self.records.items()}
 
     def is_done(self, job: Job) -> bool:
-        """Whether an earlier run did just that and all its clips are still there."""
+        """Whether an earlier run did just that. A clip that was deleted since stays away, unless
+        all are gone."""
         record = self.records.get(_key(job.recording.speaker, job.recording.name))
         return (
             record is not None
             and record.recipe == job.recipe
             and record.failure is None
-            and all(map(self._is_there, record.clips))
+            and (self._any_clip_is_there or not record.clips)
         )
 
     def enter(self, record: Record) -> None:
@@ -133,7 +137,7 @@ class Books:
             os.replace(fresh, home)
         self._correct(record, old)
         self.records[key] = record
-        write_json(self.folder / RECORDS / record.speaker / f"{record.name}.json", asdict(record))
+        self._write(record)
 
     def clear(self, keys: Iterable[Key]) -> None:
         """Remove what stands under these names, finished or left half done."""
@@ -162,6 +166,9 @@ class Books:
         write_json(self.folder / SUMMARY_NAME, summary.as_json())
         shutil.rmtree(self.folder / FRESH, ignore_errors=True)
         return summary
+
+    def _write(self, record: Record) -> None:
+        write_json(self.folder / RECORDS / record.speaker / f"{record.name}.json", asdict(record))
 
     def _places(self, clip: dict[str, Any]) -> tuple[Path, Path]:
         return self.folder / clip["file"], self.folder / REJECTED / clip["file"]
@@ -251,19 +258,17 @@ class Books:
         return skipped, named, recordings
 
     def _forget_what_was_taken_away(self) -> None:
-        """Drop failures of files that are gone, and recordings all of whose clips were deleted."""
+        """Note clips that were deleted; drop recordings that are gone and have none any more."""
         for key, record in list(self.records.items()):
-            if record.failure is not None:
-                gone = has_vanished(record.address)
-            else:
-                gone = bool(record.clips) and not any(map(self._is_there, record.clips))
-            if gone:
-                self.clear([key])
-        for record in self.records.values():
-            for clip in [clip for clip in record.clips if not self._is_there(clip)]:
+            deleted = [clip for clip in record.clips if not self._is_there(clip)]
+            for clip in deleted:
                 record.clips.remove(clip)
                 span = {name: clip[name] for name in ("source", "start", "end")}
                 record.skipped.append({**span, "reason": f"its clip {clip['file']} was deleted"})
+            if not record.clips and has_vanished(record.address):
+                self.clear([key])
+            elif deleted:
+                self._write(record)
 
 
 def _key(speaker: str, name: str) -> Key:

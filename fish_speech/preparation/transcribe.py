@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fish_speech.devices import is_out_of_memory, resolve_device
 from fish_speech.preparation.align import Word
 from fish_speech.preparation.rates import normal
 
@@ -53,10 +54,7 @@ def load_recogniser(
         backend = (
             "faster" if find_spec("faster_whisper") and not model.endswith(".pt") else "openai"
         )
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(resolve_device(device))
     make = {"openai": OpenAIWhisper, "faster": FasterWhisper}.get(backend)
     if make is None:
         raise ValueError(f"--whisper-backend {backend}: use one of {' '.join(BACKENDS)}")
@@ -77,6 +75,11 @@ class OpenAIWhisper:
         try:
             self.model = whisper.load_model(model, device=device)
         except (OSError, RuntimeError) as error:  # URLError is an OSError; a bad checksum is not
+            if is_out_of_memory(error):
+                raise ValueError(
+                    f"--whisper-model {model}: out of memory on {device}; use a smaller one, or "
+                    "--device cpu"
+                ) from error
             raise ValueError(_unavailable(model, error)) from error
         except Exception as error:  # whatever unpickling or a foreign checkpoint raises
             raise ValueError(
@@ -172,8 +175,10 @@ def repeats(text: str) -> bool:
             run = run + 1 if words[index] == words[index - size] else 0
             if run >= 3 * size:
                 return True
-    data = text.encode()
-    return len(data) > 60 and len(data) / len(zlib.compress(data)) > 2.4
+    # A byte a character, in stretches of a length: else the limit would depend on script and size.
+    data = bytes(ord(character) % 256 for character in text)
+    stretches = [data[begin : begin + 300] for begin in range(0, max(1, len(data) - 150), 150)]
+    return any(len(part) > 60 and len(part) / len(zlib.compress(part)) > 2.4 for part in stretches)
 
 
 class Journal:

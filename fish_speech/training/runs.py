@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,8 +78,12 @@ class Run:
 
     def new_log(self) -> str:
         """A name for the log folder of a start: never one that was used."""
-        used = [int(path.name[4:]) for path in self.logs.glob("run_*") if path.name[4:].isdecimal()]
-        return f"run_{max(used, default=0) + 1:03d}"
+        return f"run_{max(self._logs(), default=0) + 1:03d}"
+
+    def _logs(self) -> dict[int, Path]:
+        """The log folders by the number of their start."""
+        folders = self.logs.glob("run_*")
+        return {int(path.name[4:]): path for path in folders if path.name[4:].isdecimal()}
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -132,11 +137,16 @@ class Run:
         return losses
 
     def metrics(self) -> list[dict[str, str]]:
-        """The rows of every CSV log, oldest log first; later ones repeat what was redone."""
+        """The rows of every CSV log, oldest first, without those that a later start did again."""
         rows: list[dict[str, str]] = []
-        for file in sorted(self.logs.glob("*/metrics.csv"), key=lambda f: f.stat().st_mtime):
+        for _, folder in sorted(self._logs().items()):
+            file = folder / "metrics.csv"
+            if not file.is_file():
+                continue
             with file.open(encoding="utf-8", newline="") as lines:
-                rows += csv.DictReader(lines)
+                newer = [row for row in csv.DictReader(lines) if row.get("step")]
+            first = min((float(row["step"]) for row in newer), default=math.inf)
+            rows = [row for row in rows if float(row["step"]) < first] + newer
         return rows
 
 

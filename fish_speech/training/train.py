@@ -107,6 +107,11 @@ def _train(
     if start.checkpoint is not None:
         check_fits(start.checkpoint, lora, base_digest, base_dir)
 
+    if start.exact and start.checkpoint.read()["run"].get("shards") not in (None, manifest.shards):
+        say(
+            f"the data has changed since {start.checkpoint.path}: "
+            f"going on with what {config.data.dir} holds now"
+        )
     data = _data_module(config, base_dir, manifest, say)
     data.start_step = start.checkpoint.step if start.exact else 0
     model = load_model(base_dir, dtype=dtype)
@@ -140,8 +145,17 @@ def _train(
     finally:
         stop.restore()
         if is_first():
-            plot_losses(run.metrics(), run.logs / "loss.png")
+            _plot(run, say)
     return Trained(run.checkpoint(trainer.global_step), stop.signal)
+
+
+def _plot(run: Run, say: Say) -> None:
+    """Draw the losses; a disk without room for that costs no training."""
+    file = run.logs / "loss.png"
+    try:
+        plot_losses(run.metrics(), file)
+    except OSError as error:
+        say(f"{file}: could not be drawn: {error}")
 
 
 def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_dir: Path) -> None:
@@ -177,6 +191,8 @@ def _run_record(
         "data_dir": str(Path(config.data.dir).resolve()),
         "base": str(base_dir.resolve()),
         "base_digest": base_digest,
+        "shards": manifest.shards,
+        "held_out": manifest.validation,
         "speakers": _named_speakers(manifest),
         "lora": asdict(config.lora),
         "parent": str(parent) if parent is not None else None,

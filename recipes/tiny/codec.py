@@ -2,13 +2,15 @@
 
 Reconstruction only: log-mel distance at four scales and a little linear spectrum. A stopped run
 goes on from its last checkpoint; at the end the codec is written as a model directory holds it.
-`--start DIR` goes on from the codec of a model directory, and `--decoder-only` leaves the codes as
-they are, so that a transformer trained on them stays right.
+`--start DIR` goes on from the codec of a model directory, and `--keep-codes` holds the codes of the
+voices of the transformer's corpus nearly as they are, so that a transformer trained on them stays
+right.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import random
@@ -16,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +31,7 @@ from fish_speech.models.vqgan.firefly import ConvNeXtBlock
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 from fish_speech.models.weights import read_state_dict
 from recipes.tiny.texts import CACHE, read_sentences
-from recipes.tiny.voices import SAMPLE_RATE, UNNAMED, VOICES, speak
+from recipes.tiny.voices import SAMPLE_RATE, UNNAMED, VOICES, disguise, speak
 
 CHECKPOINT = "codec.ckpt"
 CODEC_FILE = "firefly-gan-vq-fsq-8x1000-20hz-generator.pth"
@@ -36,6 +39,8 @@ RATE = 4e-4
 LAYER_SCALE = 0.1  # the published 1e-6 would take a long training to grow
 SCALES = ((2048, 80), (1024, 80), (512, 60), (256, 40))  # n_fft and mels of the loss
 WARM_UP = 100  # steps
+DISGUISED = 0.5  # of the crops: a codec that hears three speakers codes no other
+KEPT_WEIGHT = 10.0  # of how far the values before quantization moved, where codes are kept
 ENCODER_WAITS, ENCODER_RAMP = 100, 300  # steps
 CONFIG = {
     "spec_transform": {
@@ -94,9 +99,8 @@ def new_codec(speech: Tensor, seed: int) -> Codec:
         stem = codec.backbone.downsample_layers[0][0].conv
         mean = mels.mean((0, 2))
         stem.bias.copy_(-torch.einsum("omk,m->o", stem.weight, mean))
-        features = codec.quantizer.downsample(codec.backbone(mels)).transpose(1, 2)
-        rvqs = codec.quantizer.residual_fsq.rvqs
-        for rvq, group in zip(rvqs, features.flatten(0, 1).chunk(len(rvqs), -1), strict=True):
+        for rvq, group in grouped_features(codec, mels):
+            group = group.flatten(0, 1)
             centre = group.mean(0)
             values, vectors = torch.linalg.eigh(torch.cov(group.T))
             size = rvq.project_in.out_features
@@ -104,6 +108,19 @@ def new_codec(speech: Tensor, seed: int) -> Codec:
             rvq.project_in.weight.copy_(0.9 * whitening.T)
             rvq.project_in.bias.copy_(-rvq.project_in.weight @ centre)
     return codec
+
+
+def grouped_features(codec: Codec, mels: Tensor) -> list[tuple[nn.Module, Tensor]]:
+    """Each group's quantizer, and what it projects [B, T, D / G] of mels [B, M, T]."""
+    rvqs = codec.quantizer.residual_fsq.rvqs
+    features = codec.quantizer.downsample(codec.backbone(mels)).transpose(1, 2)
+    return list(zip(rvqs, features.chunk(len(rvqs), -1), strict=True))
+
+
+def values_before_quantization(codec: Codec, speech: Tensor) -> Tensor:
+    """Of speech [B, 1, N]: [G, B, T, 4]."""
+    groups = grouped_features(codec, codec.spec_transform(speech))
+    return torch.stack([rvq.project_in(group) for rvq, group in groups])
 
 
 class SpectralLoss(nn.Module):
@@ -130,16 +147,15 @@ class SpectralLoss(nn.Module):
 class Trainer:
     """Codec, its optimizer, and what holds the values before quantization in their range."""
 
-    def __init__(self, codec: Codec, steps: int, *, decoder_only: bool = False) -> None:
+    def __init__(self, codec: Codec, steps: int, *, keep_codes: bool = False) -> None:
         self.codec, self.steps, self.step = codec, steps, 0
+        self.kept = copy.deepcopy(codec) if keep_codes else None
         self.distance = SpectralLoss()
         encoder = [*codec.backbone.parameters(), *codec.quantizer.downsample.parameters()]
         projections = [rvq.project_in for rvq in codec.quantizer.residual_fsq.rvqs]
         encoder += [parameter for module in projections for parameter in module.parameters()]
         chosen = {id(parameter) for parameter in encoder}
         decoder = [p for p in codec.parameters() if id(p) not in chosen]
-        for parameter in encoder:
-            parameter.requires_grad_(not decoder_only)
         self.optimizer = torch.optim.AdamW(
             [{"params": decoder}, {"params": encoder}], lr=RATE, betas=(0.8, 0.99)
         )
@@ -148,7 +164,8 @@ class Trainer:
             module.register_forward_hook(lambda _m, _i, output: self._values.append(output))
 
     def update(self, speech: Tensor) -> tuple[float, float]:
-        """One step on speech [B, 1, N]; returns the spectral distance and the penalty."""
+        """One step on speech [B, 1, N], of which codes may be kept as they are in the rows before
+        the disguised ones; returns the spectral distance and the penalty."""
         decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         decay *= min(1.0, (self.step + 1) / WARM_UP)
         awake = min(1.0, max(0.0, (self.step - ENCODER_WAITS) / ENCODER_RAMP))
@@ -161,8 +178,14 @@ class Trainer:
         native = multiplies_bf16(speech.device)
         with torch.autocast(speech.device.type, torch.bfloat16, enabled=native):
             made = self.codec.head(quantized).float()[..., : speech.shape[-1]]
-        values = torch.stack(self._values).flatten(1, 2)  # [G, B·T, 4]
-        penalty = values.mean(1).square().mean() + (values.std(1) - 0.9).square().mean()
+        values = torch.stack(self._values)  # [G, B, T, 4]
+        penalty = values.mean((1, 2)).square().mean()
+        penalty = penalty + (values.flatten(1, 2).std(1) - 0.9).square().mean()
+        if self.kept:
+            plain = len(speech) - disguised_rows(len(speech))
+            with torch.no_grad():
+                before = values_before_quantization(self.kept, speech[:plain])
+            penalty = penalty + KEPT_WEIGHT * F.mse_loss(values[:, :plain], before)
         distance = self.distance(made, speech)
         self.optimizer.zero_grad()
         (distance + penalty).backward()
@@ -172,22 +195,30 @@ class Trainer:
         return distance.item(), penalty.item()
 
 
-def load_speech(texts: list[str]) -> list[Tensor]:
+def load_speech(texts: list[str]) -> list[np.ndarray]:
     """Every text in every named voice and an unnamed one, as waveforms [N]."""
     unnamed = cycle(UNNAMED)
     jobs = [(text, speaker) for text in texts for speaker in (*VOICES, next(unnamed))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        spoken = tqdm(pool.map(lambda job: speak(*job), jobs), total=len(jobs), disable=None)
-        return [torch.from_numpy(samples) for samples in spoken]
+        spoken = pool.map(lambda job: speak(*job), jobs)
+        return list(tqdm(spoken, total=len(jobs), disable=None))
 
 
-def crops(speech: list[Tensor], count: int, size: int, generator: random.Random) -> Tensor:
-    """Random stretches of the speech: [count, 1, size]."""
-    rows = []
-    for waveform in generator.choices(speech, k=count):
+def disguised_rows(count: int) -> int:
+    """How many of the rows of a batch are disguised: the last ones."""
+    return round(DISGUISED * count)
+
+
+def crops(speech: list[np.ndarray], count: int, size: int, generator: random.Random) -> Tensor:
+    """Random stretches of the speech, the last ones in other voices: [count, 1, size]."""
+    rows, plain = [], count - disguised_rows(count)
+    for number, waveform in enumerate(generator.choices(speech, k=count)):
         begin = generator.randrange(max(1, len(waveform) - size))
-        rows.append(F.pad(waveform[begin : begin + size], (0, max(0, size - len(waveform)))))
-    return torch.stack(rows)[:, None]
+        row = waveform[begin : begin + 2 * size]
+        if number >= plain:
+            row = disguise(row, generator)
+        rows.append(np.pad(row[:size], (0, max(0, size - len(row)))))
+    return torch.from_numpy(np.stack(rows))[:, None]
 
 
 def save(trainer: Trainer, path: Path) -> None:
@@ -206,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the texts")
     parser.add_argument("--output", type=Path, default=CACHE / "codec", help="model directory")
     parser.add_argument("--start", type=Path, help="model directory whose codec to train on")
-    parser.add_argument("--decoder-only", action="store_true", help="leave the codes as they are")
+    parser.add_argument("--keep-codes", action="store_true", help="hold the codes of `--start`")
     parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--sentences", type=int, default=2000, help="each in four voices")
     parser.add_argument("--batch-size", type=int, default=12)
@@ -215,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.keep_codes and not args.start:
+        parser.error("--keep-codes needs --start")
     keep_freed_memory()
     texts = read_sentences("train.txt", args.cache)
     speech, size = load_speech(texts[: args.sentences]), round(args.seconds * SAMPLE_RATE)
@@ -222,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         codec = codec_to_train(args.start)
     else:
         codec = new_codec(crops(speech, 64, size, random.Random(args.seed)), args.seed)
-    trainer = Trainer(codec.to(args.device), args.steps, decoder_only=args.decoder_only)
+    trainer = Trainer(codec.to(args.device), args.steps, keep_codes=args.keep_codes)
     checkpoint = args.cache / CHECKPOINT
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=args.device, weights_only=True)

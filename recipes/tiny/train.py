@@ -276,6 +276,9 @@ def work(process: int, args: argparse.Namespace, rendezvous: str) -> None:
     backends = [SDPBackend.MATH] if kind == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends):
         train(run, *read_corpus(args.cache), args)
+    if args.processes > 1:
+        dist.barrier()  # the last checkpoint is being written
+        dist.destroy_process_group()
 
 
 def _end_with_the_parent() -> None:

@@ -27,6 +27,8 @@ _RANGES = {
     "awb": ((80, 200), (0.94, 1.16)),
 }
 _PACES = (0.88, 1.15)
+_SPEEDS = (0.8, 1.25)  # of a disguise
+_BANDS, _GAIN = 8, 9.0  # of its filter, equally wide in mels, and the most in dB
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,18 @@ def trim(samples: np.ndarray, threshold: float = 0.01) -> np.ndarray:
         return samples
     first, last = loud[0] - SAMPLE_RATE // 20, loud[-1] + SAMPLE_RATE // 10
     return samples[max(0, first) : last]
+
+
+def disguise(samples: np.ndarray, generator: random.Random) -> np.ndarray:
+    """Speech [N] at 16 kHz as somebody else might have said it, at the same peak: played at another
+    speed, which moves pitch and formants, and through a filter that makes a voice darker, brighter
+    or hollow."""
+    speed = generator.uniform(*_SPEEDS)
+    gains = [generator.uniform(-_GAIN, _GAIN) for _ in range(_BANDS)]
+    moved = resample(samples, round(SAMPLE_RATE * speed), SAMPLE_RATE)
+    frequencies = np.fft.rfftfreq(len(moved), 1 / SAMPLE_RATE)
+    mels = np.log1p(frequencies / 700)
+    bands = np.linspace(0, np.log1p(SAMPLE_RATE / 2 / 700), _BANDS)
+    spectrum = np.fft.rfft(moved) * 10 ** (np.interp(mels, bands, gains) / 20)
+    filtered = np.fft.irfft(spectrum, len(moved)).astype(np.float32)
+    return filtered * (np.abs(samples).max() / max(np.abs(filtered).max(), 1e-9))

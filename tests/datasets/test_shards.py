@@ -54,6 +54,30 @@ def test_what_was_trained_on_is_never_held_out_later(tmp_path):
     assert not set(few.train) & set(many.validation)
 
 
+def test_clips_that_come_or_go_move_no_learned_clip_to_the_held_out_ones(tmp_path):
+    data = make_data_set(tmp_path / "voice", {"Ann": 20})
+    last = data / "Ann" / "clip_0019.lab"
+    last.rename(data / "later")
+    few, _ = build(data)
+    assert len(few.validation) == 1
+    (data / "later").rename(last)
+    more, _ = build(data)
+    assert not set(few.train) & set(more.validation)
+    assert set(few.validation) <= set(more.validation)
+    (data / f"{more.validation[0]}.lab").unlink()
+    fewer, _ = build(data)
+    assert not set(more.train) & set(fewer.validation)
+
+
+def test_who_has_no_usable_clip_is_no_speaker(tmp_path):
+    data = make_data_set(tmp_path / "voice", {"Ann": 3, "backup": 2})
+    for file in data.glob("backup/*.lab"):
+        file.unlink()
+    manifest, _ = build(data)
+    assert manifest.speakers == ["Ann"]
+    assert len(manifest.skipped) == 2
+
+
 @pytest.mark.parametrize(("count", "held_out"), [(1, 0), (2, 1), (3, 1), (60, 3)])
 def test_the_validation_split_is_a_share_but_at_least_one_of_two(tmp_path, count, held_out):
     manifest, _ = build(make_data_set(tmp_path / "voice", {"Ann": count}))

@@ -59,6 +59,13 @@ def test_what_never_happened_in_a_few_samples_may_still_happen():
     assert share([]) is None
 
 
+def test_takes_of_one_text_are_one_sample_of_a_share_too():
+    texts = [text for text in "abcdef" for _ in range(4)]
+    assert share([True] * 2 + [False] * 22, texts).n == 6
+    assert share([False] * 24, texts) == share([False] * 6)
+    assert share([True] * 4 + [False] * 20, texts).high == share([True] + [False] * 5).high
+
+
 def test_the_interval_of_a_share_holds_the_truth_about_19_times_in_20():
     rng = np.random.default_rng(3)
     found = [share(list(rng.random(40) < 0.15)) for _ in range(400)]

@@ -4,14 +4,18 @@ import json
 import os
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import soundfile
 
 import finetune_tts
+from fish_speech.evaluation.held_out import HeldOut
 from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.project import _commands
 from fish_speech.evaluation.recognise import choose_recogniser
+from fish_speech.models.text2semantic import load_model
+from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.runs import Run
 from tests.conftest import ROOT
 from tests.evaluation.conftest import CLIPS, Hearing, text_of
@@ -96,6 +100,8 @@ def test_the_base_and_every_checkpoint_are_measured(project, capsys):
              for name in held_out["validation"]}  # fmt: skip
     assert {sample.text for sample in board.samples} == texts
     assert len(board.samples) == 8  # four, with and without a reference
+    for name in ("runaways", "empty"):
+        assert board.rows[0].figures[name].n == len(texts)
     assert "3 texts for 4 samples: --texts FILE gives more" in said.err
     assert said.out.splitlines()[0].split(":")[0] in ("train longer", "keep the base") or (
         said.out.startswith("use step_")
@@ -203,10 +209,63 @@ def test_the_best_is_merged_and_where_there_is_none_the_reason_is_said(project, 
     assert finetune("--merge-best") == 0
     assert "merging results/p/checkpoints/step_000000002.ckpt" in capsys.readouterr().err
     assert (project / "checkpoints/p-merged/model.pth").is_file()
-    board["rows"].pop()  # as if training had gone on since
-    file.write_text(json.dumps(board))
-    assert finetune("--merge-best", "--eval-samples", 1) == 2
-    assert len(json.loads(file.read_text())["rows"]) == 3
+
+
+def plant_a_choice(rows=3):
+    """Let the leaderboard recommend step 2; without its last rows, as if training had gone on."""
+    board = json.loads(Path(FOLDER, "leaderboard.json").read_text())
+    board["recommendation"] |= {"verdict": "use", "choice": "step_000000002", "step": 2}
+    board["rows"] = board["rows"][:rows]
+    Path(FOLDER, "leaderboard.json").write_text(json.dumps(board))
+
+
+@pytest.mark.parametrize(
+    ("change", "flags"),
+    [
+        (lambda: plant_a_choice(rows=2), ()),
+        (lambda: Run.of("p").checkpoint(2).path.touch(), ()),  # trained again
+        (lambda: None, ("--eval-samples", 2)),
+        (lambda: None, ("--checkpoint-step", 2)),
+    ],
+)
+def test_the_best_is_chosen_anew_where_anything_changed(project, change, flags):
+    assert finetune("--evaluate", "--eval-samples", 1) == 0
+    plant_a_choice()
+    change()
+    assert finetune("--merge-best", *flags) == 2  # one text tells nothing
+    rows = json.loads(Path(FOLDER, "leaderboard.json").read_text())["rows"]
+    assert [row["step"] for row in rows] == ([0, 2] if "--checkpoint-step" in flags else [0, 2, 4])
+
+
+def test_speakers_of_the_data_take_the_place_of_the_bases(project, monkeypatch):
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps({**config, "speakers": ["SLT", "KAL"]}))
+    monkeypatch.setattr("fish_speech.evaluation.held_out.HeldOut.named", True)  # as if of several
+    assert finetune("--evaluate", "--eval-samples", 1) == 0
+    board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
+    assert [row.error for row in board.rows] == [None] * 3
+
+
+def test_what_a_checkpoint_was_trained_on_is_not_held_out_from_it(project):
+    record = Run.of("p").checkpoint().read()["run"]
+    held, *trained = record["held_out"]
+    data = HeldOut(Path("training_data/p"), [record, {**record, "held_out": [held]}])
+    assert data.held == [held]
+    tokenizer = FishTokenizer.from_pretrained(Path("base"))
+    assert len(data.losses(load_model(Path("base")), tokenizer)["losses"]) == 1
+    assert [line.recording.text for line in data.plan([], 1, print)][:1] == [
+        text_of(ROOT / "samples" / f"{held.split('/')[1]}.flac")
+    ]
+    assert trained
+
+
+def test_codes_of_another_codec_are_refused(project, capsys):
+    record = Path("training_data/p/codes.json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), "codec": "another"}))
+    assert finetune("--evaluate") == 2
+    assert "its codes are of another codec than that of base" in (said := last_error(capsys))
+    assert finetune(*shlex.split(said.split(" --project p ")[1])) == 0
+    assert finetune("--evaluate", "--eval-samples", 1) == 0
 
 
 @pytest.mark.parametrize(

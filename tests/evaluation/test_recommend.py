@@ -105,6 +105,23 @@ def test_the_reason_and_the_command_name_what_was_found():
     assert "except" not in recommend(*board(BASE, BASE, (0.9, 0.6)), COMMANDS).reason
 
 
+def test_a_slow_gain_is_a_gain_though_no_step_of_it_can_be_told():
+    rows, samples = board(BASE, BASE, BASE)
+    for i, sample in enumerate(samples):
+        before = sample.spoken["base"].similarity
+        sample.spoken["step_1"].similarity = before + 0.02 + (0.05 if i % 2 else -0.05)
+        sample.spoken["step_2"].similarity = before + 0.04 + (0.01 if i % 3 else -0.02)
+    assert recommend(rows[:2], samples, COMMANDS).verdict == "keep the base"
+    assert recommend(rows, samples, COMMANDS).step == 2
+
+
+def test_what_comes_after_a_gain_is_not_hidden():
+    lost = recommend(*board(BASE, (0.1, 0.7), (0.1, 0.8), (0.9, 0.9)), COMMANDS)
+    assert lost.step == 2
+    assert "still getting better" not in lost.reason
+    assert lost.reason.endswith("; each later one makes more word errors than the base")
+
+
 def test_too_few_samples_tell_nothing():
     found = recommend(*board(BASE, (0.1, 0.9), samples=2), COMMANDS)
     assert (found.verdict, found.choice) == ("keep the base", "base")

@@ -107,9 +107,14 @@ def test_a_speaker_is_named_before_the_text(tts, scripted, tokenizer):
     assert "user\n[Ann] Hello there.<|im_end|>" in read(tokenizer, prompts[0])
 
 
-def test_a_speaker_that_the_model_does_not_list_is_refused(tmp_path, scripted):
+def test_a_speaker_that_the_model_does_not_list_is_refused(tmp_path, scripted, tokenizer):
     tts = TextToSpeech.from_pretrained(make_voice(tmp_path, speakers=["Ann", "Bob"]), device="cpu")
     prompts = scripted((60, True))
+    tts.synthesize(HELLO)
+    assert "[Ann] Hello there." in read(tokenizer, prompts.pop())
+    cloned = Utterance("My voice.", torch.zeros(8, 10, dtype=torch.long))
+    tts.synthesize(HELLO, reference=cloned)
+    assert "[Ann]" not in read(tokenizer, prompts.pop())
     assert tts.speakers == ["Ann", "Bob"]
     tts.synthesize(HELLO, speaker="Bob")
     with pytest.raises(ValueError, match="speaker 'Eve' is unknown; the model knows Ann, Bob"):

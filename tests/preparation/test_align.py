@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,23 @@ def test_speech_that_is_not_in_the_script_has_no_text():
     assert folded(pieces) == script
     assert [index for index, piece in enumerate(pieces) if not piece.text] == [4]
     assert pieces[4].heard == sentences[4]
+
+
+def test_where_the_recogniser_does_not_follow_lengths_decide():
+    sentences = sentences_of(40)
+    words, islands = spoken(sentences)
+    lost = [replace(word, text="blah") if 60 < i < 200 else word for i, word in enumerate(words)]
+    lost = [word for i, word in enumerate(lost) if not 60 < i < 200 or i % 3]
+    script = " ".join(sentences)
+    whole = align.align_words(script, lost, islands)
+    assert max(piece.end - piece.start for piece in whole) > 30
+    pieces = align.align_words(script, lost, islands, longest=15)
+    assert folded(pieces) == script
+    assert max(piece.end - piece.start for piece in pieces) < 15
+    assert {piece.estimated for piece in pieces} == {True, False}
+    assert all("blah" in piece.heard for piece in pieces[12:20])
+    right = sum(piece.text.strip() in sentences for piece in pieces)
+    assert right > 0.8 * len(pieces)
 
 
 def test_a_script_that_says_more_than_the_recording_loses_no_word():

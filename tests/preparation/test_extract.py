@@ -6,8 +6,9 @@ import soundfile
 import torch
 
 from fish_speech.audio import load_audio
-from fish_speech.models.vqgan import Codec, load_codec
-from fish_speech.preparation.extract import extract_codes
+from fish_speech.files import file_digest
+from fish_speech.models.vqgan import Codec, find_codec, load_codec
+from fish_speech.preparation.extract import codecs_of_codes, extract_codes
 
 
 @pytest.fixture
@@ -45,8 +46,9 @@ def test_a_second_run_makes_only_what_is_missing_or_stale(data, codec, codec_dir
     assert (result.made, result.kept) == (2, 3)
 
 
-def test_another_codec_makes_all_codes_anew(data, codec, codec_dir, tmp_path):
-    extract_codes(data, codec, codec_dir)
+@pytest.fixture
+def other_codec(codec_dir, tmp_path):
+    """The directory of another codec."""
     other = tmp_path / "other"
     other.mkdir()
     for file in codec_dir.iterdir():
@@ -54,7 +56,28 @@ def test_another_codec_makes_all_codes_anew(data, codec, codec_dir, tmp_path):
     state = torch.load(other / "firefly-gan-vq-golden.pth", weights_only=True)
     state["backbone.norm.bias"] += 0.5
     torch.save(state, other / "firefly-gan-vq-golden.pth")
-    assert extract_codes(data, load_codec(other), other).made == 5
+    return other
+
+
+def test_another_codec_makes_all_codes_anew(data, codec, codec_dir, other_codec):
+    extract_codes(data, codec, codec_dir)
+    assert extract_codes(data, load_codec(other_codec), other_codec).made == 5
+
+
+def test_what_several_processes_recorded_does_not_vouch_for_later_codes(
+    data, codec, codec_dir, other_codec
+):
+    for rank in range(2):
+        extract_codes(data, codec, codec_dir, rank=rank, world_size=2)
+    for rank in range(2):
+        assert extract_codes(data, codec, codec_dir, rank=rank, world_size=2).made == 0
+    record = (data / "codes.1.json").read_text()
+    other = load_codec(other_codec)
+    assert extract_codes(data, other, other_codec).made == 5
+    assert codecs_of_codes(data) == {file_digest(find_codec(other_codec))}
+    assert extract_codes(data, other, other_codec).kept == 5
+    (data / "codes.1.json").write_text(record)  # as versions before this one left it
+    assert extract_codes(data, codec, codec_dir).made == 5
 
 
 def test_codes_made_elsewhere_are_kept_where_they_fit(data, codec, codec_dir):

@@ -34,7 +34,7 @@ def test_what_cannot_be_done_again_keeps_its_clips(folder, options):
     assert prepare(replace(options, normalize=False)).failed == 1
 
 
-def test_a_deleted_label_comes_back_and_a_deleted_clip_is_forgotten(folder, options, utterances):
+def test_a_deleted_label_comes_back_and_a_deleted_clip_stays_away(folder, options, utterances):
     options = replace(options, input=str(folder(2)))
     prepare(options)
     label = options.output / "Me" / "take_0_0001.lab"
@@ -44,10 +44,16 @@ def test_a_deleted_label_comes_back_and_a_deleted_clip_is_forgotten(folder, opti
     for path in (options.output / "Me").glob("take_1*"):
         path.unlink()
     others = replace(options, input=str(folder(1, "others")), speaker="Other")
-    summary = prepare(others)
-    files = {clip["file"] for clip in summary.clips}
-    assert files == {"Me/take_0_0001.wav", "Other/take_0_0001.wav"}
-    assert len(summary.recordings) == 2
+    for again in (options, others, options):
+        summary = prepare(again)
+        files = {clip["file"] for clip in summary.clips}
+        assert files - {"Other/take_0_0001.wav"} == {"Me/take_0_0001.wav"}
+        assert "its clip Me/take_1_0001.wav was deleted" in [s["reason"] for s in summary.skipped]
+    Path(options.input, "take 1.wav").unlink()
+    assert [s["source"] for s in prepare(others).skipped] == []
+    for path in options.output.glob("*/*.wav"):
+        path.unlink()
+    assert len(prepare(options).clips) == 1  # all are gone: from the beginning
 
 
 def test_corrections_survive_rejection(folder, options):

@@ -22,6 +22,26 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+PROSE = {
+    "ru": "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива "
+    "по-своему. Все смешалось в доме Облонских. Жена узнала, что муж был в связи с бывшею в их "
+    "доме француженкою-гувернанткой, и объявила мужу, что не может жить с ним в одном доме. "
+    "Положение это продолжалось уже третий день и мучительно чувствовалось и самими супругами, и "
+    "всеми членами семьи, и домочадцами. Все члены семьи и домочадцы чувствовали, что нет смысла в "
+    "их сожительстве и что на каждом постоялом дворе случайно сошедшиеся люди более связаны между "
+    "собой, чем они, члены семьи и домочадцы Облонских. Жена не выходила из своих комнат, мужа "
+    "третий день не было дома. Дети бегали по всему дому, как потерянные; англичанка поссорилась "
+    "с экономкой и написала записку приятельнице, прося приискать ей новое место.",
+    "hi": "आज सुबह से बहुत तेज़ बारिश हो रही है, इसलिए हम बाज़ार नहीं जा सके। मेरे दादा जी ने हमें "
+    "एक पुरानी कहानी सुनाई, जिसमें एक राजा और एक किसान की मित्रता का वर्णन था। कहानी के अंत में "
+    "राजा ने किसान को अपना मंत्री बना लिया और पूरे राज्य में उत्सव मनाया गया।",
+    "ka": "ერთხელ, როდესაც მზე უკვე ჩადიოდა და მთებს ოქროსფერი შუქი ადგა, პატარა ბიჭი გზაზე "
+    "გამოვიდა.",
+    "ja": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗い"
+    "じめじめした所でニャーニャー泣いていた事だけは記憶している。吾輩はここで始めて人間というものを見た。",
+}
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return make_whisper(tmp_path_factory.mktemp("whisper") / "one sentence.pt")
@@ -131,6 +151,12 @@ def test_ordinary_repetition_is_no_loop():
     assert not repeats("to be or not to be, that is the question, to be sure")
     assert repeats("and then we go and then we go and then we go and then we go")
     assert repeats("ha" * 100)
+    assert repeats("What he said was quite another thing, and long it was. " * 3 + "ха" * 160)
+
+
+@pytest.mark.parametrize("text", PROSE.values(), ids=PROSE)
+def test_prose_of_any_script_and_length_repeats_nothing(text):
+    assert not repeats(text)
 
 
 class Counting:
@@ -163,3 +189,16 @@ def test_another_model_is_asked_anew(tmp_path):
     other.identity = "other"
     Journal(other, tmp_path / "heard.jsonl").hear(samples)
     assert other.asked == 1
+
+
+def test_a_device_that_is_not_there_is_no_failed_download(checkpoint, monkeypatch):
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"^--device {device}: "):
+            load_recogniser(str(checkpoint), backend="openai", device=device)
+
+    def full(*arguments, **more):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("whisper.load_model", full)
+    with pytest.raises(ValueError, match="out of memory on cpu; use a smaller one"):
+        load_recogniser("large", backend="openai", device="cpu")

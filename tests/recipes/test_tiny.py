@@ -43,7 +43,7 @@ from recipes.tiny.train import (
     rate_share,
     reading_loss,
 )
-from recipes.tiny.voices import UNNAMED, VOICES, speak, trim
+from recipes.tiny.voices import UNNAMED, VOICES, disguise, speak, trim
 
 EVEN = np.ones(tiny_tokenizer().vocab_size)  # every token takes as long
 TINY = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny"
@@ -97,6 +97,24 @@ def test_unnamed_voices_have_the_pitch_and_the_pace_they_were_given():
         assert len(speak(text, voice.flite)) / len(spoken) == pytest.approx(voice.pace, rel=0.1)
 
 
+def test_a_disguise_is_another_voice_at_the_same_peak():
+    seconds = np.arange(32000) / 16000
+    voice = sum(np.sin(2 * np.pi * 120 * n * seconds) / n for n in range(1, 50)).astype(np.float32)
+    disguises = [disguise(voice, random.Random(seed)) for seed in range(3)]
+    for disguised in disguises:
+        faster = len(voice) / len(disguised)
+        assert 0.8 <= faster <= 1.25
+        assert median_and_range(pitch(disguised, 16000))[0] == pytest.approx(120 * faster, rel=0.03)
+        assert np.abs(disguised).max() == pytest.approx(np.abs(voice).max(), rel=1e-4)
+        # Harmonics no longer fall as they did: the filter's.
+        size = round(len(disguised) * 0.9)
+        harmonics = np.abs(np.fft.rfft(disguised[:size] * np.hanning(size)))
+        levels = [harmonics[round(120 * n * faster * size / 16000)] * n for n in (2, 8, 20, 40)]
+        assert np.ptp(20 * np.log10(levels)) > 4
+    assert len({len(disguised) for disguised in disguises}) == 3
+    assert np.array_equal(disguise(voice, random.Random(0)), disguises[0])
+
+
 def test_every_known_sentence_is_spoken_by_a_named_and_by_an_unnamed_voice():
     known, unknown = "The old key was small.", "Archbishops abound in Canterbury."
     texts = [known, unknown] * BLOCK
@@ -134,16 +152,20 @@ def test_a_voice_without_a_name_has_another_name_each_time_or_none():
     assert all(len(set(name)) <= 1 for name in names)  # a reference has the same
 
 
-def test_training_the_decoder_alone_leaves_the_codes_as_they_are():
-    codec = codec_to_train(TINY)
-    speech = 0.1 * torch.randn(2, 1, 6400, generator=torch.Generator().manual_seed(0))
-    codes, lengths = codec.encode(speech)
-    before = codec.decode(codes, lengths)[0]
-    trainer = Trainer(codec, steps=10, decoder_only=True)
-    distances = [trainer.update(speech)[0] for _ in range(4)]
-    assert torch.equal(codec.encode(speech)[0], codes)
-    assert not torch.allclose(codec.decode(codes, lengths)[0], before)
-    assert distances[-1] < distances[0]
+def test_codes_can_be_kept_while_the_codec_trains_on():
+    speech = 0.1 * torch.randn(4, 1, 6400, generator=torch.Generator().manual_seed(0))
+    kept = []
+    for keep_codes in (False, True):
+        codec = codec_to_train(TINY)
+        codes, lengths = codec.encode(speech[:2])
+        made = codec.decode(codes, lengths)[0]
+        trainer = Trainer(codec, steps=1000, keep_codes=keep_codes)
+        trainer.step = 500  # the encoder is awake
+        distances = [trainer.update(speech)[0] for _ in range(6)]
+        assert distances[-1] < distances[0]
+        assert not torch.allclose(codec.decode(codes, lengths)[0], made)
+        kept.append((codec.encode(speech[:2])[0] == codes).float().mean().item())
+    assert kept[0] < 0.5 * kept[1]
 
 
 def corpus(count: int = 60) -> list[tuple[str, Utterance]]:

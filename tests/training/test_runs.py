@@ -149,6 +149,16 @@ def test_a_log_folder_is_never_used_twice(tmp_path):
     assert run.new_log() == "run_008"
 
 
+def test_what_a_later_start_did_again_is_forgotten():
+    run = Run.of("p")
+    logged = {"run_001": (99, 199, 299), "run_002": (149,), "run_010": (), "run_011": (159,)}
+    for name, steps in logged.items():
+        (run.logs / name).mkdir(parents=True)
+        lines = [f"{step},{name[4:]}" for step in steps]
+        (run.logs / name / "metrics.csv").write_text("\n".join(["step,validation/loss", *lines]))
+    assert run.validation_losses() == {100: 1, 150: 2, 160: 11}
+
+
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(1)}, tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"model\.pth: not a checkpoint"):
