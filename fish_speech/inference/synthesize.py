@@ -51,7 +51,8 @@ class Settings:
     `seed` decides every sample: the same seed, text and model give the same speech. A chunk whose
     speech does not end in the time that its text can take is tried again, `retries` times, with
     another seed derived from `seed`. `max_new_tokens` (frames a chunk) replaces that bound.
-    `context_tokens` is the room in the prompt for chunks that were already spoken.
+    `context_tokens` is the room in the prompt for chunks that were already spoken. `drawing` is
+    raised whenever a seed comes to speak otherwise, so that no batch or evaluation mixes both.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -59,6 +60,7 @@ class Settings:
     max_new_tokens: int | None = None
     retries: int = 2
     context_tokens: int = 1024
+    drawing: int = field(default=2, init=False)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
