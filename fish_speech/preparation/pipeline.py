@@ -216,7 +216,7 @@ def in_processes(
                 yield function(job)
                 progress.update()
             return
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_die_with_parent)
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=die_with_parent)
         try:
             for future in as_completed([pool.submit(function, job) for job in work]):
                 yield future.result()
@@ -237,7 +237,7 @@ def _listen(work: list[Job], recogniser: Recogniser | None) -> Iterator[Record]:
             yield carry_out(job, recogniser, progress.update)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Make a worker end at once with the run that started it: by Ctrl+C, or however it dies."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -2,7 +2,8 @@
 
 A shard holds those of `BLOCK` sentences that are of the templates' vocabulary (`closed`), or those
 that are not (`open`), each by one of the named voices, or the first ones again, each by one of the
-unnamed voices (`unnamed`). A shard that exists is done, so that a stopped run goes on where it was.
+unnamed voices (`unnamed`). A shard that exists is done, so that a stopped run goes on where it was;
+the last block, which is held out from training, is made first, so that a stopped run is of use.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from fish_speech.datasets.protos.stream import write_shard
 from fish_speech.datasets.shards import Sample, text_data
 from fish_speech.models.vqgan import Codec, load_codec
+from fish_speech.preparation.pipeline import die_with_parent
 from recipes.tiny.texts import CACHE, read_sentences
 from recipes.tiny.voices import UNNAMED, VOICES, speak
 from recipes.tiny.words import is_closed
@@ -43,8 +46,6 @@ def jobs_of(texts: list[str], begin: int, kind: str) -> list[tuple[str, str]]:
 
 def encode(codec: Codec, waveforms: list[np.ndarray], batch_size: int = 16) -> list[np.ndarray]:
     """Codes [K, T] (uint16) of each waveform [N]; alike lengths are encoded together."""
-    import torch
-
     order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
     codes: dict[int, np.ndarray] = {}
     for begin in range(0, len(order), batch_size):
@@ -69,24 +70,46 @@ def speak_block(jobs: list[tuple[str, str]], codec: Codec, pool: ThreadPoolExecu
     ]
 
 
+def missing_shards(texts: list[str], args: argparse.Namespace) -> list[tuple[Path, list]]:
+    """The shards that are not there yet, each with its jobs; those of the last block first."""
+    begins = list(range(0, len(texts), BLOCK))
+    kinds = [kind for kind in KINDS if not (args.closed and kind == "open")]
+    shards = [
+        (args.cache / "shards" / f"{begin // BLOCK:05d}-{kind}.protos", jobs_of(texts, begin, kind))
+        for begin in (begins[-1], *begins[:-1])
+        for kind in kinds
+    ]
+    return [(path, jobs) for path, jobs in shards if not path.exists()]
+
+
+def work(process: int, missing: list[tuple[Path, list]], args: argparse.Namespace) -> None:
+    """One of `args.processes` processes: every so many-th of the shards."""
+    if args.processes > 1:
+        die_with_parent()
+        torch.set_num_threads(1)
+    codec = load_codec(args.codec, args.device)
+    share = missing[process :: args.processes]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path, jobs in tqdm(share, unit="shard", disable=True if process else None):
+            write_shard(path, speak_block(jobs, codec, pool))
+
+
 def main(argv: list[str] | None = None) -> int:
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the texts")
     parser.add_argument("--codec", type=Path, default=Path("checkpoints/tiny"))
     parser.add_argument(
         "--closed", action="store_true", help="only sentences of the templates' vocabulary"
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--processes", type=int, default=1 if cuda else 2)
     args = parser.parse_args(argv)
-    texts = read_sentences("train.txt", args.cache)
-    kinds = [kind for kind in KINDS if not (args.closed and kind == "open")]
-    codec = load_codec(args.codec, args.device)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for begin in tqdm(range(0, len(texts), BLOCK), unit="block", disable=None):
-            for kind in kinds:
-                shard = args.cache / "shards" / f"{begin // BLOCK:05d}-{kind}.protos"
-                if not shard.exists():
-                    write_shard(shard, speak_block(jobs_of(texts, begin, kind), codec, pool))
+    missing = missing_shards(read_sentences("train.txt", args.cache), args)
+    if args.processes > 1:
+        torch.multiprocessing.spawn(work, (missing, args), nprocs=args.processes)
+    else:
+        work(0, missing, args)
     return 0
 
 

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import tempfile
 import time
 from functools import partial
-from multiprocessing import parent_process
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import torch
@@ -34,6 +31,7 @@ from fish_speech.devices import keep_freed_memory, multiplies_bf16
 from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.llama import rotary_table, rotate
+from fish_speech.preparation.pipeline import die_with_parent
 from recipes.tiny.batches import NOWHERE, Corpus, batches, token_durations
 from recipes.tiny.corpus import read_corpus
 from recipes.tiny.model import new_model, tiny_tokenizer
@@ -262,7 +260,7 @@ def train(run: Run, training: Corpus, held_out: Corpus, args: argparse.Namespace
 def work(process: int, args: argparse.Namespace, rendezvous: str) -> None:
     """One of `args.processes` processes of a run."""
     if args.processes > 1:
-        Thread(target=_end_with_the_parent, daemon=True).start()
+        die_with_parent()  # else they would train on, into the same file
         torch.set_num_threads(1)
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=process, world_size=args.processes
@@ -279,12 +277,6 @@ def work(process: int, args: argparse.Namespace, rendezvous: str) -> None:
     if args.processes > 1:
         dist.barrier()  # the last checkpoint is being written
         dist.destroy_process_group()
-
-
-def _end_with_the_parent() -> None:
-    """Without this the processes of a run that is killed train on, into the same file."""
-    parent_process().join()
-    os._exit(1)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from fish_speech.models.vqgan import load_codec
 from fish_speech.preparation.rates import normal_words
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.loss import loss_sums
-from recipes.tiny import train
+from recipes.tiny import speech, train
 from recipes.tiny.batches import (
     BUCKETS,
     COLUMNS,
@@ -124,6 +124,25 @@ def test_every_known_sentence_is_spoken_by_a_named_and_by_an_unnamed_voice():
     assert {text for text, _ in kinds["unnamed"]} == {known}
     assert {speaker for _, speaker in kinds["closed"]} <= set(VOICES)
     assert {speaker for _, speaker in kinds["unnamed"]} <= set(UNNAMED)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("flite"), reason="Debian's flite is not installed")
+def test_several_processes_speak_every_known_sentence_once(tmp_path):
+    known = ["The old key was small.", "The small key was old."]
+    texts = [*known, *["Archbishops abound in Canterbury."] * (BLOCK - 2), known[0]]
+    (tmp_path / "train.txt").write_text("\n".join(texts))
+    flags = ["--cache", str(tmp_path), "--codec", str(TINY), "--closed"]
+    assert speech.main([*flags, "--processes", "2"]) == 0
+    training, held_out = read_corpus(tmp_path)
+    assert sorted(spoken.text for _, spoken in training) == sorted(2 * known)
+    assert [spoken.text for _, spoken in held_out] == 2 * known[:1]
+    assert [speaker in VOICES for speaker, _ in training].count(True) == 2
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shards/*")}
+    next(iter(before)).unlink()
+    assert speech.main(flags) == 0
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shards/*")}
+    assert sum(after[path] != time for path, time in before.items()) == 1
 
 
 def test_no_sentence_of_the_last_block_is_trained_on(tmp_path):
