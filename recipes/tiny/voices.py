@@ -28,7 +28,8 @@ _RANGES = {
 }
 _PACES = (0.88, 1.15)
 _SPEEDS = (0.8, 1.25)  # of a disguise
-_BANDS, _GAIN = 8, 9.0  # of its filter, equally wide in mels, and the most in dB
+_BANDS, _GAIN = 12, 12.0  # of its filter, equally wide in mels, and the most in dB
+_LEVELS = (-12.0, 4.0)  # of its peak against that of the speech, in dB
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def trim(samples: np.ndarray, threshold: float = 0.01) -> np.ndarray:
 
 
 def disguise(samples: np.ndarray, generator: random.Random) -> np.ndarray:
-    """Speech [N] at 16 kHz as somebody else might have said it, at the same peak: played at another
-    speed, which moves pitch and formants, and through a filter that makes a voice darker, brighter
-    or hollow."""
+    """Speech [N] at 16 kHz as somebody else might have said it elsewhere: played at another speed,
+    which moves pitch and formants, through a filter that makes a voice darker, brighter or hollow,
+    and louder or softer."""
     speed = generator.uniform(*_SPEEDS)
     gains = [generator.uniform(-_GAIN, _GAIN) for _ in range(_BANDS)]
     moved = resample(samples, round(SAMPLE_RATE * speed), SAMPLE_RATE)
@@ -94,4 +95,5 @@ def disguise(samples: np.ndarray, generator: random.Random) -> np.ndarray:
     bands = np.linspace(0, np.log1p(SAMPLE_RATE / 2 / 700), _BANDS)
     spectrum = np.fft.rfft(moved) * 10 ** (np.interp(mels, bands, gains) / 20)
     filtered = np.fft.irfft(spectrum, len(moved)).astype(np.float32)
-    return filtered * (np.abs(samples).max() / max(np.abs(filtered).max(), 1e-9))
+    peak = np.abs(samples).max() * 10 ** (generator.uniform(*_LEVELS) / 20)
+    return filtered * (min(peak, 1.0) / max(np.abs(filtered).max(), 1e-9))

@@ -97,21 +97,24 @@ def test_unnamed_voices_have_the_pitch_and_the_pace_they_were_given():
         assert len(speak(text, voice.flite)) / len(spoken) == pytest.approx(voice.pace, rel=0.1)
 
 
-def test_a_disguise_is_another_voice_at_the_same_peak():
+def test_a_disguise_is_another_voice_at_another_level():
     seconds = np.arange(32000) / 16000
-    voice = sum(np.sin(2 * np.pi * 120 * n * seconds) / n for n in range(1, 50)).astype(np.float32)
+    voice = sum(np.sin(2 * np.pi * 120 * n * seconds) / n for n in range(1, 50))
+    voice = (voice / 4).astype(np.float32)
     disguises = [disguise(voice, random.Random(seed)) for seed in range(3)]
     for disguised in disguises:
         faster = len(voice) / len(disguised)
         assert 0.8 <= faster <= 1.25
         assert median_and_range(pitch(disguised, 16000))[0] == pytest.approx(120 * faster, rel=0.03)
-        assert np.abs(disguised).max() == pytest.approx(np.abs(voice).max(), rel=1e-4)
+        assert 0.25 < np.abs(disguised).max() / np.abs(voice).max() < 1.6
+        assert np.abs(disguised).max() <= 1
         # Harmonics no longer fall as they did: the filter's.
         size = round(len(disguised) * 0.9)
         harmonics = np.abs(np.fft.rfft(disguised[:size] * np.hanning(size)))
         levels = [harmonics[round(120 * n * faster * size / 16000)] * n for n in (2, 8, 20, 40)]
         assert np.ptp(20 * np.log10(levels)) > 4
     assert len({len(disguised) for disguised in disguises}) == 3
+    assert len({round(float(np.abs(disguised).max()), 3) for disguised in disguises}) == 3
     assert np.array_equal(disguise(voice, random.Random(0)), disguises[0])
 
 
