@@ -204,7 +204,7 @@ def _current_board(run: Run, request: Request) -> Leaderboard | None:
     if steps != {row.step for row in board.rows[1:]}:
         return None
     made = file.stat().st_mtime
-    newer = any(checkpoint.path.stat().st_mtime > made for checkpoint in checkpoints)
+    newer = any(checkpoint.path.stat().st_mtime >= made for checkpoint in checkpoints)
     return None if newer else board
 
 

@@ -77,14 +77,17 @@ class LoRALinear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        base = F.linear(x, self.weight, self.bias)
-        scaling = self.scaling
+        flat, scaling = x.flatten(0, -2), self.scaling
+        thin = flat
         if self.training and self.dropout:
-            x, scaling = thinned(x, self.dropout), scaling / (1 - self.dropout)
-        inner = F.linear(x, self.lora_A.to(base.dtype)).flatten(0, -2) * scaling
+            thin, scaling = thinned(flat, self.dropout), scaling / (1 - self.dropout)
+        inner = F.linear(thin, self.lora_A.to(self.weight.dtype)) * scaling
         # In this order in memory the gradient is a product of a quick shape.
-        up = self.lora_B.T.to(base.dtype).contiguous()
-        return torch.addmm(base.flatten(0, -2), inner, up).view_as(base)
+        update = inner @ self.lora_B.T.to(self.weight.dtype).contiguous()
+        if self.bias is not None:
+            update = update + self.bias
+        # Rounded once: in bf16 a small update of what is rounded already would be lost.
+        return torch.addmm(update, flat, self.weight.T).unflatten(0, x.shape[:-1])
 
     def plain(self) -> nn.Linear:
         """A layer without adapters, around the same base weight."""
