@@ -76,8 +76,9 @@ def make_options(arguments: argparse.Namespace):
     if given["check"] is None and given["output"] is None:
         raise ValueError("--input needs --output, the folder of the data set")
     if given["check"] is not None:
+        parser = build_parser()
         for name in _NOT_WHEN_CHECKING:
-            if given[name] != build_parser().get_default(name):
+            if given[name] != parser.get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} has no part in --check: leave it out")
     given["input"] = str(given["input"] or given["check"])
     given["output"] = given["output"] or Path(given["input"])

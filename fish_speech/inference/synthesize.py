@@ -23,7 +23,7 @@ from fish_speech.inference.context import Context
 from fish_speech.inference.generate import Take, compile_steps, generate
 from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.streaming import decode_stream
-from fish_speech.inference.voices import check_reference, check_speaker
+from fish_speech.inference.voices import check_reference, check_speaker, speaker_or_first
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.packed import pack
 from fish_speech.models.vqgan import Codec, load_codec
@@ -290,8 +290,7 @@ class TextToSpeech:
         """The chunks of a text, each of which has room in the model's context."""
         check_speaker(speaker, self.speakers)
         references = [reference] if isinstance(reference, Utterance) else list(reference or ())
-        if speaker is None and self.speakers and not references:
-            speaker = self.speakers[0]  # whoever learned names was never asked without one
+        speaker = speaker_or_first(speaker, self.speakers, cloned=bool(references))
         chunks = split_text(text)
         if not any(map(is_speakable, chunks)):
             raise ValueError(f"there is nothing to speak in {text[:40]!r}: no letter and no number")

@@ -51,19 +51,26 @@ def speakers_of(model_dir: Path) -> list[str]:
 def choose_speaker(
     speaker: str | None, model_dir: Path, say: Callable[[str], None], *, cloned: bool
 ) -> str | None:
-    """The name to speak with: the one wanted, or the first of a model's where nobody is `cloned`.
+    """`speaker_or_first` of a model directory; `say` is given what the user should know.
 
-    A model that learned its texts with names was never asked without one. Raises `ValueError` for a
-    name that the model does not list; `say` is given what the user should know.
+    Raises `ValueError` for a name that the model does not list.
     """
     known = speakers_of(model_dir)
     check_speaker(speaker, known)
     if speaker is not None and not known:
         say(f"Warning: this model lists no speakers; it may not know {speaker!r}, or say the name")
-    if speaker is None and known and not cloned:
-        say(f"Speaker: {known[0]} (the model has {', '.join(known)}; --speaker chooses)")
-        return known[0]
-    return speaker
+    chosen = speaker_or_first(speaker, known, cloned=cloned)
+    if chosen != speaker:
+        say(f"Speaker: {chosen} (the model has {', '.join(known)}; --speaker chooses)")
+    return chosen
+
+
+def speaker_or_first(speaker: str | None, known: Sequence[str], *, cloned: bool) -> str | None:
+    """The name wanted, else the first of a model's where nobody is `cloned`.
+
+    A model that learned its texts with names was never asked without one.
+    """
+    return known[0] if speaker is None and known and not cloned else speaker
 
 
 def check_speaker(speaker: str | None, known: Sequence[str]) -> None:
