@@ -42,7 +42,7 @@ lint: setup ## style and formatting
 bench: setup ## how close each piece of work is to the machine's limit
 	$(BIN)/python benchmarks/run.py
 
-tiny: setup ## everything that made checkpoints/tiny (hours; needs Debian's flite, fortunes, g++)
+tiny: setup ## everything that made checkpoints/tiny (hours; needs Debian packages: recipes/tiny)
 	$(TINY).texts
 	$(TINY).codec
 	$(TINY).speech --codec .cache/tiny/codec

@@ -44,9 +44,11 @@ def test_three_scripts_make_recordings_a_voice_that_speaks(tmp_path):
     board = json.loads((tmp_path / "results/demo/evaluation/leaderboard.json").read_text())
     assert [row["step"] for row in board["rows"]] == [0, 2, 4]
     assert board["recogniser"].startswith("pocketsphinx")
-    recording, within, across = (row["figures"] for row in board["scale"])
+    recording, coded, within, across = (row["figures"] for row in board["scale"])
     assert recording["wer"]["mean"] < 0.3 < board["rows"][0]["figures"]["wer"]["mean"]
     assert within["similarity"]["low"] > across["similarity"]["high"]
+    assert within["similarity"]["low"] > coded["similarity"]["high"]
+    assert coded["wer"]["mean"] > recording["wer"]["mean"]
     assert board["rows"][2]["figures"]["similarity"]["n"] == 2
     assert "next: " in tuned.stdout
     assert "validation loss" in tuned.stderr

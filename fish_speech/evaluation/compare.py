@@ -15,6 +15,7 @@ from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.measure import Say, measure
 from fish_speech.evaluation.project import listener_for, write
 from fish_speech.evaluation.recommend import Commands, prefer
+from fish_speech.evaluation.resynthesis import Resynthesis
 from fish_speech.evaluation.speaker import FOLDER
 from fish_speech.evaluation.takes import Candidate, Line, Recording, plan_lines
 from fish_speech.files import exclusive, safe_name, shown_path
@@ -92,6 +93,7 @@ def compare(
             ),
             commands=commands,
             settings=settings,
+            resynthesised=Resynthesis(a, folder, device).of(known),
             strangers=sorted(FOLDER.glob("strangers/*")),
             say=say,
         )

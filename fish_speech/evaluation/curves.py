@@ -29,9 +29,9 @@ class Chart:
 
 CHARTS = (
     Chart("Word errors", [("from text alone", "wer"), ("cloning", "wer_referenced")],
-          ["recording"], floor=0),
+          ["recording", "recording through the codec"], floor=0),
     Chart("Similarity", [("from text alone", "similarity"), ("cloning", "similarity_referenced")],
-          ["recording against recording", "another speaker"]),
+          ["recording against recording", "recording through the codec", "another speaker"]),
     Chart("Loss", [("held out", "held_out_loss"), ("training", "training_loss")]),
 )  # fmt: skip
 

@@ -57,7 +57,7 @@ class EvaluateDuringTraining(L.Callback):
             codec = load_codec(self.base_dir, module.device)
             tokenizer = FishTokenizer.from_pretrained(self.base_dir)
             self._voice = TextToSpeech(module.model, codec, tokenizer)
-            self._voice.model.config.extra.pop("speakers", None)  # the project has its own
+            self._voice.forget_speakers()  # the project has its own
         name = f"step_{trainer.global_step:09d}"
         at_hand = Candidate(name, self.base_dir, name, lambda: self._voice, trainer.global_step)
         with TemporaryDirectory() as folder:

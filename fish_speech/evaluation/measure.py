@@ -46,18 +46,23 @@ def measure(
     listener: Listener,
     commands: Commands,
     settings: Settings | None = None,
+    resynthesised: Mapping[str, Sequence[Recording]] | None = None,
     strangers: Sequence[Path] = (),
     more: MoreFigures = lambda candidate, voice: {},
     say: Say = lambda message: None,
 ) -> Leaderboard:
     """Measure every candidate (the first is the base) on every line; nothing is written but audio.
 
-    `recordings` are real clips by voice, `strangers` clips of nobody among them. What an earlier
-    run spoke into `folder` is not spoken again. A candidate that fails gets a row with its error.
+    `recordings` are real clips by voice, `resynthesised` what the codec leaves of them, `strangers`
+    clips of nobody among them. What an earlier run spoke into `folder` is not spoken again. A
+    candidate that fails gets a row with its error.
     Raises `MemoryError` with the remedy, for that would be the fate of all.
     """
     settings = settings or Settings()
     real = {name: _real_voice(clips, listener, say) for name, clips in recordings.items()}
+    coded = {
+        name: _real_voice(clips, listener, say) for name, clips in (resynthesised or {}).items()
+    }
     unknown = _real_voice([Recording(path, "") for path in strangers], listener.deaf(), say)
     samples = [
         Sample(line.name, line.text, line.reference is not None, _path(line.recording))
@@ -95,7 +100,7 @@ def measure(
         },
         recommendation=recommend(rows, samples, commands),
         rows=rows,
-        scale=_scale(real, unknown.clips),
+        scale=_scale(real, coded, unknown.clips),
         samples=samples,
     )
 
@@ -181,26 +186,33 @@ def describe(row: Row) -> str:
     return f"{row.name}: {', '.join(parts) or 'nothing could be measured'}"
 
 
-def _scale(real: Mapping[str, Voice], strangers: Sequence[Clip]) -> list[Row]:
-    """What real recordings reach, and what a wrong voice does."""
-    clips = [clip for voice in real.values() for clip in voice.clips]
-    if not clips:
+def _scale(
+    real: Mapping[str, Voice], coded: Mapping[str, Voice], strangers: Sequence[Clip]
+) -> list[Row]:
+    """What real recordings reach, what of that the codec leaves, and what a wrong voice does."""
+    if not any(voice.clips for voice in real.values()):
         return []
     within = [value for voice in real.values() for value in voice.within()]
     across = []
     for name, voice in real.items():
         others = [clip for other, theirs in real.items() if other != name for clip in theirs.clips]
         across += [voice.similarity(clip) for clip in (*others, *strangers)]
-    recording = {
+    left = [real[name].similarity(clip) for name, voice in coded.items() for clip in voice.clips]
+    return [
+        Row("recording", figures=_heard(real)),
+        Row("recording through the codec", figures=_heard(coded) | {"similarity": _mean(left)}),
+        Row("recording against recording", figures={"similarity": _mean(within)}),
+        Row("another speaker", figures={"similarity": _mean(across)}),
+    ]
+
+
+def _heard(voices: Mapping[str, Voice]) -> dict[str, Figure | None]:
+    clips = [clip for voice in voices.values() for clip in voice.clips]
+    return {
         "wer": _rate([clip.words for clip in clips]),
         "cer": _rate([clip.characters for clip in clips]),
         **_manner(clips),
     }
-    return [
-        Row("recording", figures=recording),
-        Row("recording against recording", figures={"similarity": _mean(within)}),
-        Row("another speaker", figures={"similarity": _mean(across)}),
-    ]
 
 
 def _manner(clips: Sequence[Clip], texts: Sequence[str] | None = None) -> dict[str, Figure | None]:

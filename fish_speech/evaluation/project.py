@@ -20,6 +20,7 @@ from fish_speech.evaluation.measure import AUDIO, Say, measure
 from fish_speech.evaluation.page import write_markdown, write_page
 from fish_speech.evaluation.recognise import choose_recogniser
 from fish_speech.evaluation.recommend import Commands
+from fish_speech.evaluation.resynthesis import Resynthesis
 from fish_speech.evaluation.speaker import FOLDER
 from fish_speech.evaluation.takes import Candidate, remembered
 from fish_speech.evaluation.xvector import load_encoder
@@ -88,7 +89,7 @@ class AdaptedBase:
         voice = TextToSpeech.from_pretrained(
             self.directory, device=self._device, dtype=self._dtype, adaptable=True
         )
-        voice.model.config.extra.pop("speakers", None)  # the project has its own
+        voice.forget_speakers()  # the project has its own
         return voice
 
     @cached_property
@@ -157,14 +158,16 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
             device=request.device,
             journal=journal,
         )
+        recordings = data.recordings()
         board = measure(
             list(base.candidates(checkpoints)),
             lines,
-            data.recordings(),
+            recordings,
             folder,
             title=run.project,
             listener=listener,
             commands=_commands(run, data, base_dir, checkpoints),
+            resynthesised=Resynthesis(base_dir, folder, request.device).of(recordings),
             strangers=sorted(FOLDER.glob("strangers/*")),
             more=partial(_losses, run, data, FishTokenizer.from_pretrained(base_dir), folder),
             say=say,

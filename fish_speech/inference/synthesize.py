@@ -153,6 +153,10 @@ class TextToSpeech:
         """The names that `speaker` may have; empty where the model lists none."""
         return self._model.config.extra.get("speakers", [])
 
+    def forget_speakers(self) -> None:
+        """Take any name, or none, for the voice: it will be of adapters to this model."""
+        self._model.config.extra.pop("speakers", None)
+
     @property
     def sample_rate(self) -> int:
         """Hz of every waveform."""

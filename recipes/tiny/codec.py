@@ -2,15 +2,12 @@
 
 Reconstruction only: log-mel distance at four scales and a little linear spectrum. A stopped run
 goes on from its last checkpoint; at the end the codec is written as a model directory holds it.
-`--start DIR` goes on from the codec of a model directory, and `--keep-codes` holds the codes of the
-voices of the transformer's corpus nearly as they are, so that a transformer trained on them stays
-right.
+`--start DIR` goes on from the codec of a model directory.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import os
 import random
@@ -31,7 +28,7 @@ from fish_speech.models.vqgan.firefly import ConvNeXtBlock
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 from fish_speech.models.weights import read_state_dict
 from recipes.tiny.texts import CACHE, read_sentences
-from recipes.tiny.voices import SAMPLE_RATE, UNNAMED, VOICES, disguise, speak
+from recipes.tiny.voices import SAMPLE_RATE, STRANGERS, VOICES, disguise, speak, unnamed
 
 CHECKPOINT = "codec.ckpt"
 CODEC_FILE = "firefly-gan-vq-fsq-8x1000-20hz-generator.pth"
@@ -39,8 +36,7 @@ RATE = 4e-4
 LAYER_SCALE = 0.1  # the published 1e-6 would take a long training to grow
 SCALES = ((2048, 80), (1024, 80), (512, 60), (256, 40))  # n_fft and mels of the loss
 WARM_UP = 100  # steps
-DISGUISED = 0.5  # of the crops: a codec that hears three speakers codes no other
-KEPT_WEIGHT = 10.0  # of how far the values before quantization moved, where codes are kept
+DISGUISED = 0.4  # of the crops
 ENCODER_WAITS, ENCODER_RAMP = 100, 300  # steps
 CONFIG = {
     "spec_transform": {
@@ -99,7 +95,9 @@ def new_codec(speech: Tensor, seed: int) -> Codec:
         stem = codec.backbone.downsample_layers[0][0].conv
         mean = mels.mean((0, 2))
         stem.bias.copy_(-torch.einsum("omk,m->o", stem.weight, mean))
-        for rvq, group in grouped_features(codec, mels):
+        rvqs = codec.quantizer.residual_fsq.rvqs
+        features = codec.quantizer.downsample(codec.backbone(mels)).transpose(1, 2)
+        for rvq, group in zip(rvqs, features.chunk(len(rvqs), -1), strict=True):
             group = group.flatten(0, 1)
             centre = group.mean(0)
             values, vectors = torch.linalg.eigh(torch.cov(group.T))
@@ -108,19 +106,6 @@ def new_codec(speech: Tensor, seed: int) -> Codec:
             rvq.project_in.weight.copy_(0.9 * whitening.T)
             rvq.project_in.bias.copy_(-rvq.project_in.weight @ centre)
     return codec
-
-
-def grouped_features(codec: Codec, mels: Tensor) -> list[tuple[nn.Module, Tensor]]:
-    """Each group's quantizer, and what it projects [B, T, D / G] of mels [B, M, T]."""
-    rvqs = codec.quantizer.residual_fsq.rvqs
-    features = codec.quantizer.downsample(codec.backbone(mels)).transpose(1, 2)
-    return list(zip(rvqs, features.chunk(len(rvqs), -1), strict=True))
-
-
-def values_before_quantization(codec: Codec, speech: Tensor) -> Tensor:
-    """Of speech [B, 1, N]: [G, B, T, 4]."""
-    groups = grouped_features(codec, codec.spec_transform(speech))
-    return torch.stack([rvq.project_in(group) for rvq, group in groups])
 
 
 class SpectralLoss(nn.Module):
@@ -147,9 +132,8 @@ class SpectralLoss(nn.Module):
 class Trainer:
     """Codec, its optimizer, and what holds the values before quantization in their range."""
 
-    def __init__(self, codec: Codec, steps: int, *, keep_codes: bool = False) -> None:
+    def __init__(self, codec: Codec, steps: int) -> None:
         self.codec, self.steps, self.step = codec, steps, 0
-        self.kept = copy.deepcopy(codec) if keep_codes else None
         self.distance = SpectralLoss()
         encoder = [*codec.backbone.parameters(), *codec.quantizer.downsample.parameters()]
         projections = [rvq.project_in for rvq in codec.quantizer.residual_fsq.rvqs]
@@ -164,8 +148,7 @@ class Trainer:
             module.register_forward_hook(lambda _m, _i, output: self._values.append(output))
 
     def update(self, speech: Tensor) -> tuple[float, float]:
-        """One step on speech [B, 1, N], of which codes may be kept as they are in the rows before
-        the disguised ones; returns the spectral distance and the penalty."""
+        """One step on speech [B, 1, N]; returns the spectral distance and the penalty."""
         decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         decay *= min(1.0, (self.step + 1) / WARM_UP)
         awake = min(1.0, max(0.0, (self.step - ENCODER_WAITS) / ENCODER_RAMP))
@@ -181,11 +164,6 @@ class Trainer:
         values = torch.stack(self._values)  # [G, B, T, 4]
         penalty = values.mean((1, 2)).square().mean()
         penalty = penalty + (values.flatten(1, 2).std(1) - 0.9).square().mean()
-        if self.kept:
-            plain = len(speech) - disguised_rows(len(speech))
-            with torch.no_grad():
-                before = values_before_quantization(self.kept, speech[:plain])
-            penalty = penalty + KEPT_WEIGHT * F.mse_loss(values[:, :plain], before)
         distance = self.distance(made, speech)
         self.optimizer.zero_grad()
         (distance + penalty).backward()
@@ -196,22 +174,21 @@ class Trainer:
 
 
 def load_speech(texts: list[str]) -> list[np.ndarray]:
-    """Every text in every named voice and an unnamed one, as waveforms [N]."""
-    unnamed = cycle(UNNAMED)
-    jobs = [(text, speaker) for text in texts for speaker in (*VOICES, next(unnamed))]
+    """Every text in every named voice, an unnamed one and by two strangers, as waveforms [N]."""
+    strangers = cycle(STRANGERS)
+    jobs = [
+        (text, speaker)
+        for number, text in enumerate(texts)
+        for speaker in (*VOICES, unnamed(number), next(strangers), next(strangers))
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         spoken = pool.map(lambda job: speak(*job), jobs)
         return list(tqdm(spoken, total=len(jobs), disable=None))
 
 
-def disguised_rows(count: int) -> int:
-    """How many of the rows of a batch are disguised: the last ones."""
-    return round(DISGUISED * count)
-
-
 def crops(speech: list[np.ndarray], count: int, size: int, generator: random.Random) -> Tensor:
     """Random stretches of the speech, the last ones in other voices: [count, 1, size]."""
-    rows, plain = [], count - disguised_rows(count)
+    rows, plain = [], round((1 - DISGUISED) * count)
     for number, waveform in enumerate(generator.choices(speech, k=count)):
         begin = generator.randrange(max(1, len(waveform) - size))
         row = waveform[begin : begin + 2 * size]
@@ -237,17 +214,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the texts")
     parser.add_argument("--output", type=Path, default=CACHE / "codec", help="model directory")
     parser.add_argument("--start", type=Path, help="model directory whose codec to train on")
-    parser.add_argument("--keep-codes", action="store_true", help="hold the codes of `--start`")
     parser.add_argument("--steps", type=int, default=16000)
-    parser.add_argument("--sentences", type=int, default=2000, help="each in four voices")
+    parser.add_argument("--sentences", type=int, default=2000, help="each in six voices")
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=0.8, help="length of a crop")
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.keep_codes and not args.start:
-        parser.error("--keep-codes needs --start")
     keep_freed_memory()
     texts = read_sentences("train.txt", args.cache)
     speech, size = load_speech(texts[: args.sentences]), round(args.seconds * SAMPLE_RATE)
@@ -255,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         codec = codec_to_train(args.start)
     else:
         codec = new_codec(crops(speech, 64, size, random.Random(args.seed)), args.seed)
-    trainer = Trainer(codec.to(args.device), args.steps, keep_codes=args.keep_codes)
+    trainer = Trainer(codec.to(args.device), args.steps)
     checkpoint = args.cache / CHECKPOINT
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=args.device, weights_only=True)

@@ -1,8 +1,8 @@
 """Stage 3: speak every training sentence with flite and keep only text and codes, in shards.
 
 A shard holds those of `BLOCK` sentences that are of the templates' vocabulary (`closed`), or those
-that are not (`open`), each by one of the named voices, or the first ones again, each by one of the
-unnamed voices (`unnamed`). A shard that exists is done, so that a stopped run goes on where it was;
+that are not (`open`), each by one of the named voices, or the first ones again, a few by each
+unnamed voice (`unnamed`). A shard that exists is done, so that a stopped run goes on where it was;
 the last block, which is held out from training, is made first, so that a stopped run is of use.
 """
 
@@ -22,10 +22,11 @@ from fish_speech.datasets.shards import Sample, text_data
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.preparation.pipeline import die_with_parent
 from recipes.tiny.texts import CACHE, read_sentences
-from recipes.tiny.voices import UNNAMED, VOICES, speak
+from recipes.tiny.voices import VOICES, speak, unnamed
 from recipes.tiny.words import is_closed
 
 BLOCK = 256
+NEIGHBOURS = 8  # sentences, about half of them known, that one unnamed voice speaks
 KINDS = ("closed", "open", "unnamed")
 
 
@@ -36,9 +37,8 @@ def speaker_of(index: int) -> str:
 
 def jobs_of(texts: list[str], begin: int, kind: str) -> list[tuple[str, str]]:
     """Text and speaker of what a kind of shard holds of the block from sentence `begin`."""
-    voices = list(UNNAMED)
     return [
-        (texts[index], voices[index % len(voices)] if kind == "unnamed" else speaker_of(index))
+        (texts[index], unnamed(index // NEIGHBOURS) if kind == "unnamed" else speaker_of(index))
         for index in range(begin, min(begin + BLOCK, len(texts)))
         if is_closed(texts[index]) == (kind != "open")
     ]

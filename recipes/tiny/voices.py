@@ -1,8 +1,8 @@
-"""Who speaks: flite's voices as they are, each with a name, and many unnamed ones made of them.
+"""Who speaks: flite's voices as they are, each with a name, and any number of unnamed ones.
 
 A model that knows three voices has no idea of another one: it has to forget how to read in order
-to change its voice. Between many it finds its way to a new one. The voice `rms` is left out on
-purpose: the demo teaches it.
+to change its voice. Between thousands it finds its way to a new one. Strangers, of other programs,
+are heard by the codec alone. The voice `rms` is left out on purpose: the demo teaches it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import random
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from itertools import cycle, islice
 
 import numpy as np
 import soundfile
@@ -27,50 +26,97 @@ _RANGES = {
     "awb": ((80, 200), (0.94, 1.16)),
 }
 _PACES = (0.88, 1.15)
+# Whom only the codec hears: a codec of few speakers codes no other. They need not be understood.
+_FESTIVAL = (
+    *("ked_diphone", "lp_diphone", "pc_diphone", "czech_dita", "czech_krb", "czech_machac"),
+    *("czech_ph", "hy_fi_mv_diphone", "suo_fi_lj_diphone", "msu_ru_nsh_clunits"),
+    *("upc_ca_ona_hts", "cmu_us_slt_arctic_hts"),
+)
+_ESPEAK = (
+    *("adam", "Andy", "anika", "antonio", "Denis", "f2"),
+    *("f4", "Gene", "linda", "m3", "m7", "zac"),
+)
+STRANGERS = (*(f"festival/{v}" for v in _FESTIVAL), *(f"espeak-ng/en+{v}" for v in _ESPEAK))
+_BANDS, _GAIN = 12, 12.0  # of a filter, equally wide in mels, and the most in dB
+_LEVELS = (-12.0, 4.0)  # of a changed voice's peak, in dB
 _SPEEDS = (0.8, 1.25)  # of a disguise
-_BANDS, _GAIN = 12, 12.0  # of its filter, equally wide in mels, and the most in dB
-_LEVELS = (-12.0, 4.0)  # of its peak against that of the speech, in dB
+
+
+@dataclass(frozen=True)
+class Sound:
+    """How a voice sounds: a filter's gains in dB, and the level of its peak against before."""
+
+    gains: tuple[float, ...]
+    level: float
+
+    @classmethod
+    def draw(cls, generator: random.Random) -> Sound:
+        gains = tuple(generator.uniform(-_GAIN, _GAIN) for _ in range(_BANDS))
+        return cls(gains, generator.uniform(*_LEVELS))
+
+    def of(self, samples: np.ndarray) -> np.ndarray:
+        """Speech [N] at 16 kHz darker, brighter or hollow, louder or softer."""
+        mels = np.log1p(np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE) / 700)
+        bands = np.linspace(0, np.log1p(SAMPLE_RATE / 2 / 700), _BANDS)
+        spectrum = np.fft.rfft(samples) * 10 ** (np.interp(mels, bands, self.gains) / 20)
+        filtered = np.fft.irfft(spectrum, len(samples)).astype(np.float32)
+        peak = np.abs(samples).max() * 10 ** (self.level / 20)
+        return filtered * (min(peak, 1.0) / max(np.abs(filtered).max(), 1e-9))
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A voice of flite, its mean pitch in Hz, and how much higher its formants lie (a shorter
-    vocal tract) and how much faster it speaks than flite's."""
+    """A voice of flite, and for one made of it: its mean pitch in Hz, how much higher its formants
+    lie (a shorter vocal tract), how much faster it speaks, and how it sounds."""
 
     flite: str
     pitch: float | None = None
     tract: float = 1.0
     pace: float = 1.0
+    sound: Sound | None = None
 
 
-def _unnamed(count: int) -> dict[str, Voice]:
-    draw, voices = random.Random(0), {}
-    for number, flite in enumerate(islice(cycle(_RANGES), count)):
-        pitches, tracts = _RANGES[flite]
-        tract = round(draw.uniform(*tracts), 2)
-        voice = Voice(flite, draw.uniform(*pitches), tract, draw.uniform(*_PACES))
-        voices[f"unnamed-{number:02d}"] = voice
-    return voices
+def unnamed(number: int) -> str:
+    """What `speak` calls the unnamed voice of a number (0, 1, ...)."""
+    return f"unnamed-{number:05d}"
 
 
-UNNAMED = _unnamed(48)
+def voice_of(speaker: str) -> Voice:
+    """A named voice, an unnamed one or another of flite's, as it is."""
+    if not speaker.startswith("unnamed-"):
+        return Voice(VOICES.get(speaker, speaker))
+    draw = random.Random(speaker)
+    flite = draw.choice(list(_RANGES))
+    pitches, tracts = _RANGES[flite]
+    tract, pace = round(draw.uniform(*tracts), 2), draw.uniform(*_PACES)
+    return Voice(flite, draw.uniform(*pitches), tract, pace, Sound.draw(draw))
 
 
 def speak(text: str, speaker: str) -> np.ndarray:
-    """Speak `text` by one of `VOICES`, of `UNNAMED` or another of flite's: float32 [N] at 16 kHz,
-    trimmed to 50 ms before and 100 ms after."""
-    voice = UNNAMED.get(speaker) or Voice(VOICES.get(speaker, speaker))
+    """Speak `text` by one of `VOICES` or `STRANGERS`, an unnamed voice or another of flite's:
+    float32 [N] at 16 kHz, trimmed to 50 ms before and 100 ms after."""
+    program, _, stranger = speaker.rpartition("/")
+    if program == "festival":
+        return trim(_spoken(["text2wave", "-eval", f"(voice_{stranger})", "-o"], text))
+    if program == "espeak-ng":
+        return trim(_spoken(["espeak-ng", "-v", stranger, "--stdin", "-w"], text))
+    voice = voice_of(speaker)
+    command = ["flite", "-voice", voice.flite]
+    if voice.pitch:
+        # Played faster by `tract` afterwards, which raises pitch and formants and shortens.
+        command += ["--setf", f"int_f0_target_mean={voice.pitch / voice.tract:.1f}"]
+        command += ["--setf", f"duration_stretch={voice.tract / voice.pace:.3f}"]
+    samples = trim(_spoken([*command, "-t", text, "-o"], speed=voice.tract))
+    return voice.sound.of(samples) if voice.sound else samples
+
+
+def _spoken(command: list[str], text: str = "", *, speed: float = 1.0) -> np.ndarray:
+    """What a program says that gets `text` as its input and the name of a file last: [N] at 16 kHz,
+    played so much faster."""
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-        command = ["flite", "-voice", voice.flite, "-t", text, "-o", file.name]
-        if voice.pitch:
-            # Played faster by `tract` below, which raises pitch and formants and shortens.
-            command += ["--setf", f"int_f0_target_mean={voice.pitch / voice.tract:.1f}"]
-            command += ["--setf", f"duration_stretch={voice.tract / voice.pace:.3f}"]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run([*command, file.name], input=text.encode(), check=True, capture_output=True)
         samples, sample_rate = soundfile.read(file.name, dtype="float32")
-    if sample_rate != SAMPLE_RATE:
-        raise ValueError(f"flite spoke at {sample_rate} Hz instead of {SAMPLE_RATE}")
-    return trim(resample(samples, round(SAMPLE_RATE * voice.tract), SAMPLE_RATE))
+    return resample(samples, round(sample_rate * speed), SAMPLE_RATE)
 
 
 def trim(samples: np.ndarray, threshold: float = 0.01) -> np.ndarray:
@@ -85,15 +131,7 @@ def trim(samples: np.ndarray, threshold: float = 0.01) -> np.ndarray:
 
 def disguise(samples: np.ndarray, generator: random.Random) -> np.ndarray:
     """Speech [N] at 16 kHz as somebody else might have said it elsewhere: played at another speed,
-    which moves pitch and formants, through a filter that makes a voice darker, brighter or hollow,
-    and louder or softer."""
+    which moves pitch and formants, and with another sound."""
     speed = generator.uniform(*_SPEEDS)
-    gains = [generator.uniform(-_GAIN, _GAIN) for _ in range(_BANDS)]
     moved = resample(samples, round(SAMPLE_RATE * speed), SAMPLE_RATE)
-    frequencies = np.fft.rfftfreq(len(moved), 1 / SAMPLE_RATE)
-    mels = np.log1p(frequencies / 700)
-    bands = np.linspace(0, np.log1p(SAMPLE_RATE / 2 / 700), _BANDS)
-    spectrum = np.fft.rfft(moved) * 10 ** (np.interp(mels, bands, gains) / 20)
-    filtered = np.fft.irfft(spectrum, len(moved)).astype(np.float32)
-    peak = np.abs(samples).max() * 10 ** (generator.uniform(*_LEVELS) / 20)
-    return filtered * (min(peak, 1.0) / max(np.abs(filtered).max(), 1e-9))
+    return Sound.draw(generator).of(moved)

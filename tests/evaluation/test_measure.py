@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from fish_speech.audio import audio_info
+from fish_speech.evaluation import resynthesis
 from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.listen import Clip, Voice
 from fish_speech.evaluation.measure import measure
 from fish_speech.evaluation.recommend import Commands
+from fish_speech.evaluation.resynthesis import Resynthesis
 from fish_speech.evaluation.takes import Candidate, Line, Recording, plan_lines
 from tests.conftest import ROOT
 from tests.evaluation.conftest import CLIPS, STRANGER, planted, text_of, waveform_of
 
+TINY = ROOT / "checkpoints" / "tiny"
 COMMANDS = Commands("merge", "more steps", "keep")
 HELD_OUT = {text_of(clip): clip for clip in CLIPS[:4]}
 REAL = [Recording(clip, text_of(clip)) for clip in CLIPS[4:8]]
@@ -72,7 +76,7 @@ def test_planted_models_get_the_figures_that_they_deserve(run, tmp_path):
         for found in filter(None, row.figures.values()):
             assert found.low <= found.mean <= found.high
             assert found.n == 4
-    recording, within, across = board.scale
+    recording, within, across = (row for row in board.scale if any(row.figures.values()))
     assert recording.figures["wer"].mean == 0
     assert within.figures["similarity"].low > across.figures["similarity"].high
     assert within.figures["similarity"].high > best.figures["similarity"].mean > 0.8
@@ -176,7 +180,31 @@ def test_a_damaged_recording_is_left_out_and_named(tmp_path, listener):
         listener=listener, commands=COMMANDS, say=said.append,
     )  # fmt: skip
     assert "bad.wav" in said[0]
-    assert board.scale[1].figures["similarity"].n == 2
+    within = next(row for row in board.scale if row.name == "recording against recording")
+    assert within.figures["similarity"].n == 2
+
+
+def test_what_the_codec_leaves_of_a_recording_is_on_the_scale(run, tmp_path):
+    made = Resynthesis(TINY, tmp_path, "cpu").of({"rms": [*REAL, Recording(tmp_path / "no", "x")]})
+    assert [clip.text for clip in made["rms"]] == [clip.text for clip in REAL]
+    for clip, real in zip(made["rms"], REAL, strict=True):
+        seconds = [audio_info(each.audio).duration for each in (clip, real)]
+        assert seconds[0] == pytest.approx(seconds[1], abs=0.05)  # a frame
+    board = run(planted("base", good)[0], resynthesised=made)
+    scale = {row.name: row.figures for row in board.scale}
+    coded, within = (
+        scale[name]["similarity"]
+        for name in ("recording through the codec", "recording against recording")
+    )
+    assert coded.n == len(REAL)
+    assert coded.high < within.low
+    assert scale["recording through the codec"]["wer"].mean == 1  # which nobody planted
+
+
+def test_a_recording_goes_through_the_codec_once(tmp_path, monkeypatch):
+    first = Resynthesis(TINY, tmp_path, "cpu").of({"rms": REAL[:1]})
+    monkeypatch.setattr(resynthesis, "load_codec", None)
+    assert Resynthesis(TINY, tmp_path, "cpu").of({"rms": REAL[:1]}) == first
 
 
 def test_a_real_clip_is_compared_with_the_others_only():
