@@ -183,19 +183,23 @@ def _run_record(
     start: Start,
 ) -> dict[str, Any]:
     """What every checkpoint of the run carries: all that merging and resuming must know."""
-    parent = start.checkpoint.path if start.checkpoint is not None and not start.exact else None
-    if start.exact:
-        parent = start.checkpoint.read()["run"]["parent"]
+    data_dir, parent, held_out = str(Path(config.data.dir).resolve()), None, manifest.validation
+    if start.checkpoint is not None:
+        before = start.checkpoint.read()["run"]
+        parent = before["parent"] if start.exact else str(start.checkpoint.path)
+        if before.get("data_dir") == data_dir and "held_out" in before:
+            # The others were learned from.
+            held_out = [name for name in held_out if name in before["held_out"]]
     return {
         "project": run.project,
-        "data_dir": str(Path(config.data.dir).resolve()),
+        "data_dir": data_dir,
         "base": str(base_dir.resolve()),
         "base_digest": base_digest,
         "shards": manifest.shards,
-        "held_out": manifest.validation,
+        "held_out": held_out,
         "speakers": _named_speakers(manifest),
         "lora": asdict(config.lora),
-        "parent": str(parent) if parent is not None else None,
+        "parent": parent,
     }
 
 

@@ -33,8 +33,10 @@ def trainer(tmp_path, base_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = make_data_set(tmp_path / "data", {"Ann": 10})
 
-    def run(project, *overrides, base=base_dir, data=data, said=None, **resume):
-        manifest, _ = build_shards(data, num_codebooks=8, codebook_size=1024)
+    def run(project, *overrides, base=base_dir, data=data, said=None, held_out=0.05, **resume):
+        manifest, _ = build_shards(
+            data, num_codebooks=8, codebook_size=1024, validation_share=held_out
+        )
         config = compose_config(
             [
                 f"project={project}",
@@ -275,6 +277,18 @@ def test_another_project_starts_from_the_adapters_and_remembers_its_parent(train
     assert record["parent"] == str(first.checkpoint.path)
     moved = [(adapters(second)[key] - value).abs().max() for key, value in adapters(first).items()]
     assert max(moved) < 3e-4  # one warm-up step away from stage 1, not from fresh adapters
+
+
+def test_what_the_parent_learned_from_is_not_held_out_from_its_children(trainer):
+    first = trainer("stage1", "train.max_steps=1")
+    held_out = first.checkpoint.read()["run"]["held_out"]
+    for steps in (1, 2):  # a new project, then the same one going on
+        options = (f"train.max_steps={steps}", "train.save_every=1")
+        second = trainer("stage2", *options, held_out=0.6, resume_latest=True)
+        assert second.checkpoint.step == steps
+        assert second.checkpoint.read()["run"]["held_out"] == held_out
+    fresh = trainer("alone", "train.max_steps=1", held_out=0.6)
+    assert len(fresh.checkpoint.read()["run"]["held_out"]) > len(held_out)
 
 
 def test_a_finished_run_is_not_trained_again(trainer):
