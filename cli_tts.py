@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
 from fish_speech.console import print_anything
-from fish_speech.devices import PRECISIONS, resolve_device, resolve_precision, set_threads
+from fish_speech.devices import (
+    PRECISIONS,
+    is_out_of_memory,
+    resolve_device,
+    resolve_precision,
+    set_threads,
+)
 from fish_speech.files import atomic_path, decode_text, file_digest, read_text, shown_path
 
 if TYPE_CHECKING:
@@ -26,6 +32,10 @@ if TYPE_CHECKING:
     from fish_speech.inference.jobs import Job
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OUT_OF_MEMORY = (
+    "out of memory; try --precision bf16, on a CPU --quantize int8, a shorter reference, or"
+    " --device cpu"
+)
 EPILOG = """\
 exit status: 0 spoken; 1 some texts failed or have a gap; 2 bad usage or bad input; 130 interrupted
 
@@ -165,7 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return complain(error, args.debug, BAD_INPUT)
     except Exception as error:  # out of memory, a driver's failure, a mistake of ours
-        return complain(error, args.debug, FAILED)
+        known = is_out_of_memory(error)
+        return complain(MemoryError(OUT_OF_MEMORY) if known else error, args.debug, FAILED)
 
 
 def say(message: str) -> None:
@@ -249,6 +260,8 @@ def compare_models(args: argparse.Namespace) -> int:
         )
     if args.text or args.text_file or args.model_path or args.batch or args.play:
         raise ValueError("--compare speaks --texts FILE with its two models: give no other")
+    if args.retries is not None or args.trim_silence:
+        raise ValueError("--compare takes first tries as they are: no --retries, no --trim-silence")
     from fish_speech.evaluation.compare import compare
     from fish_speech.evaluation.page import HTML_NAME
     from fish_speech.evaluation.project import read_texts
@@ -330,7 +343,9 @@ def wanted_text(args: argparse.Namespace) -> str:
         if sys.stdin is None:
             raise ValueError("standard input is closed; give the text itself, or --text-file FILE")
         return decode_text(sys.stdin.buffer.read(), "standard input")
-    return args.text if args.text_file is None else read_text(args.text_file)
+    if args.text is not None:
+        return decode_text(os.fsencode(args.text), "the text")
+    return read_text(args.text_file)
 
 
 def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
@@ -389,6 +404,11 @@ def attempt(
         raise
     except (ValueError, OSError) as error:
         complain(error, args.debug, FAILED)
+        return False
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        complain(MemoryError(OUT_OF_MEMORY), args.debug, FAILED)
         return False
     return recorded.whole
 

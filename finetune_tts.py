@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fish_speech.console import print_anything
 from fish_speech.devices import keep_freed_memory
+from fish_speech.files import list_files
 
 if TYPE_CHECKING:
     from fish_speech.datasets.shards import Manifest
@@ -145,6 +146,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.merge_best and (args.merge_weights or args.checkpoint_path):
         raise ValueError("--merge-best chooses by itself: leave the other flags out")
+    if args.checkpoint_path and not (args.train or args.full_pipeline):
+        if args.evaluate:
+            raise ValueError(
+                "--evaluate measures the project's own checkpoints: no --checkpoint-path"
+            )
+        if args.checkpoint_step:
+            raise ValueError("--checkpoint-path names what to merge: no --checkpoint-step")
     needs_data = stages[:5]
     if args.data_dir is None and any(getattr(args, stage) for stage in needs_data):
         raise ValueError("--data-dir is missing: the data set, or the raw recordings")
@@ -350,6 +358,8 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
     everything, data_dir = args.full_pipeline, args.data_dir
     training = everything or args.train
     with processes.data_processes() as (rank, world_size):
+        if training and world_size > 1:
+            processes.check_trained_by(world_size, make_config(args, data_dir).train)
         if args.prepare_data or (everything and is_raw(data_dir)):
             if processes.is_first():
                 prepare_stage(args)
@@ -381,7 +391,7 @@ def is_raw(data_dir: Path) -> bool:
     """Whether a folder holds recordings that are not prepared: no clip has a `.lab` beside it."""
     if not data_dir.is_dir():
         raise FileNotFoundError(f"--data-dir {data_dir}: no such folder")
-    return next(data_dir.rglob("*.lab"), None) is None
+    return not any(file.suffix == ".lab" for file in list_files(data_dir))
 
 
 def say(message: str) -> None:

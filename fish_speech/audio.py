@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,19 +32,16 @@ class AudioInfo:
 
 def audio_info(path: str | Path) -> AudioInfo:
     """Read a file's header. Raises `FileNotFoundError`, or `ValueError` where it is no audio."""
-    import soundfile
-
     path = _existing(path)
-    try:
-        info = soundfile.info(_native(path))
+    if (info := _sndfile_info(path)) is not None:
         return AudioInfo(info.samplerate, info.channels, info.frames / info.samplerate)
-    except soundfile.LibsndfileError:
-        pass
     with _open_av(path) as container:
         stream = container.streams.audio[0]
-        if stream.duration is not None:  # the picture of a film may outlast it
+        if container.format.name == "mp3" and not _mp3_states_its_length(path):
+            duration = None
+        elif stream.duration is not None:
             duration = float(stream.duration * stream.time_base)
-        elif container.duration is not None:
+        elif container.duration is not None and not container.streams.video:  # a picture may last
             duration = container.duration / 1e6  # in AV_TIME_BASE, microseconds
         else:
             duration = None
@@ -72,10 +69,10 @@ def decode_blocks(
     """Decode a file block by block, mixed down to mono and resampled: flat memory at any length.
 
     Yields float32 arrays [n] at `sample_rate` (Hz; the file's own where None), at most
-    `max_seconds` of them. What libsndfile can't read goes through PyAV, whose wheel carries its
-    decoders. Where channels cancel each other, as with a wire's poles swapped, the loudest is taken
-    instead of their mean. Raises `FileNotFoundError`, or `ValueError` that names the file where it
-    is no audio or damaged.
+    `max_seconds` of them. What libsndfile can't read, or not to its end, goes through PyAV, whose
+    wheel carries its decoders. Where channels cancel each other, as with a wire's poles swapped,
+    the loudest is taken instead of their mean. Raises `FileNotFoundError`, or `ValueError` that
+    names the file where it is no audio or damaged.
     """
     path = _existing(path)
     native = audio_info(path).sample_rate
@@ -255,8 +252,9 @@ def _share_of_chunk(path: Path) -> float:
             size = int.from_bytes(head[4:], order)
             if head[:4] == kind:
                 there = path.stat().st_size - file.tell()
-                # Programs that write to a pipe don't know the size, and write one of these two.
-                return 1.0 if size in (0, 0xFFFFFFFF) else max(1e-3, min(1.0, there / size))
+                # Programs that write to a pipe don't know the size, and write 0 or a huge one.
+                unknown = size == 0 or size >= 0x7FFFF000 > there
+                return 1.0 if unknown else max(1e-3, min(1.0, there / size))
             file.seek(size + size % 2, 1)
     return 1.0
 
@@ -301,15 +299,40 @@ def _native(path: Path) -> str | bytes:
     return str(path) if os.name == "nt" else os.fsencode(path)
 
 
-def _mono_blocks(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
+def _sndfile_info(path: Path) -> Any:
+    """What libsndfile reads of a header; None where PyAV has to read the file.
+
+    libsndfile stops where the length that it read or estimated ends: after the first of several
+    MP3 or Ogg streams in a file, or somewhere in an MP3 that states none.
+    """
     import soundfile
 
     try:
-        file = soundfile.SoundFile(_native(path))
+        info = soundfile.info(_native(path))
     except soundfile.LibsndfileError:
+        return None
+    return info if info.format not in ("MP3", "OGG") and 0 < info.frames < 1 << 62 else None
+
+
+def _mp3_states_its_length(path: Path) -> bool:
+    """Whether an MP3 begins with a frame that counts the others; else its length is a guess."""
+    with path.open("rb") as file:
+        head = file.read(10)
+        if head[:3] == b"ID3":
+            file.seek(10 + sum((byte & 127) << shift for byte, shift in
+                               zip(head[6:], (21, 14, 7, 0), strict=False)))  # fmt: skip
+            head = b""
+        head += file.read(1 << 12)
+    return any(tag in head for tag in (b"Xing", b"Info", b"VBRI"))
+
+
+def _mono_blocks(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
+    import soundfile
+
+    if _sndfile_info(path) is None:
         yield from map(_mixed, _blocks_av(path, block_seconds))
         return
-    with file:
+    with soundfile.SoundFile(_native(path)) as file:
         frames = max(1, round(block_seconds * file.samplerate))
         try:
             while len(block := file.read(frames, dtype="float32", always_2d=True)):
@@ -355,7 +378,7 @@ def _blocks_av(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
         parts: list[np.ndarray] = []
         count = 0
         try:
-            for frame in container.decode(stream):
+            for frame in _frames_av(container, stream):
                 for part in to_float.resample(frame):
                     parts.append(part.to_ndarray().reshape(-1, part.layout.nb_channels))
                     count += len(parts[-1])
@@ -366,6 +389,25 @@ def _blocks_av(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
             raise ValueError(f"{path}: damaged audio ({_said(error)})") from error
         if parts:
             yield np.concatenate(parts)
+
+
+def _frames_av(container: Any, stream: Any) -> Iterator[Any]:
+    """The decoded frames. Between two MP3 or Ogg streams there may be what is none of either."""
+    import av
+
+    if container.format.name not in ("mp3", "ogg"):
+        yield from container.decode(stream)
+        return
+    failure, decoded = None, False
+    for packet in container.demux(stream):
+        try:
+            for frame in packet.decode():
+                decoded = True
+                yield frame
+        except av.error.InvalidDataError as error:
+            failure = error
+    if failure is not None and not decoded:
+        raise failure
 
 
 def _said(error: Exception) -> str:

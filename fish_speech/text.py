@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import accumulate, groupby, pairwise
+from unicodedata import normalize
 
 import regex
 
@@ -75,13 +76,15 @@ _LAST_WORD = regex.compile(r"[\p{L}\p{M}.]+(?=\.\s*+\Z)")
 def clean_text(text: str) -> str:
     """The text as the model was trained to read it.
 
-    Curly single quotes become straight, repeated full stops and commas one, emoji and invisible
-    characters go, control characters become spaces, the ends are stripped. Words stay as they are.
+    Accents become part of their letters (NFC), curly single quotes straight, repeated full stops
+    and commas one; emoji and invisible characters go, control characters become spaces, the ends
+    are stripped. Words stay as they are.
 
     >>> clean_text("  It’s ‘ok’ 😀 now,,, yes  ")
     "It's 'ok'  now, yes"
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_PLAIN_QUOTES)
+    text = normalize("NFC", text)
     text = _INVISIBLE.sub("", _CONTROL.sub(" ", _EMOJI.sub("", text)))
     return _REPEATED_MARK.sub(r"\1", text).strip()
 

@@ -161,7 +161,55 @@ def test_a_picture_that_outlasts_the_sound_breaks_nothing_off(tmp_path):
     assert audio.breaks_off(tmp_path / "film.mp4", seconds) is None
 
 
-@pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.mp3", {}), ("a.ogg", {}), ("a.opus", {"format": "OGG", "subtype": "OPUS"})],
+)
+def test_files_that_were_joined_are_read_to_their_end(tmp_path, name, options):
+    for part, frequency in enumerate((300, 600)):
+        soundfile.write(
+            tmp_path / f"{part}-{name}", sine(frequency, 2.0, 48_000), 48_000, **options
+        )
+    parts = [(tmp_path / f"{part}-{name}").read_bytes() for part in range(2)]
+    (tmp_path / name).write_bytes(b"".join(parts))
+    waveform, rate = audio.load_audio(tmp_path / name)
+    samples = waveform[0].numpy()
+    assert len(samples) / rate == pytest.approx(4.0, abs=0.1)
+    assert pitch(samples[:rate], rate) == pytest.approx(300, abs=2)
+    assert pitch(samples[-rate:], rate) == pytest.approx(600, abs=2)
+    assert audio.breaks_off(tmp_path / name, len(samples) / rate) is None
+
+
+def test_an_mp3_that_does_not_state_its_length_is_read_to_its_end(tmp_path):
+    tones = [sine(300, 2.0, 48_000), np.zeros(96_000, np.float32), sine(600, 2.0, 48_000)]
+    soundfile.write(tmp_path / "a.mp3", np.concatenate(tones), 48_000, bitrate_mode="VARIABLE")
+    data = (tmp_path / "a.mp3").read_bytes()
+    for tag in (b"Xing", b"Info"):
+        data = data.replace(tag, bytes(4))
+    (tmp_path / "a.mp3").write_bytes(data)
+    waveform, rate = audio.load_audio(tmp_path / "a.mp3")
+    assert waveform.shape[1] / rate == pytest.approx(6.0, abs=0.15)
+    assert audio.breaks_off(tmp_path / "a.mp3", waveform.shape[1] / rate) is None
+
+
+def test_flac_and_wave_files_from_a_pipe_state_no_length_and_are_read(tmp_path):
+    tone = sine(440, 1.0, SECOND)
+    soundfile.write(tmp_path / "a.flac", tone, SECOND)
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    data[21] &= 0xF0  # the number of samples: 36 bits before the checksum of the header
+    data[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(data)
+    soundfile.write(tmp_path / "a.wav", tone, SECOND)
+    data = (tmp_path / "a.wav").read_bytes()
+    at = data.index(b"data") + 4
+    (tmp_path / "a.wav").write_bytes(data[:at] + bytes(4) + data[at + 4 :])
+    for name in ("a.flac", "a.wav"):
+        waveform, rate = audio.load_audio(tmp_path / name)
+        assert (waveform.shape[1], rate) == (SECOND, SECOND)
+        assert (audio.audio_info(tmp_path / name).duration or 1.0) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x80000000, 0xFFFFFFFF])
 def test_a_wave_file_from_a_pipe_does_not_know_its_size_and_is_whole(tmp_path, size):
     soundfile.write(tmp_path / "a.wav", sine(440, 1.0, SECOND), SECOND)
     data = (tmp_path / "a.wav").read_bytes()

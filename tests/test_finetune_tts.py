@@ -195,6 +195,8 @@ def test_losses_that_cannot_be_drawn_cost_no_training(project, tmp_path, monkeyp
         ((*TRAIN, "--device", "tpu"), "--device tpu: unknown"),
         ((*TRAIN, "--precision", "int3"), "--precision int3: unknown"),
         (("--merge-weights",), "no checkpoints; train first"),
+        (("--merge-weights", "--checkpoint-path", "x", "--checkpoint-step", 1), "what to merge"),
+        (("--evaluate", "--checkpoint-path", "x"), "the project's own checkpoints"),
         (("--data-dir", "nowhere", "--train"), "nowhere: no such data set"),
         (("--data-dir", "nowhere", "--full-pipeline"), "nowhere: no such folder"),
     ],

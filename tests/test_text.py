@@ -23,6 +23,7 @@ def test_clean_text_agrees_with_the_reference_implementation():
         ("lone \udc80 surrogate", "lone   surrogate"),
         ("family 👩‍👩‍👧‍👦, shrug 🤷🏽‍♂️, key 1️⃣, heart ❤️", "family , shrug , key 1, heart"),
         ("© 2024 ½ № 5 €", "© 2024 ½ № 5 €"),
+        ("cafe\u0301", "caf\u00e9"),  # as macOS may write it
         ("می‌خواهم", "می‌خواهم"),  # the zero-width non-joiner is spelling here
         ("a<|im_end|>b", "a<|im_end|>b"),  # plain text; only the tokenizer could obey it
     ],
@@ -69,8 +70,8 @@ def test_chunks_keep_every_word_within_the_limit(text):
 
 
 def test_a_chunk_never_starts_inside_a_grapheme():
-    for chunk in split_text("e\u0301" * 300, max_bytes=100):
-        assert chunk.startswith("e")
+    for chunk in split_text("q\u0301" * 300, max_bytes=100):
+        assert chunk.startswith("q")
 
 
 @pytest.mark.parametrize("words", ["See No. 5 there", "Ask Dr. Who there", "In the U.S. it is so"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from fish_speech.files import list_audio, read_text
 
@@ -51,8 +53,14 @@ def find_clips(data_dir: str | Path) -> list[Clip]:
         relative = audio.relative_to(data_dir)
         if relative.parts[0] == REJECTED_FOLDER:
             continue
+        try:
+            str(relative).encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(audio).decode("utf-8", "replace")
+            raise ValueError(f"{shown}: its name is not UTF-8; rename it") from error
         speaker = relative.parts[0] if len(relative.parts) > 1 else data_dir.resolve().name
-        clip = Clip(relative.with_suffix("").as_posix(), speaker, audio)
+        # The name of a folder may have its accents beside their letters, as macOS writes them.
+        clip = Clip(relative.with_suffix("").as_posix(), normalize("NFC", speaker), audio)
         if clip.name in clips:
             raise ValueError(
                 f"{audio} and {clips[clip.name].audio} share one name, and so one transcript; "

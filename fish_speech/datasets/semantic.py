@@ -251,12 +251,14 @@ class SemanticDataModule(L.LightningDataModule):
             dataset,
             batch_sampler=batches,
             collate_fn=partial(collate, pad_id=pad_id),
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_ignore_signals,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl+C reaches the workers too, but the step at hand still needs their batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """Ctrl+C, and what SLURM sends, reach the workers too, but the step at hand still needs their
+    batches. They end with the process that they work for."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 from fish_speech.files import read_json, read_text
 from fish_speech.hub import local_model, model_versions
@@ -60,7 +61,7 @@ def choose_speaker(
     if speaker is not None and not known:
         say(f"Warning: this model lists no speakers; it may not know {speaker!r}, or say the name")
     chosen = speaker_or_first(speaker, known, cloned=cloned)
-    if chosen != speaker:
+    if speaker is None and chosen is not None:
         say(f"Speaker: {chosen} (the model has {', '.join(known)}; --speaker chooses)")
     return chosen
 
@@ -70,12 +71,20 @@ def speaker_or_first(speaker: str | None, known: Sequence[str], *, cloned: bool)
 
     A model that learned its texts with names was never asked without one.
     """
-    return known[0] if speaker is None and known and not cloned else speaker
+    if speaker is None:
+        return known[0] if known and not cloned else None
+    return _listed(speaker, known) or speaker
+
+
+def _listed(speaker: str, known: Sequence[str]) -> str | None:
+    """How a model writes a name: accents may stand beside their letters, as macOS has them."""
+    wanted = normalize("NFC", speaker)
+    return next((name for name in known if normalize("NFC", name) == wanted), None)
 
 
 def check_speaker(speaker: str | None, known: Sequence[str]) -> None:
     """Raise `ValueError` where a model lists its speakers, and not this one."""
-    if speaker is not None and known and speaker not in known:
+    if speaker is not None and known and _listed(speaker, known) is None:
         raise ValueError(f"speaker {speaker!r} is unknown; the model knows {', '.join(known)}")
 
 

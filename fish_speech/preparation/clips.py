@@ -26,7 +26,7 @@ SAMPLE_RATE = 44_100  # of the codec, and so of every clip
 LONGEST_UNCUT = (
     120.0  # seconds; more than this is no utterance, and wouldn't fit in memory at hours
 )
-VERSION = 2  # raise it where the same options make other clips: old ones are then made anew
+VERSION = 3  # raise it where the same options make other clips: old ones are then made anew
 
 
 @dataclass(frozen=True)
@@ -172,21 +172,27 @@ def make_plan(
         return Plan(
             [replace(segments[0], text=transcript, heard="".join(h.text for h in heard))], []
         )
+    uncut = segment.speech_pieces(speech, longest=job.longest)
+    islands = [(piece.start, piece.end) for piece in uncut]
     if heard:
         words = [
             replace(word, start=part.start + word.start, end=part.start + word.end)
             for part, result in zip(segments, heard, strict=True)
             for word in result.words
         ]
-        pieces = align.align_words(transcript, words, speech.islands, longest=job.longest)
+        pieces = align.align_words(transcript, words, islands, longest=job.longest)
     else:
-        pieces = align.align_lengths(transcript, speech.islands)
-    segments, skipped = [], []
-    for has_text, run in groupby(pieces, key=lambda piece: bool(piece.text.strip())):
+        pieces = align.align_lengths(transcript, islands)
+    forced = {piece.start for piece in uncut if piece.forced}
+    pieces = [replace(piece, forced=piece.start in forced) for piece in pieces]
+    segments, skipped, end = [], [], 0.0
+    for has_text, run in groupby(pieces, key=lambda piece: any(map(str.isalnum, piece.text))):
         run = list(run)
+        begin, following = end, pieces[pieces.index(run[-1]) + 1 :]
+        end = segment.middle(run[-1], following[0]) if following else speech.duration
         if has_text:
             segments += segment.plan_segments(
-                run, speech.duration, target=options.segment_duration, shortest=options.min_duration
+                *(run, begin, end), target=options.segment_duration, shortest=options.min_duration
             )
         else:
             reason = "speech that its transcript does not have"
@@ -286,7 +292,9 @@ def _segments(job: Job, speech: Speech) -> list[Segment]:
     if end - start > job.longest:
         pieces = segment.speech_pieces(speech, longest=job.longest)
     return segment.plan_segments(
-        pieces, speech.duration, target=options.segment_duration, shortest=options.min_duration
+        *(pieces, 0.0, speech.duration),
+        target=options.segment_duration,
+        shortest=options.min_duration,
     )
 
 

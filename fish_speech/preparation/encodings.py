@@ -45,6 +45,10 @@ _JAPANESE = ("euc_jp", "shift_jis")
 _ONLY_LAST = set("ךםןףץςةى")
 _RARE = {**dict.fromkeys("ءآؤہٹڈڑ", 0.3), **dict.fromkeys("ðþý", 0.05)}
 _BETWEEN = set("¿¡…„‚·•")
+_SCRIPTS = {
+    **dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA"), "EAST"),
+    **dict.fromkeys(("MASCULINE", "FEMININE"), "LATIN"),  # ordinals: º, ª
+}
 _WIDE = ("FULLWIDTH", "IDEOGRAPHIC", "LEFT", "RIGHT", "ARABIC", "HEBREW", "GREEK", "KATAKANA")
 
 
@@ -91,13 +95,15 @@ def oddness(text: str, encoding: str) -> float:
         kind, kind_before = _kind(character), _kind(before)
         if kind == "odd":
             odd += 2
+        elif before == "°":  # of Celsius
+            pass
         elif kind == "sign" or kind_before == "sign":
             odd += 0.6 * (kind not in ("", "sign") or kind_before not in ("", "sign"))
         elif kind != kind_before and (_is_mark(character) or (kind and kind_before)):
             odd += 1
         if kind and before in _ONLY_LAST:
             odd += 1
-        if character.isupper() and before.islower():
+        if character.isupper() and before.islower() and before not in "ºª":
             odd += 1
         if kind in ("EAST", "HANGUL"):
             kana = "\u3040" <= character <= "\u30ff"
@@ -105,7 +111,9 @@ def oddness(text: str, encoding: str) -> float:
             odd += (kind == "HANGUL") != (encoding == "euc_kr")
             odd += kana and encoding not in _JAPANESE
     letters = [c for c in text if c > "\x7f" and _kind(c)]
-    odd += 0.03 * sum(letter.isupper() for letter in letters)  # KOI8 and cp1251 swap the cases
+    # KOI8 and cp1251 swap the cases; in a word of capitals, A to Z among them, nothing is swapped.
+    words = (w for w in text.split() if not (w.isupper() and any("A" <= c <= "Z" for c in w)))
+    odd += 0.03 * sum(c.isupper() for word in words for c in word if c > "\x7f")
     odd += sum(_RARE.get(letter, 0) for letter in text.lower())
     if latin := [letter.lower()[0] for letter in letters if _kind(letter) == "LATIN"]:
         odd += min(sum(letter not in known for letter in latin) for known in _ALPHABETS)
@@ -125,7 +133,7 @@ def _kind(character: str) -> str:
     category = unicodedata.category(character)
     if category[0] == "L" or category == "Mn":
         script = unicodedata.name(character, "odd").split()[0].split("-")[0]
-        return "EAST" if script in ("CJK", "HIRAGANA", "KATAKANA") else script
+        return _SCRIPTS.get(script, script)
     if category in ("Cc", "Co", "Cn") and not character.isspace():
         return "odd"
     if character <= "\x7f" or category[0] in "ZN" or category in ("Pi", "Pf", "Pd"):

@@ -118,13 +118,14 @@ def speech_pieces(speech: Speech, *, longest: float) -> list[Piece]:
 
 
 def plan_segments(
-    pieces: Sequence[Piece], duration: float, *, target: float, shortest: float
+    pieces: Sequence[Piece], begin: float, end: float, *, target: float, shortest: float
 ) -> list[Segment]:
     """Group neighbouring pieces into segments of about `target` seconds.
 
     Only a piece that is longer itself makes a segment exceed `target` by more than half. Dynamic
     programming weighs the lengths against the pauses, so that cuts fall into the longest fitting
-    ones; segments under `shortest` seconds are a last resort. `duration` is the recording's.
+    ones; segments under `shortest` seconds are a last resort. No margin goes beyond `begin` or
+    `end`, the recording's or what others speak.
     """
     best, first_of = [0.0], []
     for last in range(len(pieces)):
@@ -145,7 +146,7 @@ def plan_segments(
     while last >= 0:
         groups.append((first_of[last], last))
         last = first_of[last] - 1
-    bounds = [0.0, *(_middle(a, b) for a, b in pairwise(pieces)), duration]
+    bounds = [begin, *(middle(a, b) for a, b in pairwise(pieces)), end]
     return [_segment(pieces, first, last, bounds) for first, last in reversed(groups)]
 
 
@@ -199,7 +200,8 @@ def _cut_cost(pause: float) -> float:
     return 0.5 * max(0.0, 1 - pause / 0.5)
 
 
-def _middle(before: Piece, after: Piece) -> float:
+def middle(before: Piece, after: Piece) -> float:
+    """Of the pause between two pieces, in seconds."""
     return (before.end + after.start) / 2
 
 

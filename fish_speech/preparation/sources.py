@@ -90,6 +90,12 @@ def find_local(
     found = [_with_a_speaker(item) if speaker is None else item for item in found]
     others = (path for path in files if data_sets[path] is None and not is_audio(path))
     _say_others([path for path in others if path.suffix not in SIDECAR_SUFFIXES], say)
+    own = {sidecar_of(item.path) for item in found}
+    lost = [path for path in files if path.suffix in SIDECAR_SUFFIXES and path not in own]
+    if lost := [path for path in lost if data_sets[path] is None]:
+        named = ", ".join(display_path(path) for path in lost[:3])
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        say(f"no recording has the name of these texts: {named}{more}")
     for error in closed:
         problem = f"cannot be read ({error.strerror})"
         found.append(Found(Path(error.filename), speaker or default_speaker, problem=problem))
@@ -131,16 +137,24 @@ def name_recordings(found: list[Found], owner_of: dict[tuple[str, str], Any]) ->
     """Give every file a name that no other has, the same one in every run.
 
     `owner_of` maps (speaker, name), both casefolded, to the recording that an earlier run gave the
-    name to, as (address, digest): a file that moved or changed keeps it.
+    name to, as (address, digest, name): a file that moved, changed or was renamed keeps it.
     """
     recordings, taken = [], set()
     in_order = sorted(found, key=lambda item: (item.speaker, str(item.path)))
-    known = {address for address, _ in owner_of.values()}
+    known = {address for address, *_ in owner_of.values()}
+    renamed = {
+        (speaker, digest): name
+        for (speaker, _), (address, digest, name) in owner_of.items()
+        if has_vanished(address)
+    }
     read = _without_copies([_read(item) for item in in_order], known)
     for recording in sorted(read, key=lambda recording: recording.address not in known):
         name = safe_name(recording.origin.get("title") or recording.path.stem)
-        key = (recording.speaker.casefold(), name.casefold())
-        owner, digest = owner_of.get(key, (recording.address, ""))
+        speaker = recording.speaker.casefold()
+        if recording.address not in known:
+            name = renamed.get((speaker, recording.digest), name)
+        key = (speaker, name.casefold())
+        owner, digest, _ = owner_of.get(key, (recording.address, "", name))
         if key in taken or (recording.address != owner and recording.digest != digest):
             name = f"{name}-{unique_suffix(recording.address)}"
             key = (recording.speaker.casefold(), name.casefold())

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 FRESH = f"{RECORDS}/.tmp-clips"  # in the data set: clips that are made and not yet entered
 _CLIP_FILE = re.compile(r"(.+)_\d{4,}\.(wav|lab|json)")
 
+_DELETED = "was deleted"
+
 Key = tuple[str, str]  # (speaker, name), casefolded: file systems may not tell cases apart
 
 
@@ -104,9 +106,11 @@ class Books:
         )
         self.corrections = Corrections(folder / "corrections.json")
 
-    def owners(self) -> dict[Key, tuple[str, str]]:
-        """(address, digest) of the recording that holds each name."""
-        return {key: (record.address, record.digest) for key, record in self.records.items()}
+    def owners(self) -> dict[Key, tuple[str, str, str]]:
+        """(address, digest, name) of the recording that holds each name."""
+        return {
+            k: (record.address, record.digest, record.name) for k, record in self.records.items()
+        }
 
     def is_done(self, job: Job) -> bool:
         """Whether an earlier run did just that. A clip that was deleted since stays away, unless
@@ -129,6 +133,8 @@ class Books:
                 record.failure += "; its clips from before are kept"
                 return
         self._note_corrections(old)
+        if old is not None and old.digest == record.digest and self._any_clip_is_there:
+            self._keep_away(record, old)
         self.clear([key])
         for clip in record.clips:
             fresh, home = self.folder / FRESH / clip["file"], self.folder / clip["file"]
@@ -138,6 +144,19 @@ class Books:
         self._correct(record, old)
         self.records[key] = record
         self._write(record)
+
+    def _keep_away(self, record: Record, old: Record) -> None:
+        """Leave out those new clips whose speech is mostly of clips that were deleted by hand."""
+        self._forget_deleted(old)
+        deleted = [part for part in old.skipped if _DELETED in part["reason"]]
+        for clip in list(record.clips):
+            shared = (
+                min(clip["end"], part["end"]) - max(clip["start"], part["start"])
+                for part in deleted
+            )
+            if max(shared, default=0.0) > 0.5 * (clip["end"] - clip["start"]):
+                record.clips.remove(clip)
+                record.skipped.append(_deleted(clip))
 
     def clear(self, keys: Iterable[Key]) -> None:
         """Remove what stands under these names, finished or left half done."""
@@ -260,15 +279,24 @@ class Books:
     def _forget_what_was_taken_away(self) -> None:
         """Note clips that were deleted; drop recordings that are gone and have none any more."""
         for key, record in list(self.records.items()):
-            deleted = [clip for clip in record.clips if not self._is_there(clip)]
-            for clip in deleted:
-                record.clips.remove(clip)
-                span = {name: clip[name] for name in ("source", "start", "end")}
-                record.skipped.append({**span, "reason": f"its clip {clip['file']} was deleted"})
+            deleted = self._forget_deleted(record)
             if not record.clips and has_vanished(record.address):
                 self.clear([key])
             elif deleted:
                 self._write(record)
+
+    def _forget_deleted(self, record: Record) -> bool:
+        """Note which clips of a record were deleted; whether there are any."""
+        deleted = [clip for clip in record.clips if not self._is_there(clip)]
+        for clip in deleted:
+            record.clips.remove(clip)
+            record.skipped.append(_deleted(clip))
+        return bool(deleted)
+
+
+def _deleted(clip: dict[str, Any]) -> dict[str, Any]:
+    span = {name: clip[name] for name in ("source", "start", "end")}
+    return {**span, "reason": f"its clip {clip['file']} {_DELETED}"}
 
 
 def _key(speaker: str, name: str) -> Key:

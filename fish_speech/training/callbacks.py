@@ -77,19 +77,22 @@ class SaveCheckpoints(L.Callback):
 
 
 class StopCleanly(L.Callback):
-    """Ctrl+C and SIGTERM end the run after the step at hand, with a checkpoint.
+    """Ctrl+C, SIGTERM and a closed terminal end the run after the step at hand, with a checkpoint.
 
     A second Ctrl+C stops at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoints: SaveCheckpoints) -> None:
+        self.checkpoints = checkpoints
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, module) -> None:
         # Only now: Lightning has put its own handler for SIGTERM, which would end the step midway.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+            number = getattr(signal, name)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self._before[number] = signal.signal(number, self._note)
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
         if step_finished(trainer, batch_index):
@@ -98,6 +101,9 @@ class StopCleanly(L.Callback):
             if trainer.strategy.reduce_boolean_decision(noted, all=False):
                 self.signal = self.signal or signal.SIGTERM
                 trainer.should_stop = True
+                # At once: Lightning would validate first, while somebody waits to kill the process.
+                self.checkpoints.save(trainer)
+                trainer.limit_val_batches = 0
 
     def on_train_end(self, trainer: L.Trainer, module) -> None:
         self.restore()

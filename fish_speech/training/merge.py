@@ -88,10 +88,12 @@ def merge(
             )
         written_logits = _logits(load_model(new, dtype=torch.float32), prompt)
         error = _distance(written_logits, adapted_logits)
-        if error > _ROUNDING.get(dtype, 1e-4):
+        if not error <= _ROUNDING.get(dtype, 1e-4):  # nor where it is no number
             raise ValueError(
                 f"{folder}: the merged model differs from base + adapters by {error:.2%} "
-                "of its logits, more than rounding explains; nothing was written"
+                "of its logits, more than rounding explains"
+                + ("; the adapters are damaged" if error != error else "")
+                + "; nothing was written"
             )
     return Merged(folder, error, _distance(adapted_logits, base_logits))
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from fish_speech.training.config import TrainConfig
 
 T = TypeVar("T")
+_MEETING = timedelta(minutes=10)  # which all processes begin within
 
 
 @contextmanager
@@ -34,9 +39,16 @@ def data_processes() -> Iterator[tuple[int, int]]:
         return
     from torch import distributed
 
+    print(f"waiting for all {world_size} processes", file=sys.stderr)
+    try:
+        store, _, _ = next(distributed.rendezvous(address, rank, world_size, timeout=_MEETING))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the environment speaks of {world_size} processes, which did not all come; start them "
+            "with srun or torchrun, or clear SLURM_NTASKS where one is meant"
+        ) from error
     # The first process may download or transcribe for hours while the others wait. Lightning makes
     # a group of its own later; under a prefix this one leaves nothing behind that it would find.
-    store, _, _ = next(distributed.rendezvous(address, rank, world_size))
     distributed.init_process_group(
         "gloo",
         store=distributed.PrefixStore("data_processes", store),
@@ -48,6 +60,15 @@ def data_processes() -> Iterator[tuple[int, int]]:
         yield rank, world_size
     finally:
         distributed.destroy_process_group()
+
+
+def check_trained_by(world_size: int, settings: TrainConfig) -> None:
+    """Raise `ValueError` where other than all of several started processes would train together."""
+    if world_size != settings.devices * settings.num_nodes:
+        raise ValueError(
+            f"{world_size} processes were started for --devices {settings.devices} and --num-nodes "
+            f"{settings.num_nodes}; give the number on each machine, and of machines"
+        )
 
 
 def wait_for_all() -> None:

@@ -234,6 +234,8 @@ def choose_start(
     """
     if resume_latest and resume_from:
         raise ValueError("--resume-latest and --resume-from-checkpoint exclude each other")
+    if resume_from and checkpoint_path:
+        raise ValueError("--resume-from-checkpoint and --checkpoint-path exclude each other")
     own = run.checkpoints()
     named = resume_from or checkpoint_path
     other = named_checkpoint(named) if named else None

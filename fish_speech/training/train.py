@@ -131,10 +131,12 @@ def _train(
     _preflight(config, model, data, frame_rate, device, say)
     if is_first():
         _save_config(config, run)
-    stop = StopCleanly()
+    checkpoints = SaveCheckpoints(run, config.train.save_every, config.train.keep_checkpoints, say)
+    stop = StopCleanly(checkpoints)
     try:
         with _quiet_lightning():
-            trainer = _trainer(config, run, device, dtype, data, say, [stop, *callbacks])
+            own = [checkpoints, Progress(max_steps), stop]
+            trainer = _trainer(config, run, device, dtype, data, [*own, *callbacks])
             trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.exact else None)
     except SystemExit as error:  # Lightning's answer to a second Ctrl+C
         raise KeyboardInterrupt from error
@@ -320,7 +322,6 @@ def _trainer(
     device: torch.device,
     dtype: torch.dtype,
     data: SemanticDataModule,
-    say: Say,
     callbacks: Sequence[L.Callback],
 ) -> L.Trainer:
     settings = config.train
@@ -352,11 +353,7 @@ def _trainer(
             CSVLogger(run.folder, name="logs", version=version),
             TensorBoardLogger(run.folder, name="logs", version=version),
         ],
-        callbacks=[
-            SaveCheckpoints(run, settings.save_every, settings.keep_checkpoints, say),
-            Progress(settings.max_steps),
-            *callbacks,
-        ],
+        callbacks=list(callbacks),
         plugins=[AtomicCheckpoints()],
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -6,6 +6,7 @@ import pytest
 
 from fish_speech.datasets.clips import find_clips
 from fish_speech.datasets.shards import build_shards, read_samples
+from fish_speech.inference.voices import check_speaker, speaker_or_first
 from tests.conftest import GOLDEN
 from tests.made_data import make_data_set
 
@@ -139,6 +140,20 @@ def test_clips_made_by_hand_need_no_speaker_folder(tmp_path):
         file.rename(data / file.name)
     (data / "x").rmdir()
     assert {clip.speaker for clip in find_clips(data)} == {"me"}
+
+
+def test_a_name_that_is_not_utf_8_is_told(tmp_path):
+    data = make_data_set(tmp_path / "me", {"x": 2})
+    os.rename(next(data.rglob("*.wav")), os.fsencode(data) + b"/x/caf\xe9.wav")
+    with pytest.raises(ValueError, match=r"caf.\.wav: its name is not UTF-8; rename"):
+        find_clips(data)
+
+
+def test_a_speaker_is_one_whose_ever_accents_stand_beside_their_letters(tmp_path):
+    data = make_data_set(tmp_path / "me", {"Jose\u0301": 1, "Ann": 1})
+    assert {clip.speaker for clip in find_clips(data)} == {"Jos\u00e9", "Ann"}
+    check_speaker("Jose\u0301", ["Jos\u00e9"])
+    assert speaker_or_first("Jos\u00e9", ["Ann", "Jose\u0301"], cloned=False) == "Jose\u0301"
 
 
 def test_a_shard_of_the_reference_is_read():

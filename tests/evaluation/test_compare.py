@@ -112,6 +112,7 @@ def test_a_model_that_fails_leaves_the_other(models, place, capsys):
         (("one/me", "two/me"), ("--speaker", "Bob"), "speaker 'Bob' is unknown"),
         (("one/me", "two/me"), ("-o", "blank.txt"), "blank.txt: a file; the comparison needs"),
         (("one/me", "two/me"), ("--play",), "--compare speaks --texts FILE"),
+        (("one/me", "two/me"), ("--retries", 1), "no --retries"),
         (("one/me", "two/me"), ("--reference-audio", "x.wav"), "x.wav: no such audio file"),
     ],
 )

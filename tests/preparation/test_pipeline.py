@@ -259,6 +259,20 @@ def test_a_long_recording_gets_its_script_without_a_recogniser(take, options):
     assert all(clip["estimated"] for clip in summary.clips)
 
 
+def test_a_script_that_is_read_without_a_pause_is_cut_and_flagged(tmp_path, options, utterances):
+    voiced = [u.samples[np.abs(u.samples) > 0.003] for u in utterances]
+    soundfile.write(tmp_path / "a.flac", np.concatenate(voiced)[: 60 * 16_000], 16_000)
+    (tmp_path / "a.txt").write_text(script := " ".join(u.text for u in utterances))
+    options = replace(options, segment_duration=5.0, normalize=False)
+    summary = prepare(replace(options, input=str(tmp_path / "a.flac")))
+    seconds = [clip["duration"] for clip in summary.clips]
+    assert max(seconds) < sum(seconds) / 2
+    assert " ".join(clip["text"] for clip in summary.clips).split() == script.split()
+    forced = [clip for clip in summary.clips if clip.get("cut_in_speech")]
+    assert forced
+    assert all(clip["flags"] for clip in forced)
+
+
 @pytest.mark.slow
 def test_real_recognition_of_real_speech_puts_no_word_into_a_wrong_clip(take, options):
     pocketsphinx = pytest.importorskip("pocketsphinx")

@@ -99,7 +99,7 @@ def test_files_of_one_stem_get_names_of_their_own_and_keep_them(tmp_path):
     first = names(found)
     assert len({name.casefold() for name in first}) == 3
     owners = {
-        ("me", recording.name.casefold()): (recording.address, recording.digest)
+        ("me", recording.name.casefold()): (recording.address, recording.digest, recording.name)
         for recording in name_recordings(found, {})
     }
     newcomer = Found(put(tmp_path / "a.aac", b"new"), "me")
@@ -111,7 +111,7 @@ def test_a_moved_recording_keeps_its_name_and_a_copy_is_a_problem(tmp_path):
     old = put(tmp_path / "old" / "a.wav", b"same")
     (before,) = name_recordings([Found(old, "me")], {})
     moved = put(tmp_path / "new" / "a.wav", b"same")
-    owners = {("me", "a"): (before.address, before.digest)}
+    owners = {("me", "a"): (before.address, before.digest, "a")}
     assert names([Found(moved, "me")], owners) == ["a"]
     one, two = name_recordings([Found(moved, "me"), Found(old, "me")], {})
     assert one.problem is None
@@ -119,6 +119,31 @@ def test_a_moved_recording_keeps_its_name_and_a_copy_is_a_problem(tmp_path):
     one, two = name_recordings([Found(moved, "me"), Found(old, "me")], owners)
     assert (one.path, one.name, one.problem) == (old, "a", None)  # the one that was there before
     assert two.problem == f"has the same bytes as {one.source}"
+
+
+def test_a_renamed_recording_keeps_its_name(tmp_path):
+    old = put(tmp_path / "Take.wav", b"same")
+    (before,) = name_recordings([Found(old, "me")], {})
+    owners = {("me", "take"): (before.address, before.digest, "Take")}
+    new = old.rename(tmp_path / "Better name.wav")
+    assert names([Found(new, "me")], owners) == ["Take"]
+    put(old, b"other")
+    assert (
+        len({name.casefold() for name in names([Found(new, "me"), Found(old, "me")], owners)}) == 2
+    )
+    assert names([Found(new, "you")], owners) == ["Better_name"]
+
+
+def test_texts_that_belong_to_no_recording_are_named(tmp_path):
+    put(tmp_path / "session_01.flac")
+    for name in ("session_1.txt", "session_01.txt", "other.lab"):
+        put(tmp_path / name, b"Some words.")
+    said = []
+    find_local(tmp_path, None, "voice", say=said.append)
+    assert len(said) == 1
+    assert said[0].startswith("no recording has the name of these texts: ")
+    assert all(name in said[0] for name in ("session_1.txt", "other.lab"))
+    assert "session_01.txt" not in said[0]
 
 
 def test_a_recording_that_cannot_be_used_has_no_copies(tmp_path):
@@ -135,7 +160,7 @@ def test_one_path_seen_from_two_folders_is_two_recordings(tmp_path, monkeypatch)
         monkeypatch.chdir(tmp_path / name)
         (recording,) = name_recordings([Found(Path("in", "take.flac"), "me")], owners)
         assert recording.source == "in/take.flac"
-        owners["me", recording.name] = (recording.address, recording.digest)
+        owners["me", recording.name] = (recording.address, recording.digest, recording.name)
     assert len(owners) == 3
     monkeypatch.chdir(tmp_path)
     (again,) = name_recordings([Found(Path("monday/in/take.flac"), "me")], owners)

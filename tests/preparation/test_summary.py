@@ -56,6 +56,20 @@ def test_a_deleted_label_comes_back_and_a_deleted_clip_stays_away(folder, option
     assert len(prepare(options).clips) == 1  # all are gone: from the beginning
 
 
+def test_a_deleted_clip_stays_away_when_the_others_are_made_anew(take, options):
+    recording = take(6, (0.8,))
+    recording.path.with_suffix(".txt").write_text(" ".join(recording.texts))
+    options = replace(options, input=str(recording.path), segment_duration=4.0)
+    before = prepare(options).clips
+    assert len(before) > 2
+    (options.output / before[1]["file"]).unlink()
+    after = prepare(replace(options, normalize=False))
+    spans = [(clip["start"], clip["end"]) for clip in before]
+    assert [(clip["start"], clip["end"]) for clip in after.clips] == [spans[0], *spans[2:]]
+    assert f"its clip {before[1]['file']} was deleted" in [s["reason"] for s in after.skipped]
+    assert prepare(replace(options, normalize=False)) == after
+
+
 def test_corrections_survive_rejection(folder, options):
     options = replace(options, input=str(folder(2)))
     prepare(options)

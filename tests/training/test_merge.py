@@ -92,6 +92,15 @@ def test_a_merged_model_that_would_be_the_base_is_an_error(checkpoint, tmp_path)
     assert not (tmp_path / "merged").exists()
 
 
+def test_adapters_that_are_no_numbers_are_not_merged(checkpoint, tmp_path):
+    state = golden_tensors("lora.pt")["lora_ckpt"]["state_dict"]
+    name = next(key for key in state if key.endswith("lora_B"))
+    damaged = {**state, name: torch.full_like(state[name], torch.nan)}
+    with pytest.raises(ValueError, match="adapters are damaged"):
+        merge(checkpoint(damaged), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_merging_over_another_base_is_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="not the base that"):
         merge(checkpoint(base_digest="0" * 64), tmp_path / "merged")

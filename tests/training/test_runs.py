@@ -96,6 +96,7 @@ def test_a_folder_of_checkpoints_means_its_newest():
     [
         ({"resume_latest": True}, r"--resume-latest: no checkpoint"),
         ({"resume_latest": True, "resume_from": "x"}, "exclude each other"),
+        ({"resume_from": "x", "checkpoint_path": "y"}, "exclude each other"),
         ({"checkpoint_path": "nowhere"}, "no such checkpoint"),
         ({"resume_from": "results/no/step_000000100.ckpt"}, r"no such checkpoint \(in that folder"),
         ({"checkpoint_path": "."}, r"no step_\*\.ckpt"),

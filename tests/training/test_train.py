@@ -1,6 +1,7 @@
 """Properties of a run, on the golden model and made-up codes."""
 
 import copy
+import multiprocessing
 import os
 import shutil
 import signal
@@ -78,7 +79,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer):
     torch.testing.assert_close(*moments, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(
     trainer, monkeypatch, number
 ):
@@ -92,11 +93,27 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(TextToSemantic, "training_step", interrupted)
+        patch.setattr(TextToSemantic, "validation_step", None)  # which would take minutes
         stopped = trainer("stopped", "train.max_steps=5")
     assert stopped.stopped_by == number
     assert stopped.checkpoint.step == 3
     resumed = trainer("stopped", "train.max_steps=5", resume_latest=True)
     torch.testing.assert_close(adapters(resumed), adapters(whole), atol=0, rtol=0)
+
+
+def test_a_signal_to_all_processes_lets_the_step_at_hand_have_its_batch(trainer, monkeypatch):
+    step, sent = TextToSemantic.training_step, []
+
+    def interrupted(module, batch, index):
+        if module.global_step == 1 and not sent:
+            sent.append(index)
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid, signal.SIGTERM)
+        return step(module, batch, index)
+
+    monkeypatch.setattr(TextToSemantic, "training_step", interrupted)
+    options = ("train.max_steps=9", "data.num_workers=1", "train.gradient_accumulation_steps=4")
+    assert trainer("p", *options).checkpoint.step == 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
