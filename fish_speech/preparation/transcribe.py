@@ -167,13 +167,13 @@ def made_up(heard: Heard, seconds: float) -> str | None:
 
 
 def repeats(text: str) -> bool:
-    """Whether a phrase comes four times in a row, or the text is as repetitive as if it did."""
+    """Whether a phrase comes four times in a row (a word six times), or as good as that."""
     words = text.casefold().split()
     for size in range(1, len(words) // 4 + 1):
         run = 0
         for index in range(size, len(words)):
             run = run + 1 if words[index] == words[index - size] else 0
-            if run >= 3 * size:
+            if run >= max(3 * size, 5):
                 return True
     # A byte a character, in stretches of a length: else the limit would depend on script and size.
     data = bytes(ord(character) % 256 for character in text)

@@ -147,7 +147,7 @@ def test_made_up_texts_are_recognised(heard, seconds, reason):
 
 
 def test_ordinary_repetition_is_no_loop():
-    assert not repeats("No, no, no! I said that I would come, and I will come.")
+    assert not repeats("No, no, no, no, no! I said that I would come, and I will come.")
     assert not repeats("to be or not to be, that is the question, to be sure")
     assert repeats("and then we go and then we go and then we go and then we go")
     assert repeats("ha" * 100)
