@@ -271,7 +271,8 @@ def train_stage(
     if args.eval_every:
         from fish_speech.evaluation.during import EvaluateDuringTraining as During
 
-        more["callbacks"] = [During(Path(config.data.dir), base_dir, args.eval_every, say)]
+        ears = {"whisper_model": args.whisper_model, "speaker_encoder": args.speaker_encoder}
+        more["callbacks"] = [During(Path(config.data.dir), base_dir, args.eval_every, say, **ears)]
     say(start.reason)
     done = train(config, base_dir=base_dir, manifest=manifest, start=start, say=say, **more)
     run = done.checkpoint.path.parents[1]

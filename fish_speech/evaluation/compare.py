@@ -18,9 +18,10 @@ from fish_speech.evaluation.recommend import Commands, prefer
 from fish_speech.evaluation.resynthesis import Resynthesis
 from fish_speech.evaluation.speaker import FOLDER
 from fish_speech.evaluation.takes import Candidate, Line, Recording, plan_lines
-from fish_speech.files import exclusive, safe_name, shown_path
+from fish_speech.files import exclusive, file_digest, safe_name, shown_path
 from fish_speech.inference import Settings, TextToSpeech
 from fish_speech.inference.jobs import model_digests
+from fish_speech.models.vqgan.codec import find_codec
 
 _VOICE = "reference"
 
@@ -66,7 +67,7 @@ def compare(
     names = (f"A: {a.name}", f"B: {b.name}") if alike else (a.name, b.name)
     cloning = f" --reference-audio {quote(str(references[0][0]))}" if references else ""
     speak = 'cli_tts.py "Hello there." --model-path {path}' + re.sub("[{}]", r"\g<0>\g<0>", cloning)
-    commands = Commands(speak, "", speak.format(path=shown_path(a)))
+    commands = Commands(speak, "", speak.format(path=quote(shown_path(a))))
     with exclusive(folder, f"the comparison in {folder}"):
         candidates = [
             Candidate(
@@ -93,7 +94,7 @@ def compare(
             ),
             commands=commands,
             settings=settings,
-            resynthesised=Resynthesis(a, folder, device).of(known),
+            resynthesised=_through_their_codec((a, b), known, folder, device),
             strangers=sorted(FOLDER.glob("strangers/*")),
             say=say,
         )
@@ -101,3 +102,12 @@ def compare(
         write(board, folder)
     say(f"{verdict(board.recommendation)}: {board.recommendation.reason}")
     return board
+
+
+def _through_their_codec(
+    models: Sequence[Path], recordings: dict[str, list[Recording]], folder: Path, device: str
+) -> dict[str, list[Recording]]:
+    """What the codec of the models leaves of recordings; nothing where each has another codec."""
+    if len({file_digest(find_codec(model)) for model in models}) > 1:
+        return {}
+    return Resynthesis(models[0], folder, device).of(recordings)

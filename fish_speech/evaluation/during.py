@@ -33,14 +33,29 @@ class EvaluateDuringTraining(L.Callback):
     Raises `ValueError` where there is nothing to speak, before training starts.
     """
 
-    def __init__(self, data_dir: Path, base_dir: Path, every: int, say: Say) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        base_dir: Path,
+        every: int,
+        say: Say,
+        *,
+        whisper_model: str | None = None,
+        speaker_encoder: str | None = None,
+    ) -> None:
         self.every, self.base_dir, self.say = every, base_dir, say
         if not is_first():
             return  # the others wait for it at their next step
         data = HeldOut(data_dir)
         self._lines = data.plan([], _SAMPLES, lambda message: None)
         self._recordings = data.recordings()
-        self._listener = listener_for(data.texts, say, device="cpu")
+        self._listener = listener_for(
+            data.texts,
+            say,
+            whisper_model=whisper_model,
+            speaker_encoder=speaker_encoder,
+            device="cpu",
+        )
         self._voice: TextToSpeech | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:

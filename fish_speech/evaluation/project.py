@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     Where it was stopped it goes on. Raises `FileNotFoundError` or `ValueError` where there is
     nothing to measure or nothing to measure it with.
     """
-    checkpoints = [run.checkpoint(step) for step in request.steps]
+    checkpoints = [run.checkpoint(step) for step in sorted(set(request.steps))]
     checkpoints = checkpoints or run.checkpoints() or [run.checkpoint()]  # which says what to do
     records = _readable_records(checkpoints)
     data = HeldOut(_data_dir(records[0], request), records)
@@ -139,8 +140,8 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     if codecs_of_codes(data.data_dir) - {file_digest(find_codec(base_dir))}:
         raise ValueError(
             f"{data.data_dir}: its codes are of another codec than that of {base_dir}; make them "
-            f"again: finetune_tts.py --project {run.project} --data-dir {data.data_dir} "
-            f"--pretrained-ckpt-path {base_dir} --extract-tokens --build-dataset"
+            f"again: finetune_tts.py --project {run.project} --data-dir {quoted(data.data_dir)} "
+            f"--pretrained-ckpt-path {quoted(base_dir)} --extract-tokens --build-dataset"
         )
     further = read_texts(request.texts) if request.texts else []
     device = resolve_device(request.device)
@@ -305,17 +306,23 @@ def _commands(
     run: Run, data: HeldOut, base_dir: Path, checkpoints: Sequence[Checkpoint]
 ) -> Commands:
     program = f"finetune_tts.py --project {run.project}"
-    longer = f"--data-dir {data.data_dir} --train --max-steps {2 * checkpoints[-1].step}"
+    data_dir, base = quoted(data.data_dir), quoted(base_dir)
+    longer = f"--data-dir {data_dir} --train --max-steps {2 * run.checkpoint().step}"
     reference = next(iter(data.references.values()), None)
-    cloning = f" --reference-audio {reference.audio}" if reference else ""
+    cloning = f" --reference-audio {quoted(reference.audio)}" if reference else ""
     fast_alone = all(target.startswith("fast_") for target in _targets(checkpoints))
-    again = f"--data-dir {data.data_dir} --pretrained-ckpt-path {base_dir} --full-pipeline"
+    again = f"--data-dir {data_dir} --pretrained-ckpt-path {base} --full-pipeline"
     return Commands(
         use=f"{program} --merge-best",
         train_longer=f"{program} {longer}",
-        keep=f'cli_tts.py "Hello there." --model-path {base_dir}{cloning}',
+        keep=f'cli_tts.py "Hello there." --model-path {base}{cloning}',
         gentler=None if fast_alone else f"{program}-timbre {again} --lora-config {TIMBRE_ALONE}",
     )
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return quote(str(path))
 
 
 def _targets(checkpoints: Sequence[Checkpoint]) -> Sequence[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from shlex import quote
 
 from fish_speech.evaluation.figures import FEWEST, difference
 from fish_speech.evaluation.leaderboard import Recommendation, Row, Sample, Spoken
@@ -75,13 +76,21 @@ def prefer(a: Row, b: Row, samples: Sequence[Sample], commands: Commands) -> Rec
             reason = f"{other.name} could not be measured"
         elif compare.better(one, other) and not compare.worse_words(one, other):
             reason = f"{one.name} {compare.wins} {other.name} ({compare.show(one, other)})"
+        elif (
+            compare.by_voice and compare.worse_words(other, one) and not compare.better(other, one)
+        ):
+            words = compare.show(one, other, "wer")
+            reason = f"{one.name} makes fewer word errors than {other.name} ({words})"
         else:
             continue
-        return Recommendation(one.name, one.step, "use", reason, commands.use.format(path=one.path))
+        path = quote(str(one.path))
+        return Recommendation(one.name, one.step, "use", reason, commands.use.format(path=path))
     if a.error is not None:
         reason = "neither could be measured"
     elif compare.count < FEWEST:
         reason = f"too few different texts to tell: {compare.count}"
+    elif gained := [row.name for row in (a, b) if compare.better(row, b if row is a else a)]:
+        reason = f"{gained[0]} is more like the voice, and makes more word errors"
     else:
         reason = "neither is better than the other beyond the interval"
     return _keep(a, reason, commands)
@@ -103,7 +112,7 @@ def _use(
         reason += "; it is the last and still getting better: a higher --max-steps may help"
     if len(measured) == 1:
         reason += "; it is the only checkpoint: a lower --save-every gives more to choose from"
-    next_command = commands.use.format(path=best.path)
+    next_command = commands.use.format(path=quote(str(best.path)))
     return Recommendation(best.name, best.step, "use", reason, next_command)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from fish_speech.audio import load_audio, save_audio
 from fish_speech.devices import resolve_device
@@ -18,6 +18,7 @@ from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.models.vqgan.codec import find_codec
 
 FOLDER = "codec"
+_MOST = 32  # clips
 
 
 class Resynthesis:
@@ -35,16 +36,24 @@ class Resynthesis:
         return load_codec(self._model_dir, resolve_device(self._device))
 
     def of(self, recordings: Mapping[str, Sequence[Recording]]) -> dict[str, list[Recording]]:
-        """By voice, without the clips that can't be read."""
-        return {voice: list(self._made(clips)) for voice, clips in recordings.items()}
+        """By voice, `_MOST` in all, without the clips that can't be read."""
+        share = max(1, _MOST // max(1, len(recordings)))
+        chosen = [(voice, clip) for voice, clips in recordings.items() for clip in clips[:share]]
+        made: dict[str, list[Recording]] = {}
+        for voice, clip in tqdm(chosen[:_MOST], desc="codec", unit="clip", disable=None):
+            if (again := self._made(clip)) is not None:
+                made.setdefault(voice, []).append(again)
+        return made
 
-    def _made(self, clips: Sequence[Recording]) -> Iterator[Recording]:
-        for clip in clips:
-            with suppress(OSError, ValueError):  # whoever uses the clip or the model says so
-                audio = self._folder / f"{file_digest(clip.audio)[:16]}.wav"
-                if not audio.is_file():
-                    save_audio(audio, self._there_and_back(clip.audio), self._codec.sample_rate)
-                yield Recording(audio, clip.text)
+    def _made(self, clip: Recording) -> Recording | None:
+        try:
+            audio = self._folder / f"{file_digest(clip.audio)[:16]}.wav"
+            waveform = None if audio.is_file() else self._there_and_back(clip.audio)
+        except (OSError, ValueError):  # whoever uses the clip or the model says so
+            return None
+        if waveform is not None:
+            save_audio(audio, waveform, self._codec.sample_rate)
+        return Recording(audio, clip.text)
 
     def _there_and_back(self, audio: Path) -> torch.Tensor:
         """What is heard of a file behind the codec: [1, N]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,8 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
     else:
         records = [inspect(job, recogniser) for job in work]
     records.sort(key=lambda record: (record.speaker, record.source))
-    clips = [
-        quality.judged(clip, options.thresholds) for record in records for clip in record.clips
-    ]
+    thresholds = replace(options.thresholds, shortest=options.min_duration)
+    clips = [quality.judged(clip, thresholds) for record in records for clip in record.clips]
     skipped = [
         {"source": record.source, "reason": record.failure}
         for record in records

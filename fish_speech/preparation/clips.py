@@ -170,7 +170,7 @@ def make_plan(
         return _recognised(job, segments, heard)
     if len(segments) == 1:
         return Plan(
-            [replace(segments[0], text=transcript, heard="".join(h.text for h in heard))], []
+            [replace(segments[0], text=transcript, heard=heard[0].text if heard else None)], []
         )
     uncut = segment.speech_pieces(speech, longest=job.longest)
     islands = [(piece.start, piece.end) for piece in uncut]
@@ -271,7 +271,7 @@ def describe(
         "end": round(part.end, 3),
         **quality.measure(samples, sample_rate, part, speech),
     }
-    if recording.transcript is not None and part.heard:
+    if recording.transcript is not None and part.heard is not None:
         clip["disagreement"] = rates.disagreement(part.text, part.heard)
         clip["heard"] = part.heard
     for name in ("cut_in_speech", "estimated"):

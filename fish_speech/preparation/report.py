@@ -78,7 +78,8 @@ def _article(clip: dict[str, Any], folder: Path) -> str:
         for name, unit, meaning in _FIGURES
         if name in clip
     )
-    heard = f"<p class='figures'>heard: {text(clip['heard'])}</p>" if clip.get("heard") else ""
+    heard = clip.get("heard")
+    heard = "" if heard is None else f"<p class='figures'>heard: {text(heard or 'nothing')}</p>"
     source = f"{text(clip['source'])}{_span(clip)}"
     return (
         f"<article><p class='name'>{text(clip['file'])}{flags}</p>"

@@ -45,7 +45,8 @@ class Speech:
 class Piece:
     """A stretch of speech that is not cut, in seconds, and what is said in it.
 
-    `text` is a slice of the script with its white space, `heard` what a recogniser made of it;
+    `text` is a slice of the script with its white space, `heard` what a recogniser made of it
+    (None: none listened);
     `forced` says that it begins or ends inside speech, for want of a pause, `estimated` that only
     its length tells that the text is said there.
     """
@@ -53,7 +54,7 @@ class Piece:
     start: float
     end: float
     text: str = ""
-    heard: str = ""
+    heard: str | None = None
     forced: bool = False
     estimated: bool = False
 
@@ -65,7 +66,7 @@ class Segment:
     start: float
     end: float
     text: str = ""
-    heard: str = ""
+    heard: str | None = None
     cut_in_speech: bool = False
     estimated: bool = False
 
@@ -208,11 +209,12 @@ def middle(before: Piece, after: Piece) -> float:
 def _segment(pieces: Sequence[Piece], first: int, last: int, bounds: list[float]) -> Segment:
     """The pieces `first`..`last` with a margin on each side, at most to the middle of the pause."""
     group = pieces[first : last + 1]
+    heard = [piece.heard for piece in group]
     return Segment(
         max(bounds[first], group[0].start - MARGIN_SECONDS),
         min(bounds[last + 1], group[-1].end + MARGIN_SECONDS),
         "".join(piece.text for piece in group).strip(),
-        " ".join(piece.heard for piece in group if piece.heard),
+        None if None in heard else " ".join(words for words in heard if words),
         (group[0].forced and first > 0 and pieces[first - 1].end == group[0].start)
         or (last + 1 < len(pieces) and pieces[last + 1].start == group[-1].end),
         any(piece.estimated for piece in group),

@@ -82,6 +82,24 @@ def test_transcripts_are_compared_where_a_recogniser_is_there(by_hand, monkeypat
     assert check.spoils(summary)
 
 
+def test_a_clip_in_which_nothing_is_heard_is_flagged(by_hand, monkeypatch):
+    class Deaf:
+        identity = "deaf"
+
+        def hear(self, samples):
+            return Heard("")
+
+    monkeypatch.setattr(check, "recogniser_for", lambda options: Deaf())
+    summary = look(by_hand, auto_transcribe=True)
+    assert all("disagreement" in clip["flags"] for clip in summary.clips)
+    assert check.spoils(summary)
+    assert "100" in next(line for line in check.describe(summary).splitlines() if "rate" in line)
+
+
+def test_the_shortest_clip_of_use_is_what_was_said(by_hand):
+    assert all("too_short" in clip["flags"] for clip in look(by_hand, min_duration=6.0).clips)
+
+
 def test_without_a_model_it_is_said_that_nothing_is_compared(by_hand, monkeypatch):
     def offline(*_, **__):
         raise ValueError("no model here")
