@@ -237,6 +237,11 @@ def test_the_best_is_chosen_anew_where_anything_changed(project, change, flags):
     assert [row["step"] for row in rows] == ([0, 2] if "--checkpoint-step" in flags else [0, 2, 4])
 
 
+def test_steps_are_measured_in_their_order_whatever_the_flag_says(project):
+    assert finetune("--evaluate", "--eval-samples", 1, "--checkpoint-step", 4, 2, 4) == 0
+    assert [row.step for row in Leaderboard.read(f"{FOLDER}/leaderboard.json").rows] == [0, 2, 4]
+
+
 def test_speakers_of_the_data_take_the_place_of_the_bases(project, monkeypatch):
     config = json.loads(Path("base/config.json").read_text())
     Path("base/config.json").write_text(json.dumps({**config, "speakers": ["SLT", "KAL"]}))
