@@ -4,6 +4,7 @@ PYTEST_ARGS ?= -m "not slow"
 BIN := .venv/bin
 TINY := $(BIN)/python -m recipes.tiny
 READY := .venv/.ready
+SUITS := 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))'
 VOICE := demo
 
 .PHONY: help setup demo test lint bench tiny tiny-figures protos
@@ -12,7 +13,11 @@ help: ## list these commands
 
 setup: $(READY) ## build .venv with the locked versions
 $(READY): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@{ $(BIN)/python -c $(SUITS) && $(BIN)/python -m pip --version; } >/dev/null 2>&1 || { \
+	  $(PYTHON) -c $(SUITS) || \
+	    { echo "$(PYTHON) is not Python 3.10 to 3.13; name one: make setup PYTHON=python3.12"; exit 1; }; \
+	  $(PYTHON) -m venv --clear .venv || \
+	    { echo "no virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }; }
 	@echo "installing into .venv (a few minutes, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  -c constraints.txt --editable '.[dev]'

@@ -226,6 +226,7 @@ def speak(args: argparse.Namespace) -> int:
     jobs = plan_jobs(args, wanted_text(args))
     settings = settings_of(args)
     references = pair_references(args.reference_audio, args.reference_text)
+    machine_of(args)
     if args.threads is not None:
         set_threads(args.threads)
     _, model_dir = setup_fish_speech(args.model_path)
@@ -268,6 +269,7 @@ def compare_models(args: argparse.Namespace) -> int:
     from fish_speech.hub import find_model
     from fish_speech.inference.voices import choose_speaker, pair_references
 
+    machine_of(args)
     texts = read_texts(args.texts)
     references = pair_references(args.reference_audio, args.reference_text)
     models = [find_model(path, Path(__file__).resolve().parent) for path in args.compare]
@@ -354,8 +356,7 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
 
     if args.threads is None:
         suit_threads(model_dir / "model.pth")
-    device = resolve_device(args.device)
-    dtype = None if args.precision == "auto" else resolve_precision(args.precision, device)
+    device, dtype = machine_of(args)
     if args.compile and args.quantize:
         say("--compile brings nothing to --quantize int8: left out")
     elif args.compile:
@@ -365,6 +366,15 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
     )
     keep_freed_memory()  # not before: the gaps that packing weights leaves would be kept too
     return voice
+
+
+def machine_of(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Device, and dtype where one is wanted. Raises `ValueError` for what this machine can't do."""
+    device = resolve_device(args.device)
+    if args.quantize and device.type != "cpu":
+        raise ValueError(f"--quantize {args.quantize} is for the CPU, not for {device.type}")
+    dtype = None if args.precision == "auto" else resolve_precision(args.precision, device)
+    return device, dtype
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fish_speech.console import print_anything
-from fish_speech.devices import keep_freed_memory
+from fish_speech.devices import keep_freed_memory, resolve_device, resolve_precision
 from fish_speech.files import list_files
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def extract_stage(
     args: argparse.Namespace, config: RunConfig, base_dir: Path, rank: int, world_size: int
 ) -> None:
     """Clips -> codes beside them; of several processes each encodes its share."""
-    from fish_speech.devices import is_out_of_memory, resolve_device
+    from fish_speech.devices import is_out_of_memory
     from fish_speech.models.vqgan import load_codec
     from fish_speech.preparation.extract import extract_codes
     from fish_speech.training.processes import gather, local_rank
@@ -373,6 +373,9 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             start = find_start(args, config, run)
             if start.exact and run.remembered_config.is_file():
                 config = make_config(args, data_dir, remembered=run.remembered_config)
+        device = resolve_device(config.device)
+        if training:
+            resolve_precision(config.precision, device, training=True)
         # The first process downloads or packs, the others then find what it made.
         base_dir = processes.first_then_all(lambda: find_model(config.base))
         if training or args.extract_tokens:

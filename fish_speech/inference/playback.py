@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -20,6 +21,9 @@ PLAYERS = (
     "play -q -t raw -e signed -b 16 -c 1 -r {rate} -",
     "pw-play --format=s16 --channels=1 --rate={rate} --raw -",  # older ones know no --raw
 )
+
+
+_PATIENCE = 0.2  # seconds in which a program that finds no device has ended
 
 
 class NoPlayback(Exception):
@@ -77,13 +81,16 @@ def _open_output(sample_rate: int) -> Output:
     try:
         return _open_device(sample_rate)
     except Exception as error:  # PortAudio missing, no device, or a rate that it can't do
-        reason = str(error).splitlines()[0]
+        reasons = [str(error).splitlines()[0]]
     for command in PLAYERS:
         program, *arguments = command.format(rate=sample_rate).split()
         if shutil.which(program):
-            return _open_program([program, *arguments])
+            try:
+                return _open_program([program, *arguments])
+            except OSError as error:
+                reasons.append(str(error))
     programs = ", ".join(command.split()[0] for command in PLAYERS)
-    raise NoPlayback(f"no audio device ({reason}) and none of these programs: {programs}")
+    raise NoPlayback(f"no audio device ({'; '.join(reasons)}), or none of these works: {programs}")
 
 
 def _open_device(sample_rate: int) -> Output:
@@ -100,8 +107,10 @@ def _open_device(sample_rate: int) -> Output:
 
 
 def _open_program(command: list[str]) -> Output:
+    """Raises `OSError` where the program ends at once: it finds no device."""
+    messages = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe would fill, and stop it)
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=messages
     )
 
     def play(samples: np.ndarray) -> None:
@@ -112,14 +121,21 @@ def _open_program(command: list[str]) -> Output:
             finish()
 
     def finish() -> None:
-        _, message = process.communicate()
+        process.communicate()
+        messages.seek(0)
+        with messages:
+            said = messages.read()
+        last = said.decode(errors="replace").strip().splitlines()[-1:]
         if process.returncode:
-            last = message.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
-            raise OSError(f"{command[0]}: {last[0]}")
+            raise OSError(f"{command[0]}: {(last or ['no reason given'])[0]}")
 
     def abort() -> None:
         process.kill()
         with suppress(OSError, ValueError):  # the other thread may be writing still
             process.communicate()
+        messages.close()
 
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_PATIENCE)
+        finish()
     return play, finish, abort

@@ -63,9 +63,9 @@ def no_device(monkeypatch):
 def program(monkeypatch, tmp_path, no_device):
     """Makes an `aplay` that is the only program on the machine; its script is the argument."""
 
-    def make(script):
-        path = tmp_path / "bin" / "aplay"
-        path.parent.mkdir()
+    def make(script, name="aplay"):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!{sys.executable}\nimport sys\n{script}\n")
         path.chmod(0o755)
         monkeypatch.setenv("PATH", str(path.parent))
@@ -119,16 +119,35 @@ def test_without_a_device_a_program_hears_16_bit_samples(program, tmp_path):
 
 
 def test_a_program_that_fails_is_reported_with_its_own_words(program):
-    program("sys.exit('cannot open audio device')")
+    program("sys.stdin.buffer.read(100)\nsys.exit('the device was unplugged')")
     with Player(44100) as player:
         for _ in range(50):
             player.write(TONE)
-    assert player.failure == "aplay: cannot open audio device"
+    assert player.failure == "aplay: the device was unplugged"
+
+
+def test_a_program_that_finds_no_device_is_passed_over(program, tmp_path):
+    program("sys.exit('cannot open audio device')")
+    with pytest.raises(NoPlayback, match="aplay: cannot open audio device"):
+        Player(44100)
+    program(f"open({str(tmp_path / 'heard')!r}, 'wb').write(sys.stdin.buffer.read())", "play")
+    with Player(44100) as player:
+        player.write(TONE)
+    assert player.failure is None
+    assert (tmp_path / "heard").stat().st_size == 2 * TONE.shape[1]
+
+
+def test_a_program_that_complains_on_and_on_blocks_nothing(program):
+    program("while sys.stdin.buffer.read(2000): sys.stderr.write('underrun ' * 500)")
+    with Player(44100) as player:
+        for _ in range(50):
+            player.write(TONE)
+    assert player.failure is None
 
 
 def test_a_machine_without_audio_is_said_to_be_one(monkeypatch, tmp_path, no_device):
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
-    with pytest.raises(NoPlayback, match=r"no audio device .* none of these programs: .*aplay"):
+    with pytest.raises(NoPlayback, match=r"no audio device .* none of these works: .*aplay"):
         Player(44100)
 
 

@@ -306,12 +306,14 @@ class DualARTransformer(nn.Module):
 
     def _rotary_table(self, length: int, head_dim: int) -> Tensor:
         key = (head_dim, self.device)
-        if key not in self._rotary or self._rotary[key].shape[1] < length:
+        table = self._rotary.get(key)
+        if table is None or table.shape[1] < length:
             size = 1 << (length - 1).bit_length()
             # A table first made while generating must serve training too.
             with torch.inference_mode(False):
-                self._rotary[key] = rotary_table(size, head_dim, self.config.rope_base, self.device)
-        return self._rotary[key][:, :length]
+                table = rotary_table(size, head_dim, self.config.rope_base, self.device)
+            self._rotary[key] = table  # which another thread may replace by a shorter one
+        return table[:, :length]
 
 
 def rotary_table(length: int, head_dim: int, base: float, device) -> Tensor:
