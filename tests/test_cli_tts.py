@@ -202,6 +202,22 @@ def test_a_line_that_needs_too_much_memory_is_told_what_to_do(run, capsys, monke
     assert "1 spoken, 0 were there already, 1 failed" in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "cuda:9"], "--device cuda:9: this machine has"),
+        (["--device", "mps", "--precision", "bf16"], "--device mps: "),
+        (["--device", "tpu"], "--device tpu: unknown"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_said_before_a_model_is_looked_for(
+    monkeypatch, capsys, flags, message
+):
+    monkeypatch.setattr("fish_speech.hub.find_model", None)
+    assert cli_tts.main(["Hello.", "--model-path", "1.5", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_text_that_is_not_utf_8_is_refused_wherever_it_comes_from(run, capsys, takes):
     assert run(os.fsdecode(b"caf\xe9 is here."), "-o", "a.wav") == 2
     assert "the text: not UTF-8" in capsys.readouterr().err
