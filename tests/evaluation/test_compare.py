@@ -140,7 +140,9 @@ def test_the_flags_go_together(models, place, capsys):
         ((0.5, None), (0.1, None), "b", "b makes fewer word errors than a"),
         ((0.1, None), (0.5, None), "a", "a makes fewer word errors than b"),
         ((0.1, 0.6), (0.1, 0.8), "b", "b is more like the voice than a"),
-        ((0.1, 0.6), (0.5, 0.8), None, "neither is better"),  # more like it, but not understood
+        ((0.9, 0.6), (0.1, 0.6), "b", "b makes fewer word errors than a"),
+        ((0.1, 0.6), (0.5, 0.8), None, "b is more like the voice, and makes more word errors"),
+        ((0.9, 0.8), (0.1, 0.6), None, "a is more like the voice, and makes more word errors"),
         ((0.1, 0.6), (0.1, 0.6), None, "neither is better"),
     ],
 )
