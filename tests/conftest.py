@@ -38,9 +38,10 @@ def hub_settings(endpoint: str, home: Path, **environment: str) -> dict[str, str
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ctrl_c_is_heard():
-    """Of tests that a shell started in the background, all they start would ignore it."""
+def signals_are_heard():
+    """Of tests that a shell started in the background, or under nohup, all would ignore them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
