@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
-from fish_speech.console import print_anything
+from fish_speech.console import print_anything, stop_signals
 from fish_speech.devices import (
     PRECISIONS,
     is_out_of_memory,
@@ -175,8 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return complain(error, args.debug, BAD_INPUT)
     except Exception as error:  # out of memory, a driver's failure, a mistake of ours
-        known = is_out_of_memory(error)
-        return complain(MemoryError(OUT_OF_MEMORY) if known else error, args.debug, FAILED)
+        return complain(error, args.debug, FAILED)
 
 
 def say(message: str) -> None:
@@ -186,7 +185,9 @@ def say(message: str) -> None:
 def complain(error: Exception, debug: bool, status: int) -> int:
     if debug:
         traceback.print_exc()
-    say(f"cli_tts.py: {str(error) or type(error).__name__}")
+    expected = isinstance(error, ValueError | OSError)
+    what = OUT_OF_MEMORY if not expected and is_out_of_memory(error) else str(error)
+    say(f"cli_tts.py: {what or type(error).__name__}")
     return status
 
 
@@ -412,19 +413,16 @@ def attempt(
                 print(job.output, flush=True)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:
-        complain(error, args.debug, FAILED)
-        return False
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if not (isinstance(error, ValueError | OSError) or is_out_of_memory(error)):
             raise
-        complain(MemoryError(OUT_OF_MEMORY), args.debug, FAILED)
+        complain(error, args.debug, FAILED)
         return False
     return recorded.whole
 
 
 if __name__ == "__main__":
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # end as Ctrl+C does
-        if signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN:  # by nohup
+    for number in stop_signals():  # end as Ctrl+C does
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
             signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -359,8 +359,6 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
     everything, data_dir = args.full_pipeline, args.data_dir
     training = everything or args.train
     with processes.data_processes() as (rank, world_size):
-        if training and world_size > 1:
-            processes.check_trained_by(world_size, make_config(args, data_dir).train)
         if args.prepare_data or (everything and is_raw(data_dir)):
             if processes.is_first():
                 prepare_stage(args)
@@ -376,6 +374,8 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
         device = resolve_device(config.device)
         if training:
             resolve_precision(config.precision, device, training=True)
+            if world_size > 1:
+                processes.check_trained_by(world_size, config.train)
         # The first process downloads or packs, the others then find what it made.
         base_dir = processes.first_then_all(lambda: find_model(config.base))
         if training or args.extract_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from contextlib import suppress
 
@@ -11,3 +12,10 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # somebody else's stream, or none
             stream.reconfigure(errors="replace")
+
+
+def stop_signals() -> list[int]:
+    """What asks a program to end: Ctrl+C, `kill` and SLURM, a closed terminal (not on Windows)."""
+    return [
+        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    ]

@@ -185,17 +185,26 @@ def test_a_line_whose_speech_has_a_gap_is_kept_but_not_done(run, monkeypatch, ca
     assert "1 spoken, 0 were there already, 0 failed" in capsys.readouterr().err
 
 
-def test_a_line_that_needs_too_much_memory_is_told_what_to_do(run, capsys, monkeypatch, takes):
+@pytest.fixture
+def bad_lines(monkeypatch, takes):
+    """`bad_lines(error)`: lines with the word "bad" raise it."""
     from fish_speech.inference import TextToSpeech
 
     pieces = TextToSpeech.pieces
 
-    def failing(self, text, *rest):
-        if "bad" in text:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        yield from pieces(self, text, *rest)
+    def fail(error):
+        def failing(self, text, *rest):
+            if "bad" in text:
+                raise error
+            yield from pieces(self, text, *rest)
 
-    monkeypatch.setattr(TextToSpeech, "pieces", failing)
+        monkeypatch.setattr(TextToSpeech, "pieces", failing)
+
+    return fail
+
+
+def test_a_line_that_needs_too_much_memory_is_told_what_to_do(run, capsys, bad_lines):
+    bad_lines(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     write_text("lines.txt", "bad\nTwo.")
     assert run("--text-file", "lines.txt", "--batch", "-o", "takes") == 1
     assert "out of memory; try --precision bf16" in (err := capsys.readouterr().err)
@@ -223,17 +232,8 @@ def test_a_text_that_is_not_utf_8_is_refused_wherever_it_comes_from(run, capsys,
     assert "the text: not UTF-8" in capsys.readouterr().err
 
 
-def test_a_line_that_fails_is_counted_and_the_others_are_spoken(run, capsys, monkeypatch, takes):
-    from fish_speech.inference import TextToSpeech
-
-    pieces = TextToSpeech.pieces
-
-    def failing(self, text, *rest):
-        if "bad" in text:
-            raise ValueError("no such speech")
-        yield from pieces(self, text, *rest)
-
-    monkeypatch.setattr(TextToSpeech, "pieces", failing)
+def test_a_line_that_fails_is_counted_and_the_others_are_spoken(run, capsys, bad_lines):
+    bad_lines(ValueError("no such speech"))
     write_text("lines.txt", "One.\nbad\nThree.")
     assert run("--text-file", "lines.txt", "--batch", "-o", "takes") == 1
     assert "no such speech" in (err := capsys.readouterr().err)

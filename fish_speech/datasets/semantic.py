@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fish_speech.console import stop_signals
 from fish_speech.conversation import IGNORED, Utterance, build_item, with_speaker
 from fish_speech.datasets.shards import Sample
 from fish_speech.tokenizer import FishTokenizer
@@ -260,5 +261,5 @@ class SemanticDataModule(L.LightningDataModule):
 def _ignore_signals(worker: int) -> None:
     """Ctrl+C, and what SLURM sends, reach the workers too, but the step at hand still needs their
     batches. They end with the process that they work for."""
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)

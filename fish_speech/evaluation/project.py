@@ -140,8 +140,8 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     if codecs_of_codes(data.data_dir) - {file_digest(find_codec(base_dir))}:
         raise ValueError(
             f"{data.data_dir}: its codes are of another codec than that of {base_dir}; make them "
-            f"again: finetune_tts.py --project {run.project} --data-dir {quoted(data.data_dir)} "
-            f"--pretrained-ckpt-path {quoted(base_dir)} --extract-tokens --build-dataset"
+            f"again: finetune_tts.py --project {run.project} --data-dir {_quoted(data.data_dir)} "
+            f"--pretrained-ckpt-path {_quoted(base_dir)} --extract-tokens --build-dataset"
         )
     further = read_texts(request.texts) if request.texts else []
     device = resolve_device(request.device)
@@ -306,10 +306,10 @@ def _commands(
     run: Run, data: HeldOut, base_dir: Path, checkpoints: Sequence[Checkpoint]
 ) -> Commands:
     program = f"finetune_tts.py --project {run.project}"
-    data_dir, base = quoted(data.data_dir), quoted(base_dir)
+    data_dir, base = _quoted(data.data_dir), _quoted(base_dir)
     longer = f"--data-dir {data_dir} --train --max-steps {2 * run.checkpoint().step}"
     reference = next(iter(data.references.values()), None)
-    cloning = f" --reference-audio {quoted(reference.audio)}" if reference else ""
+    cloning = f" --reference-audio {_quoted(reference.audio)}" if reference else ""
     fast_alone = all(target.startswith("fast_") for target in _targets(checkpoints))
     again = f"--data-dir {data_dir} --pretrained-ckpt-path {base} --full-pipeline"
     return Commands(
@@ -320,7 +320,7 @@ def _commands(
     )
 
 
-def quoted(path: Path) -> str:
+def _quoted(path: Path) -> str:
     """A path as a shell takes it."""
     return quote(str(path))
 

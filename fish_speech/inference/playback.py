@@ -21,8 +21,6 @@ PLAYERS = (
     "play -q -t raw -e signed -b 16 -c 1 -r {rate} -",
     "pw-play --format=s16 --channels=1 --rate={rate} --raw -",  # older ones know no --raw
 )
-
-
 _PATIENCE = 0.2  # seconds in which a program that finds no device has ended
 
 

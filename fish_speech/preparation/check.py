@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,7 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
     else:
         records = [inspect(job, recogniser) for job in work]
     records.sort(key=lambda record: (record.speaker, record.source))
-    thresholds = replace(options.thresholds, shortest=options.min_duration)
-    clips = [quality.judged(clip, thresholds) for record in records for clip in record.clips]
+    clips = [quality.judged(clip, options.limits) for record in records for clip in record.clips]
     skipped = [
         {"source": record.source, "reason": record.failure}
         for record in records

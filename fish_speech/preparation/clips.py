@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from fish_speech.preparation import align, quality, rates, segment, sources, tra
 from fish_speech.preparation.segment import Piece, Segment, Speech
 from fish_speech.preparation.sources import Recording
 from fish_speech.preparation.summary import FRESH, Record
+from fish_speech.text import is_speakable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,12 +186,12 @@ def make_plan(
         pieces = align.align_lengths(transcript, islands)
     forced = {piece.start for piece in uncut if piece.forced}
     pieces = [replace(piece, forced=piece.start in forced) for piece in pieces]
-    segments, skipped, end = [], [], 0.0
-    for has_text, run in groupby(pieces, key=lambda piece: any(map(str.isalnum, piece.text))):
-        run = list(run)
-        begin, following = end, pieces[pieces.index(run[-1]) + 1 :]
-        end = segment.middle(run[-1], following[0]) if following else speech.duration
-        if has_text:
+    runs = [list(run) for _, run in groupby(pieces, key=lambda piece: is_speakable(piece.text))]
+    between = (segment.middle(one[-1], other[0]) for one, other in pairwise(runs))
+    bounds = pairwise([0.0, *between, speech.duration])
+    segments, skipped = [], []
+    for run, (begin, end) in zip(runs, bounds, strict=True):
+        if is_speakable(run[0].text):
             segments += segment.plan_segments(
                 *(run, begin, end), target=options.segment_duration, shortest=options.min_duration
             )

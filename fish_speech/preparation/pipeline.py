@@ -50,6 +50,11 @@ class Options:
     strict: bool = False
     thresholds: Thresholds = field(default_factory=Thresholds)
 
+    @property
+    def limits(self) -> Thresholds:
+        """What clips are judged by."""
+        return replace(self.thresholds, shortest=self.min_duration)
+
 
 def prepare(
     options: Options,
@@ -93,7 +98,7 @@ def prepare(
             books.enter(record)
             if options.strict and record.failure is not None:
                 break
-        return books.compose(options.thresholds, drop_flagged=options.drop_flagged)
+        return books.compose(options.limits, drop_flagged=options.drop_flagged)
 
 
 def _say_what_is_odd(
@@ -102,7 +107,7 @@ def _say_what_is_odd(
     """Say which texts were read in a guessed encoding, and who else speaks the same recordings."""
     guessed = [r for r in recordings if r.encoding is not None]
     if guessed:
-        say(f"{_named(guessed)}: the text is not UTF-8 and was read as "
+        say(f"{sources.some_of(r.source for r in guessed)}: the text is not UTF-8 and was read as "
             f"{', '.join(sorted({r.encoding for r in guessed}))}; have a look at it")  # fmt: skip
     speakers = defaultdict(set)
     usable = [r for r in recordings if r.problem is None]
@@ -111,14 +116,8 @@ def _say_what_is_odd(
     shared = [r for r in usable if len(speakers[r.digest]) > 1]
     if shared:
         names = sorted(set().union(*(speakers[r.digest] for r in shared)))
-        say(f"{_named(shared)}: in this data set as spoken by {' and by '.join(names)}; if that is "
-            "wrong, delete the clips of one of them")  # fmt: skip
-
-
-def _named(recordings: list[sources.Recording], most: int = 3) -> str:
-    named = ", ".join(recording.source for recording in recordings[:most])
-    more = len(recordings) - most
-    return f"{named} and {more} more" if more > 0 else named
+        say(f"{sources.some_of(r.source for r in shared)}: in this data set as spoken by "
+            f"{' and by '.join(names)}; if that is wrong, delete the clips of one of them")  # fmt: skip
 
 
 def _checked(options: Options) -> Options:
@@ -141,7 +140,6 @@ def _checked(options: Options) -> Options:
         options,
         output=Path(options.output),
         split_long=options.split_long or options.youtube,
-        thresholds=replace(options.thresholds, shortest=options.min_duration),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,7 @@ def find_local(
     own = {sidecar_of(item.path) for item in found}
     lost = [path for path in files if path.suffix in SIDECAR_SUFFIXES and path not in own]
     if lost := [path for path in lost if data_sets[path] is None]:
-        named = ", ".join(display_path(path) for path in lost[:3])
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        say(f"no recording has the name of these texts: {named}{more}")
+        say(f"no recording has the name of these texts: {some_of(map(display_path, lost))}")
     for error in closed:
         problem = f"cannot be read ({error.strerror})"
         found.append(Found(Path(error.filename), speaker or default_speaker, problem=problem))
@@ -223,6 +221,13 @@ def display_path(path: Path) -> str:
     absolute = os.path.abspath(path)
     relative = os.path.relpath(absolute)
     return printable((absolute if relative.startswith("..") else relative).replace(os.sep, "/"))
+
+
+def some_of(names: Iterable[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    shown, more = ", ".join(names[:most]), len(names) - most
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def printable(text: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
+from fish_speech.console import stop_signals
 from fish_speech.devices import is_out_of_memory
 from fish_speech.files import atomic_path
 from fish_speech.models.weights import read_checkpoint, save_tensors
@@ -89,8 +90,7 @@ class StopCleanly(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module) -> None:
         # Only now: Lightning has put its own handler for SIGTERM, which would end the step midway.
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-            number = getattr(signal, name)
+        for number in stop_signals():
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 self._before[number] = signal.signal(number, self._note)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ def merge(
             raise ValueError(
                 f"{folder}: the merged model differs from base + adapters by {error:.2%} "
                 "of its logits, more than rounding explains"
-                + ("; the adapters are damaged" if error != error else "")
+                + ("; the adapters are damaged" if isnan(error) else "")
                 + "; nothing was written"
             )
     return Merged(folder, error, _distance(adapted_logits, base_logits))
