@@ -1,4 +1,4 @@
-"""What a program prints to: terminals and pipes of any encoding."""
+"""What a program prints to, terminals and pipes of any encoding, and what ends it from there."""
 
 from __future__ import annotations
 

@@ -115,9 +115,11 @@ def _say_what_is_odd(
         speakers[r.digest].add(r.speaker)
     shared = [r for r in usable if len(speakers[r.digest]) > 1]
     if shared:
-        names = sorted(set().union(*(speakers[r.digest] for r in shared)))
-        say(f"{sources.some_of(r.source for r in shared)}: in this data set as spoken by "
-            f"{' and by '.join(names)}; if that is wrong, delete the clips of one of them")  # fmt: skip
+        names = " and by ".join(sorted(set().union(*(speakers[r.digest] for r in shared))))
+        say(
+            f"{sources.some_of(r.source for r in shared)}: in this data set as spoken by {names}; "
+            "if that is wrong, delete the clips of one of them"
+        )
 
 
 def _checked(options: Options) -> Options:
