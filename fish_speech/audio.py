@@ -307,6 +307,10 @@ def _sndfile_info(path: Path) -> Any:
     """
     import soundfile
 
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head.startswith((b"OggS", b"ID3")) or head[:2] >= b"\xff\xe0":  # a frame of MP3
+        return None  # where libsndfile would warn about lengths on standard error
     try:
         info = soundfile.info(_native(path))
     except soundfile.LibsndfileError:
