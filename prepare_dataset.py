@@ -42,7 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("transcripts").add_argument
     add("--auto-transcribe", action="store_true", help="recognise what has no transcript")
     add("--whisper-model", default="base", help="its name, or the path of a checkpoint (base)")
-    add("--whisper-backend", choices=("auto", "openai", "faster"), default="auto")
+    add(
+        "--whisper-backend",
+        choices=("auto", "openai", "faster"),
+        default="auto",
+        help="openai-whisper or faster-whisper (the faster one where it is installed)",
+    )
     add("--language", help="what is spoken, such as en (default: whisper finds out)")
     add("--device", default="auto", help="auto, cpu, cuda or mps, for whisper")
 

@@ -1,8 +1,9 @@
 """Stage 2: train the codec from nothing on speech of the training sentences.
 
-Reconstruction only: log-mel distance at four scales and a little linear spectrum. A stopped run
-goes on from its last checkpoint; at the end the codec is written as a model directory holds it.
-`--start DIR` goes on from the codec of a model directory.
+Reconstruction only: log-mel distance at four scales, harmonics of low voices, and a little linear
+spectrum. A stopped run goes on from its last checkpoint; at the end the codec is written as a model
+directory holds it. `--start DIR` goes on from the codec of a model directory, and `--keep-encoder`
+trains its decoder alone: the codes, and what a transformer has learned of them, stay as they are.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ CODEC_FILE = "firefly-gan-vq-fsq-8x1000-20hz-generator.pth"
 RATE = 4e-4
 LAYER_SCALE = 0.1  # the published 1e-6 would take a long training to grow
 SCALES = ((2048, 80), (1024, 80), (512, 60), (256, 40))  # n_fft and mels of the loss
+HARMONICS_BELOW, HARMONICS_WEIGHT = 1500.0, 0.2  # Hz
 WARM_UP = 100  # steps
 DISGUISED = 0.4  # of the crops
 ENCODER_WAITS, ENCODER_RAMP = 100, 300  # steps
@@ -109,7 +111,8 @@ def new_codec(speech: Tensor, seed: int) -> Codec:
 
 
 class SpectralLoss(nn.Module):
-    """Mean absolute distance of log-mels at four scales, and of linear magnitudes at one."""
+    """Mean absolute distance of log-mels at four scales, of the low log magnitudes of long windows
+    (mels blur the harmonics of a low voice), and of linear magnitudes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,24 +123,32 @@ class SpectralLoss(nn.Module):
 
     def forward(self, made: Tensor, target: Tensor) -> Tensor:  # [B, 1, N] each
         mels = torch.stack([F.l1_loss(mel(made), mel(target)) for mel in self.mels]).mean()
-        return mels + 0.1 * F.l1_loss(self._magnitudes(made), self._magnitudes(target))
+        low = round(HARMONICS_BELOW / SAMPLE_RATE * 2048)
+        harmonics = F.l1_loss(
+            _magnitudes(made, 2048)[:, :low].log(), _magnitudes(target, 2048)[:, :low].log()
+        )
+        linear = F.l1_loss(_magnitudes(made, 1024), _magnitudes(target, 1024))
+        return mels + HARMONICS_WEIGHT * harmonics + 0.1 * linear
 
-    @staticmethod
-    def _magnitudes(waveforms: Tensor) -> Tensor:
-        window = torch.hann_window(1024, device=waveforms.device)
-        spectrum = torch.stft(waveforms[:, 0], 1024, 256, window=window, return_complex=True)
-        return (torch.view_as_real(spectrum).square().sum(-1) + 1e-6).sqrt()
+
+def _magnitudes(waveforms: Tensor, n_fft: int) -> Tensor:
+    """[B, 1, N] to [B, n_fft / 2 + 1, T]."""
+    window = torch.hann_window(n_fft, device=waveforms.device)
+    spectrum = torch.stft(waveforms[:, 0], n_fft, 256, window=window, return_complex=True)
+    return (torch.view_as_real(spectrum).square().sum(-1) + 1e-6).sqrt()
 
 
 class Trainer:
     """Codec, its optimizer, and what holds the values before quantization in their range."""
 
-    def __init__(self, codec: Codec, steps: int) -> None:
+    def __init__(self, codec: Codec, steps: int, *, keep_encoder: bool = False) -> None:
         self.codec, self.steps, self.step = codec, steps, 0
         self.distance = SpectralLoss()
         encoder = [*codec.backbone.parameters(), *codec.quantizer.downsample.parameters()]
         projections = [rvq.project_in for rvq in codec.quantizer.residual_fsq.rvqs]
         encoder += [parameter for module in projections for parameter in module.parameters()]
+        for parameter in encoder:
+            parameter.requires_grad_(not keep_encoder)
         chosen = {id(parameter) for parameter in encoder}
         decoder = [p for p in codec.parameters() if id(p) not in chosen]
         self.optimizer = torch.optim.AdamW(
@@ -214,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the texts")
     parser.add_argument("--output", type=Path, default=CACHE / "codec", help="model directory")
     parser.add_argument("--start", type=Path, help="model directory whose codec to train on")
+    parser.add_argument("--keep-encoder", action="store_true", help="train the decoder alone")
     parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--sentences", type=int, default=2000, help="each in six voices")
     parser.add_argument("--batch-size", type=int, default=12)
@@ -229,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
         codec = codec_to_train(args.start)
     else:
         codec = new_codec(crops(speech, 64, size, random.Random(args.seed)), args.seed)
-    trainer = Trainer(codec.to(args.device), args.steps)
+    trainer = Trainer(codec.to(args.device), args.steps, keep_encoder=args.keep_encoder)
     checkpoint = args.cache / CHECKPOINT
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=args.device, weights_only=True)

@@ -2,8 +2,9 @@
 
 A shard holds those of `BLOCK` sentences that are of the templates' vocabulary (`closed`), or those
 that are not (`open`), each by one of the named voices, or the first ones again, a few by each
-unnamed voice (`unnamed`). A shard that exists is done, so that a stopped run goes on where it was;
-the last block, which is held out from training, is made first, so that a stopped run is of use.
+unnamed voice (`unnamed`), or a quarter of them by strangers (`disguised`). A shard that exists is
+done, so that a stopped run goes on where it was; the last block, which is held out from training,
+is made first, so that a stopped run is of use.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from fish_speech.datasets.shards import Sample, text_data
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.preparation.pipeline import die_with_parent
 from recipes.tiny.texts import CACHE, read_sentences
-from recipes.tiny.voices import VOICES, speak, unnamed
+from recipes.tiny.voices import VOICES, disguised, speak, unnamed
 from recipes.tiny.words import is_closed
 
 BLOCK = 256
-NEIGHBOURS = 8  # sentences, about half of them known, that one unnamed voice speaks
-KINDS = ("closed", "open", "unnamed")
+NEIGHBOURS = 8  # sentences, about half of them known, that one voice speaks
+KINDS = ("closed", "open", "unnamed", "disguised")
 
 
 def speaker_of(index: int) -> str:
@@ -37,11 +38,17 @@ def speaker_of(index: int) -> str:
 
 def jobs_of(texts: list[str], begin: int, kind: str) -> list[tuple[str, str]]:
     """Text and speaker of what a kind of shard holds of the block from sentence `begin`."""
-    return [
-        (texts[index], unnamed(index // NEIGHBOURS) if kind == "unnamed" else speaker_of(index))
+    indices = [
+        index
         for index in range(begin, min(begin + BLOCK, len(texts)))
         if is_closed(texts[index]) == (kind != "open")
     ]
+    if kind == "unnamed":
+        return [(texts[index], unnamed(index // NEIGHBOURS)) for index in indices]
+    if kind == "disguised":
+        groups = [(index, index // NEIGHBOURS) for index in indices]
+        return [(texts[index], disguised(group)) for index, group in groups if group % 4 == 0]
+    return [(texts[index], speaker_of(index)) for index in indices]
 
 
 def encode(codec: Codec, waveforms: list[np.ndarray], batch_size: int = 16) -> list[np.ndarray]:

@@ -1,8 +1,9 @@
 """Who speaks: flite's voices as they are, each with a name, and any number of unnamed ones.
 
 A model that knows three voices has no idea of another one: it has to forget how to read in order
-to change its voice. Between thousands it finds its way to a new one. Strangers, of other programs,
-are heard by the codec alone. The voice `rms` is left out on purpose: the demo teaches it.
+to change its voice. Between thousands it finds its way to a new one. Strangers speak with other
+programs: all of them to the codec, those that read English, disguised, to the transformer too. The
+voice `rms` is left out on purpose: the demo teaches it.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ _RANGES = {
     "awb": ((80, 200), (0.94, 1.16)),
 }
 _PACES = (0.88, 1.15)
-# Whom only the codec hears: a codec of few speakers codes no other. They need not be understood.
-_FESTIVAL = (
-    *("ked_diphone", "lp_diphone", "pc_diphone", "czech_dita", "czech_krb", "czech_machac"),
-    *("czech_ph", "hy_fi_mv_diphone", "suo_fi_lj_diphone", "msu_ru_nsh_clunits"),
-    *("upc_ca_ona_hts", "cmu_us_slt_arctic_hts"),
+# A codec of few speakers codes no other. Foreigners read English as if it were their own language.
+_ENGLISH = ("festival/ked_diphone", "festival/cmu_us_slt_arctic_hts")
+_FOREIGN = (
+    *("lp_diphone", "pc_diphone", "czech_dita", "czech_krb", "czech_machac", "czech_ph"),
+    *("hy_fi_mv_diphone", "suo_fi_lj_diphone", "msu_ru_nsh_clunits", "upc_ca_ona_hts"),
 )
 _ESPEAK = (
     *("adam", "Andy", "anika", "antonio", "Denis", "f2"),
     *("f4", "Gene", "linda", "m3", "m7", "zac"),
 )
-STRANGERS = (*(f"festival/{v}" for v in _FESTIVAL), *(f"espeak-ng/en+{v}" for v in _ESPEAK))
+_FORMANT = tuple(f"espeak-ng/en+{voice}" for voice in _ESPEAK)
+STRANGERS = (*_ENGLISH, *(f"festival/{voice}" for voice in _FOREIGN), *_FORMANT)
 _BANDS, _GAIN = 12, 12.0  # of a filter, equally wide in mels, and the most in dB
 _LEVELS = (-12.0, 4.0)  # of a changed voice's peak, in dB
 _SPEEDS = (0.8, 1.25)  # of a disguise
@@ -81,6 +83,11 @@ def unnamed(number: int) -> str:
     return f"unnamed-{number:05d}"
 
 
+def disguised(number: int) -> str:
+    """What `speak` calls the disguised stranger of a number (0, 1, ...)."""
+    return f"disguised-{number:05d}"
+
+
 def voice_of(speaker: str) -> Voice:
     """A named voice, an unnamed one or another of flite's, as it is."""
     if not speaker.startswith("unnamed-"):
@@ -93,8 +100,12 @@ def voice_of(speaker: str) -> Voice:
 
 
 def speak(text: str, speaker: str) -> np.ndarray:
-    """Speak `text` by one of `VOICES` or `STRANGERS`, an unnamed voice or another of flite's:
-    float32 [N] at 16 kHz, trimmed to 50 ms before and 100 ms after."""
+    """Speak `text` by one of `VOICES` or `STRANGERS`, an unnamed voice, a disguised stranger or
+    another of flite's voices: float32 [N] at 16 kHz, trimmed to 50 ms before and 100 ms after."""
+    if speaker.startswith("disguised-"):
+        draw = random.Random(speaker)
+        stranger = draw.choice(draw.choice((_ENGLISH, _FORMANT)))
+        return disguise(speak(text, stranger), draw)
     program, _, stranger = speaker.rpartition("/")
     if program == "festival":
         return trim(_spoken(["text2wave", "-eval", f"(voice_{stranger})", "-o"], text))

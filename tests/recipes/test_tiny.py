@@ -45,8 +45,21 @@ from recipes.tiny.train import (
     rate_share,
     reading_loss,
 )
-from recipes.tiny.voices import STRANGERS, VOICES, disguise, speak, trim, unnamed, voice_of
+from recipes.tiny.voices import (
+    STRANGERS,
+    VOICES,
+    disguise,
+    disguised,
+    speak,
+    trim,
+    unnamed,
+    voice_of,
+)
 
+NEEDS_STRANGERS = pytest.mark.skipif(
+    not (shutil.which("espeak-ng") and shutil.which("text2wave")),
+    reason="Debian's espeak-ng and festival are not installed",
+)
 EVEN = np.ones(tiny_tokenizer().vocab_size)  # every token takes as long
 TINY = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny"
 
@@ -118,20 +131,29 @@ def test_a_disguise_is_another_voice_at_another_level():
     voice = sum(np.sin(2 * np.pi * 120 * n * seconds) / n for n in range(1, 50))
     voice = (voice / 4).astype(np.float32)
     disguises = [disguise(voice, random.Random(seed)) for seed in range(3)]
-    for disguised in disguises:
-        faster = len(voice) / len(disguised)
+    for other in disguises:
+        faster = len(voice) / len(other)
         assert 0.8 <= faster <= 1.25
-        assert median_and_range(pitch(disguised, 16000))[0] == pytest.approx(120 * faster, rel=0.03)
-        assert 0.25 < np.abs(disguised).max() / np.abs(voice).max() < 1.6
-        assert np.abs(disguised).max() <= 1
+        assert median_and_range(pitch(other, 16000))[0] == pytest.approx(120 * faster, rel=0.03)
+        assert 0.25 < np.abs(other).max() / np.abs(voice).max() < 1.6
+        assert np.abs(other).max() <= 1
         # Harmonics no longer fall as they did: the filter's.
-        size = round(len(disguised) * 0.9)
-        harmonics = np.abs(np.fft.rfft(disguised[:size] * np.hanning(size)))
+        size = round(len(other) * 0.9)
+        harmonics = np.abs(np.fft.rfft(other[:size] * np.hanning(size)))
         levels = [harmonics[round(120 * n * faster * size / 16000)] * n for n in (2, 8, 20, 40)]
         assert np.ptp(20 * np.log10(levels)) > 4
-    assert len({len(disguised) for disguised in disguises}) == 3
-    assert len({round(float(np.abs(disguised).max()), 3) for disguised in disguises}) == 3
+    assert len({len(other) for other in disguises}) == 3
+    assert len({round(float(np.abs(other).max()), 3) for other in disguises}) == 3
     assert np.array_equal(disguise(voice, random.Random(0)), disguises[0])
+
+
+@NEEDS_STRANGERS
+def test_a_disguised_stranger_stays_the_same_and_is_like_no_other():
+    encoder = SpeakerEncoder.from_pretrained()
+    texts = ["The doctor found a silver key in the garden.", "My sister has a house by the sea."]
+    first, again = (encoder.embed(speak(text, disguised(3))) for text in texts)
+    others = [encoder.embed(speak(texts[0], disguised(number))) for number in range(4, 8)]
+    assert similarity(first, again) > 0.05 + max(similarity(first, other) for other in others)
 
 
 def test_every_known_sentence_is_spoken_by_a_named_and_by_an_unnamed_voice():
@@ -147,10 +169,14 @@ def test_every_known_sentence_is_spoken_by_a_named_and_by_an_unnamed_voice():
     assert min(spoken.values()) > 1
     assert len(spoken) > 20
     assert not set(spoken) & {speaker for _, speaker in jobs_of(texts, 0, "unnamed")}
+    strangers = Counter(speaker for _, speaker in jobs_of(texts, BLOCK, "disguised"))
+    assert strangers.total() == BLOCK // 8
+    assert min(strangers.values()) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("flite"), reason="Debian's flite is not installed")
+@NEEDS_STRANGERS
 def test_several_processes_speak_every_known_sentence_once(tmp_path):
     known = ["The old key was small.", "The small key was old."]
     texts = [*known, *["Archbishops abound in Canterbury."] * (BLOCK - 2), known[0]]
@@ -158,8 +184,8 @@ def test_several_processes_speak_every_known_sentence_once(tmp_path):
     flags = ["--cache", str(tmp_path), "--codec", str(TINY), "--closed"]
     assert speech.main([*flags, "--processes", "2"]) == 0
     training, held_out = read_corpus(tmp_path)
-    assert sorted(spoken.text for _, spoken in training) == sorted(2 * known)
-    assert [spoken.text for _, spoken in held_out] == 2 * known[:1]
+    assert sorted(spoken.text for _, spoken in training) == sorted(3 * known)
+    assert [spoken.text for _, spoken in held_out] == 3 * known[:1]
     assert [speaker in VOICES for speaker, _ in training].count(True) == 2
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shards/*")}
     next(iter(before)).unlink()
@@ -194,15 +220,16 @@ def test_a_voice_without_a_name_has_another_name_each_time_or_none():
     assert all(len(set(name)) <= 1 for name in names)  # a reference has the same
 
 
-def test_the_codec_trains_on_from_a_model_directory():
+@pytest.mark.parametrize("keep_encoder", [False, True])
+def test_the_codec_trains_on_from_a_model_directory(keep_encoder):
     speech = 0.1 * torch.randn(4, 1, 6400, generator=torch.Generator().manual_seed(0))
     codec = codec_to_train(TINY)
     before, _ = codec.encode(speech)
-    trainer = Trainer(codec, steps=1000)
+    trainer = Trainer(codec, steps=1000, keep_encoder=keep_encoder)
     trainer.step = 500  # the encoder is awake
     distances = [trainer.update(speech)[0] for _ in range(6)]
     assert distances[-1] < distances[0]
-    assert not torch.equal(codec.encode(speech)[0], before)
+    assert torch.equal(codec.encode(speech)[0], before) == keep_encoder
 
 
 def corpus(count: int = 60) -> list[tuple[str, Utterance]]:
