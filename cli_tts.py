@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
     from fish_speech.conversation import Utterance
     from fish_speech.inference import Settings, TextToSpeech
     from fish_speech.inference.jobs import Job
+    from fish_speech.inference.synthesize import Piece
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-OUT_OF_MEMORY = (
-    "out of memory; try --precision bf16, on a CPU --quantize int8, a shorter reference, or"
-    " --device cpu"
-)
+OUT_OF_MEMORY = {  # what to try, by the kind of device
+    "cpu": "--quantize int8, --precision bf16 or a shorter reference",
+    "cuda": "--precision bf16, a shorter reference or --device cpu",
+    "mps": "a shorter reference or --device cpu",
+}
 EPILOG = """\
 exit status: 0 spoken; 1 some texts failed or have a gap; 2 bad usage or bad input; 130 interrupted
 
@@ -112,8 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--retries",
         type=int,
         metavar="N",
-        help="further tries for a chunk that runs on or breaks off (default: 2, with --play 0:"
-        " what was heard can't be taken back)",
+        help="further tries for a chunk that runs on or breaks off (default: 2, while it is played"
+        " 0: what was heard can't be taken back)",
     )
 
     comparing = parser.add_argument_group("comparing")
@@ -173,20 +176,21 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return FAILED
     except (ValueError, OSError) as error:
-        return complain(error, args.debug, BAD_INPUT)
+        return complain(error, args, BAD_INPUT)
     except Exception as error:  # out of memory, a driver's failure, a mistake of ours
-        return complain(error, args.debug, FAILED)
+        return complain(error, args, FAILED)
 
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def complain(error: Exception, debug: bool, status: int) -> int:
-    if debug:
+def complain(error: Exception, args: argparse.Namespace, status: int) -> int:
+    if args.debug:
         traceback.print_exc()
-    expected = isinstance(error, ValueError | OSError)
-    what = OUT_OF_MEMORY if not expected and is_out_of_memory(error) else str(error)
+    what = str(error)
+    if not isinstance(error, ValueError | OSError) and is_out_of_memory(error):
+        what = f"out of memory; try {OUT_OF_MEMORY[resolve_device(args.device).type]}"
     say(f"cli_tts.py: {what or type(error).__name__}")
     return status
 
@@ -381,7 +385,7 @@ def machine_of(args: argparse.Namespace) -> tuple[Any, Any]:
 def settings_of(args: argparse.Namespace) -> Settings:
     from fish_speech.inference import Sampling, Settings
 
-    retries = args.retries if args.retries is not None else 0 if args.play else Settings.retries
+    retries = Settings.retries if args.retries is None else args.retries
     sampling = Sampling(args.temperature, args.top_p, args.repetition_penalty)
     return Settings(sampling, args.seed, args.max_new_tokens, retries)
 
@@ -394,9 +398,16 @@ def attempt(
     settings: Settings,
 ) -> bool:
     """Speak one job; what is wrong with it is said, not raised, so that the others go on."""
+    from fish_speech.inference.jobs import check_output
     from fish_speech.inference.record import record
 
-    pieces = tts.pieces(job.text, voice, args.speaker, replace(settings, seed=job.seed))
+    def pieces(played: bool) -> Iterator[Piece]:
+        if job.only_heard and not played:
+            check_output(job.output)
+        retries = 0 if played and args.retries is None else settings.retries
+        chosen = replace(settings, seed=job.seed, retries=retries)
+        return tts.pieces(job.text, voice, args.speaker, chosen)
+
     options = {"play": args.play, "trim_silence": args.trim_silence, "say": say}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -416,7 +427,7 @@ def attempt(
     except Exception as error:
         if not (isinstance(error, ValueError | OSError) or is_out_of_memory(error)):
             raise
-        complain(error, args.debug, FAILED)
+        complain(error, args, FAILED)
         return False
     return recorded.whole
 

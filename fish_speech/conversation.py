@@ -47,14 +47,26 @@ def build_prompt(
     speaker: str | None = None,
 ) -> Tensor:
     """The prompt that synthesis continues: tokens [K+1, T] (int64), up to `<|voice|>`."""
-    parts = [_system(tokenizer, num_codebooks)]
-    for reference in references:
-        parts += _pair(tokenizer, reference, num_codebooks, speaker)
-    parts += [
+    parts = [
+        build_past(tokenizer, references, num_codebooks=num_codebooks, speaker=speaker),
         _message(tokenizer, "user", with_speaker(text, speaker), num_codebooks),
         _assistant_header(tokenizer, num_codebooks),
         _control(tokenizer, "<|voice|>", num_codebooks),
     ]
+    return torch.cat(parts, dim=1)
+
+
+def build_past(
+    tokenizer: FishTokenizer,
+    utterances: Sequence[Utterance],
+    *,
+    num_codebooks: int,
+    speaker: str | None = None,
+) -> Tensor:
+    """What every prompt with these utterances before its text begins with: tokens [K+1, T]."""
+    parts = [_system(tokenizer, num_codebooks)]
+    for utterance in utterances:
+        parts += _pair(tokenizer, utterance, num_codebooks, speaker)
     return torch.cat(parts, dim=1)
 
 

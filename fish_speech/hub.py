@@ -100,8 +100,7 @@ def check_model_dir(path: str | Path) -> None:
     if path.is_file():
         _refuse_file(path)
     missing = [name for name in MODEL_FILES if not _has_bytes(path / name, 1)]
-    codecs = [codec for codec in sorted(path.glob(CODEC_PATTERN)) if _has_bytes(codec, 1)]
-    if not codecs:
+    if not _codecs(path):
         missing.append(f"the codec {CODEC_PATTERN}")
     if missing:
         _refuse_unmerged(path)
@@ -109,11 +108,25 @@ def check_model_dir(path: str | Path) -> None:
             f"{path}: not a complete model directory, it lacks {', '.join(missing)}; copy that from"
             " the model that this one was made of, or give 1.5 in its place: that downloads it all"
         )
+    find_codec(path)
+
+
+def find_codec(model_dir: str | Path) -> Path:
+    """The one codec file of a model directory. Raises `FileNotFoundError` or `ValueError`."""
+    codecs = _codecs(Path(model_dir))
+    if not codecs:
+        raise FileNotFoundError(f"{model_dir}: no codec ({CODEC_PATTERN}) in the model directory")
     if len(codecs) > 1:
         names = ", ".join(codec.name for codec in codecs)
         raise ValueError(
-            f"{path}: more than one codec ({names}); keep the one that the model was trained with"
+            f"{model_dir}: more than one codec ({names}); keep the one that the model was trained"
+            " with"
         )
+    return codecs[0]
+
+
+def _codecs(model_dir: Path) -> list[Path]:
+    return [codec for codec in sorted(model_dir.glob(CODEC_PATTERN)) if _has_bytes(codec, 1)]
 
 
 def _refuse_file(path: Path) -> None:

@@ -30,7 +30,7 @@ _SYLLABLE = rf"{WIDE}|\p{{Hangul}}"  # what is written as one letter
 _NO_DECIMAL = r"(?!(?<=\d)[．，：]\d)"  # not the mark of "3．14"
 # Where a chunk may end, the best places first, with what a cut there costs against a short chunk.
 _CUTS = (
-    (-0.25, regex.compile(r"\s*\n\s*\n\s*")),
+    (-0.25, regex.compile(r"\n\n")),
     (
         0.0,
         regex.compile(
@@ -51,6 +51,11 @@ _CUTS = (
     (4.0, regex.compile(r"\s++")),  # between numbers too, where they are a long list
 )
 _CHARACTER_COST = 8.0
+# The end of a heading: a paragraph without a mark would run into the next. By the mark it gets.
+_HEADING_END = {
+    "。": regex.compile(rf"(?<={WIDE})({_CLOSERS})\n\n"),
+    ".": regex.compile(rf"(?<=[\p{{L}}\p{{M}}\p{{N}}])({_CLOSERS})\n\n"),
+}
 # What is cut last of all: an address, a number, else between graphemes.
 _ATOM = regex.compile(
     rf"(?:[A-Za-z0-9._%+-]{{1,64}}(?:://|@)|www\.)(?:(?!{WIDE})\S)+"
@@ -108,10 +113,14 @@ def split_text(text: str, *, min_bytes: int = 100, max_bytes: int = 150) -> list
 
     Cut at paragraphs and sentences, where those are too long at clauses, then words, and only a
     monstrous word between characters; never in a number, an abbreviation, an address or a
-    grapheme. Short sentences share a chunk. Nothing is lost but punctuation by itself: symbols in
-    a row that no word shares a chunk with are one that `is_speakable` tells apart.
+    grapheme. Short sentences share a chunk, a heading before them gets a full stop. Nothing is lost
+    but punctuation by itself: symbols in a row that no word shares a chunk with are one that
+    `is_speakable` tells apart.
     """
-    text = clean_text(text)
+    text = regex.sub(r"[^\S\n]+", " ", clean_text(text))
+    text = regex.sub(r"\n{2,}", "\n\n", regex.sub(r" ?\n ?", "\n", text))
+    for mark, end in _HEADING_END.items():
+        text = end.sub(rf"\1{mark}\n\n", text)
     sizes = [0, *accumulate(len(character.encode()) for character in text)]
     cuts = {0: 0.0, len(text): 0.0}
     _find_cuts(text, (0, len(text)), 0, max_bytes, sizes, cuts)

@@ -161,7 +161,7 @@ def test_a_batch_is_remade_when_what_decides_the_speech_changes(
     codec = torch.load(place / "own" / CODEC_FILE)
     torch.save({name: weight * 0.9 for name, weight in codec.items()}, place / "own" / CODEC_FILE)
     assert spoken() == 2
-    monkeypatch.setattr("fish_speech.inference.synthesize.Settings.drawing", 3)  # a later version's
+    monkeypatch.setattr("fish_speech.inference.synthesize.Settings.drawing", 4)  # a later version's
     assert spoken() == 2
 
 
@@ -207,7 +207,7 @@ def test_a_line_that_needs_too_much_memory_is_told_what_to_do(run, capsys, bad_l
     bad_lines(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     write_text("lines.txt", "bad\nTwo.")
     assert run("--text-file", "lines.txt", "--batch", "-o", "takes") == 1
-    assert "out of memory; try --precision bf16" in (err := capsys.readouterr().err)
+    assert "out of memory; try --quantize int8" in (err := capsys.readouterr().err)
     assert "1 spoken, 0 were there already, 1 failed" in err
 
 
@@ -422,6 +422,48 @@ def test_what_cannot_be_played_is_kept(run, monkeypatch, capsys):
     assert "Nothing can be played here: no audio device" in err
     assert out == "output/Hello.wav\n"
     assert files() == ["output/Hello.wav"]
+
+
+def test_what_cannot_be_played_may_be_tried_again(run, monkeypatch, capsys):
+    def endless(model, prompt, *, max_new_tokens, generator, **_):
+        yield from torch.randint(0, 1000, (max_new_tokens, 8), generator=generator)
+        return False
+
+    monkeypatch.setattr("fish_speech.inference.synthesize.generate", endless)
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    monkeypatch.setenv("PATH", "")
+    assert run("Hello.", "--play", "-o", "a.wav", "--max-new-tokens", "5") == 0
+    assert "did not end in 0.2 s and was cut there, after 3 tries" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "sounddevice", Loudspeaker())
+    assert run("Hello.", "--play", "-o", "a.wav", "--max-new-tokens", "5") == 0
+    said = capsys.readouterr().err
+    assert "was cut there" in said
+    assert "tries" not in said
+
+
+def test_a_device_that_fails_is_said_while_there_is_more_to_come(run, monkeypatch, capsys):
+    class Broken(Loudspeaker):
+        def write(self, samples):
+            self.samples.append(samples)
+            raise OSError("unplugged")
+
+    loudspeaker = Broken()
+    monkeypatch.setitem(sys.modules, "sounddevice", loudspeaker)
+    assert run("Hello.", "--play") == 0
+    out, err = capsys.readouterr()
+    assert err.count("Playing failed: unplugged") == 1
+    assert out == "output/Hello.wav\n"
+    assert len(loudspeaker.samples) == 1
+
+
+def test_where_neither_sound_nor_file_can_be_made_nothing_is_spoken(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    monkeypatch.setenv("PATH", "")
+    write_text("output", "a file where a folder should be")
+    assert run("Hello.", "--play") == 1
+    err = capsys.readouterr().err
+    assert "output is no folder that you may write to" in err
+    assert "real-time factor" not in err
 
 
 @pytest.mark.parametrize(

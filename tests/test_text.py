@@ -103,6 +103,19 @@ def test_short_paragraphs_share_a_chunk_and_long_ones_start_their_own():
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "chunk"),
+    [
+        ("Chapter One\n \nIt was dark.", "Chapter One. It was dark."),
+        ('He said "no"\n\n\nWho?\n\n1984\n\n- end', 'He said "no". Who? 1984. - end'),
+        ("第一章\n\n天黑了。", "第一章。 天黑了。"),
+        ("a line that\nis wrapped", "a line that is wrapped"),
+    ],
+)
+def test_a_heading_does_not_run_into_its_text(text, chunk):
+    assert split_text(text) == [chunk]
+
+
 def test_a_long_text_is_cut_in_no_time_into_the_same_words():
     text = "A sentence of a very long book, which goes on. " * 2200
     chunks = split_text(text)
@@ -135,6 +148,12 @@ def test_an_unhurried_reading_lies_within_the_bounds(text, seconds):
 def test_a_hundred_thousand_marks_are_cut_as_any_text(mark):
     """Quadratic work would take minutes here."""
     assert "".join(split_text(mark * 100_000 + "a")).endswith("a")
+
+
+@pytest.mark.parametrize("white", [" ", "\n", "\0", " \n"])
+def test_much_white_space_is_a_space(white):
+    """Quadratic work would take minutes here."""
+    assert split_text(f"One,{white * 100_000}two") == ["One, two"]
 
 
 @pytest.mark.parametrize(

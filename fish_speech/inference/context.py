@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fish_speech.conversation import Utterance, build_prompt
+from fish_speech.conversation import Utterance, build_past, build_prompt
 from fish_speech.models.text2semantic import ModelConfig
 from fish_speech.tokenizer import FishTokenizer
 
@@ -14,8 +14,10 @@ from fish_speech.tokenizer import FishTokenizer
 class Context:
     """The utterances that come before the next chunk, as many as there is room for.
 
-    The references and the first chunk keep the voice from drifting, so they stay; of the others the
-    oldest go first. `max_tokens` is the room for chunks already spoken, `frame_rate` the codec's.
+    The references and the first chunk keep the voice from drifting, so they stay. Where there is no
+    more room the oldest of the others go, until half of it is free or only the newest is left: what
+    comes behind has to be read again, and not for every chunk. `max_tokens` is the room for chunks
+    already spoken, `frame_rate` the codec's.
     """
 
     def __init__(
@@ -58,10 +60,25 @@ class Context:
         longest = min(config.max_seq_len, config.extra.get("trained_seq_len", config.max_seq_len))
         room = min(longest - usual, bare + self._max_tokens)
         kept = list(self._spoken)
-        while (prompt := self._build(text, kept)).shape[1] > room and kept:
-            del kept[1 if len(kept) > 1 else 0]
-        self._spoken[1:] = kept[1:]
+        prompt = self._build(text, kept)
+        if prompt.shape[1] > room:
+            while len(kept) > 2 and prompt.shape[1] > (bare + room) // 2:
+                del kept[1]
+                prompt = self._build(text, kept)
+            while kept and prompt.shape[1] > room:
+                del kept[-1]
+                prompt = self._build(text, kept)
+            self._spoken[1:] = kept[1:]
         return prompt, config.max_seq_len - prompt.shape[1]
+
+    def voice(self) -> Tensor | None:
+        """What all prompts with the references begin with: [K+1, T]; None without references."""
+        if not self._references:
+            return None
+        codebooks = self._config.num_codebooks
+        return build_past(
+            self._tokenizer, self._references, num_codebooks=codebooks, speaker=self._speaker
+        )
 
     def _build(self, text: str, spoken: list[Utterance]) -> Tensor:
         return build_prompt(

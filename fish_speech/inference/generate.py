@@ -13,6 +13,59 @@ from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.lora import weight_rows
 
 
+class Past:
+    """The columns that a model has read and made, with their keys and values.
+
+    A prompt that begins like them goes on from there: the chunks of a text, and further tries of a
+    chunk, differ at their ends only. Serves one continuation at a time.
+    """
+
+    def __init__(self, model: DualARTransformer) -> None:
+        self._model = model
+        self._cache = model.new_cache(0)
+        self._columns = torch.zeros(model.config.num_codebooks + 1, 0, dtype=torch.long)
+        self._made: list[Tensor] = []  # [K+1] each, behind those
+
+    @torch.inference_mode()
+    def read(self, prompt: Tensor, room: int = 0) -> Tensor:
+        """Hidden state [D] of the last column of prompt [K+1, T]; `room` columns may follow it."""
+        known = min(self._alike(prompt), prompt.shape[1] - 1)
+        if self._cache.size < prompt.shape[1] + room:
+            before = self._cache
+            self._cache = self._model.new_cache(prompt.shape[1] + room)
+            self._cache.start_as(before, known)
+        self._cache.length = known
+        self._columns, self._made = prompt, []
+        rest = prompt[None, :, known:].to(self._model.device)
+        return self._model.hidden_states(rest, cache=self._cache)[0, -1]
+
+    def make(self, column: Tensor) -> Tensor:
+        """Hidden state [D] of one more column [K+1], on the model's device."""
+        self._made.append(column)
+        return self._model.hidden_states(column[None, :, None], cache=self._cache)[0, -1]
+
+    def holds(self, prompt: Tensor) -> bool:
+        """Whether it is of this prompt [K+1, T] and nothing else."""
+        return torch.equal(self._columns, prompt) and not self._made
+
+    @torch.inference_mode()
+    def copy(self) -> Past:
+        past = Past(self._model)
+        past._cache = self._model.new_cache(self._cache.length)
+        past._cache.start_as(self._cache, self._cache.length)
+        past._columns, past._made = self._columns, list(self._made)
+        return past
+
+    def _alike(self, prompt: Tensor) -> int:
+        """With how many of its columns a prompt [K+1, T] begins."""
+        mine = self._columns
+        if self._made:
+            mine = torch.cat([mine, torch.stack(self._made, dim=1).cpu()], dim=1)
+        size = min(mine.shape[1], prompt.shape[1])
+        same = (mine[:, :size] == prompt[:, :size]).all(0)
+        return int(same.long().cumprod(0).sum())
+
+
 @torch.inference_mode()
 def generate(
     model: DualARTransformer,
@@ -22,12 +75,13 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     generator: torch.Generator | None = None,
+    past: Past | None = None,
 ) -> Generator[Tensor, None, bool]:
-    """Continue prompt [K+1, T] (int64). Yields the codes [K] of one frame at a time.
+    """Continue prompt [K+1, T] (int64, on the CPU). Yields the codes [K] of one frame at a time.
 
     The return value is True where the model ended its speech with `<|im_end|>`, False where
     `max_new_tokens` or the context cut it. Raises `ValueError` where the prompt leaves no room.
-    `generator` must live on the model's device.
+    `generator` must live on the model's device. What `past` holds of the prompt isn't read again.
     """
     context = model.config.max_seq_len
     room = context - prompt.shape[1]
@@ -38,15 +92,15 @@ def generate(
         )
     frames = min(max_new_tokens, room)
     decoder = _FrameDecoder(model, im_end_id, sampling, generator)
-    cache = model.new_cache(prompt.shape[1] + frames)
-    column = prompt.to(model.device)[None]  # [1, K+1, T]
-    for _ in range(frames):
-        hidden = model.hidden_states(column, cache=cache)[0, -1]
+    past = past or Past(model)
+    hidden = past.read(prompt, frames)
+    for made in range(1, frames + 1):
         codes = decoder.decode(hidden)
         if codes is None:
             return True
         yield codes
-        column = torch.cat([codes[:1] + model.semantic_begin_id, codes])[None, :, None]
+        if made < frames:
+            hidden = past.make(torch.cat([codes[:1] + model.semantic_begin_id, codes]))
     return False
 
 

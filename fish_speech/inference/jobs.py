@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fish_speech.audio import SAVE_FORMATS, save_format
+from fish_speech.audio import save_format
 from fish_speech.files import (
+    AUDIO_SUFFIXES,
     exclusive,
     file_digest,
     read_json,
@@ -38,8 +39,11 @@ class Job:
 
 
 def default_output(text: str, batch: bool) -> Path:
-    """`output/<first words>`: a folder for a batch, else a WAV file."""
-    return Path("output", safe_name(text, max_length=40) + ("" if batch else ".wav"))
+    """`output/<first words>`: a folder for a batch, else a WAV file. Other texts have others."""
+    name = safe_name(text, max_length=40)
+    if len(name) == 40:
+        name += f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return Path("output", name + ("" if batch else ".wav"))
 
 
 def plan(
@@ -65,10 +69,10 @@ def plan(
     if takes < 1:
         raise ValueError(f"the number of samples must be at least 1 (is {takes})")
     if output is not None:
-        if batch and output.suffix.lower() not in SAVE_FORMATS:
+        if batch and output.suffix.lower() not in AUDIO_SUFFIXES:
             output = output / "_.wav"
         if not only_heard:
-            _check_output(output)
+            check_output(output)
     return [
         Job(line, seed + take, output and _numbered(output, number, take + 1, takes), only_heard)
         for number, line in spoken
@@ -76,7 +80,7 @@ def plan(
     ]
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Raise `ValueError` where `output` can't be written."""
     try:
         os.fspath(output).encode()

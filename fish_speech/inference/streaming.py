@@ -13,7 +13,7 @@ from fish_speech.models.vqgan.firefly import Memory
 # Frames of the first block and of the longest: the first is heard soon, the later ones take fewer
 # calls.
 FIRST_BLOCK, LONGEST_BLOCK = 6, 48
-_GROWTH = 1.5  # no faster: while a block plays, the next has to be made
+_GROWTH = 1.2  # no faster: while a block plays, the next has to be made
 
 _SILENCE = 10 ** (-50 / 20)  # amplitude, -50 dBFS
 _MARGIN = 0.05  # seconds that stay before the first and after the last sound

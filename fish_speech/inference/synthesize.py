@@ -20,7 +20,7 @@ from fish_speech.devices import multiplies_bf16, resolve_device, resolve_precisi
 from fish_speech.files import file_digest
 from fish_speech.hub import check_model_dir
 from fish_speech.inference.context import Context
-from fish_speech.inference.generate import Take, compile_steps, generate
+from fish_speech.inference.generate import Past, Take, compile_steps, generate
 from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.streaming import decode_stream
 from fish_speech.inference.voices import check_reference, check_speaker, speaker_or_first
@@ -60,7 +60,7 @@ class Settings:
     max_new_tokens: int | None = None
     retries: int = 2
     context_tokens: int = 1024
-    drawing: int = field(default=2, init=False)
+    drawing: int = field(default=3, init=False)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -96,7 +96,14 @@ class TextToSpeech:
     >>> save_audio("hello.wav", waveform, tts.sample_rate)              # doctest: +SKIP
     """
 
-    def __init__(self, model: DualARTransformer, codec: Codec, tokenizer: FishTokenizer) -> None:
+    def __init__(
+        self,
+        model: DualARTransformer,
+        codec: Codec,
+        tokenizer: FishTokenizer,
+        *,
+        adaptable: bool = True,
+    ) -> None:
         if codec.num_codebooks != model.config.num_codebooks:
             raise ValueError(
                 f"the codec has {codec.num_codebooks} codebooks, the model"
@@ -104,6 +111,8 @@ class TextToSpeech:
             )
         self._model, self._codec, self._tokenizer = model, codec, tokenizer
         self._references: OrderedDict[str, Tensor] = OrderedDict()
+        self._voice: Past | None = None  # the references of the last text, read
+        self._adaptable = adaptable
         self._lock = threading.Lock()  # of the references; the networks keep no state
 
     @classmethod
@@ -142,6 +151,7 @@ class TextToSpeech:
             model,
             load_codec(directory, device, torch.bfloat16 if low else torch.float32),
             FishTokenizer.from_pretrained(directory),
+            adaptable=adaptable,
         )
 
     @property
@@ -266,7 +276,7 @@ class TextToSpeech:
         """What `synthesize` and `stream` are made of: the speech with its progress and problems."""
         settings = settings or Settings()
         chunks, context = self._plan(text, reference, speaker, settings)
-        said = 0
+        past, said = self._past(context.voice()), 0
         for index, text in enumerate(chunks):
             if not is_speakable(text):
                 problem = f"{_named(text, index, len(chunks))}: left out, it has no words"
@@ -276,13 +286,29 @@ class TextToSpeech:
                 continue
             limit, usual = self._frames(text, settings)
             prompt, room = context.prompt(text, usual)
-            chunk = _Chunk(text, index, len(chunks), prompt, min(limit, room))
+            chunk = _Chunk(text, index, len(chunks), prompt, min(limit, room), past)
             codes, problem = yield from self._speak(chunk, settings)
             said += codes.shape[1]
             if problem is None:  # a chunk that went wrong would spoil the next
                 context.add(Utterance(text, codes))
         if not said:
             raise ValueError("the model said nothing; try another seed, or train it further")
+
+    def _past(self, voice: Tensor | None) -> Past:
+        """A past that holds the references' columns [K+1, T], if there are any.
+
+        They are always read by themselves, so that a seed says the same whether they were read for
+        an earlier text, which saves that work in a batch, or not.
+        """
+        if voice is None:
+            return Past(self._model)
+        with self._lock:
+            past = self._voice
+            if past is None or not past.holds(voice):
+                past = Past(self._model)
+                past.read(voice)
+                self._voice = None if self._adaptable else past  # other adapters read otherwise
+            return past.copy()
 
     def _plan(
         self,
@@ -332,6 +358,7 @@ class TextToSpeech:
                     max_new_tokens=chunk.limit,
                     sampling=settings.sampling,
                     generator=_generator(self._model.device, settings.seed, chunk.index, tries),
+                    past=chunk.past,
                 )
             )
             last_try = tries > settings.retries
@@ -365,13 +392,15 @@ class TextToSpeech:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One chunk to speak: its place, its `prompt [K+1, T]` and the most frames it may take."""
+    """One chunk to speak: its place, its `prompt [K+1, T]`, the most frames it may take, and what
+    was read and said before."""
 
     text: str
     index: int
     count: int
     prompt: Tensor
     limit: int
+    past: Past
 
 
 def _warned(pieces: Iterable[Piece]) -> Iterator[Tensor]:

@@ -35,9 +35,10 @@ def test_the_lines_of_a_batch_keep_their_numbers(tmp_path):
 
 def test_the_default_is_named_by_the_first_words():
     text = "Hello, World! " + "and so on " * 20
-    assert default_output(text, batch=False) == Path(
-        "output/Hello_World_and_so_on_and_so_on_and_so_o.wav"
-    )
+    name = default_output(text, batch=False)
+    assert name.match("output/Hello_World_and_so_on_and_so_on_and_so_o-??????.wav")
+    assert default_output(text + ".", batch=False) != name
+    assert default_output(text, batch=False) == name
     assert default_output("../x", batch=True) == Path("output/x")
 
 
@@ -52,6 +53,8 @@ def test_outputs_that_cannot_be_are_refused_before_anything_is_made(tmp_path):
     write_text(tmp_path / "file", "")
     with pytest.raises(ValueError, match=r"unknown audio format '.xyz'; use one of .wav"):
         plan("Hi.", tmp_path / "a.xyz")
+    with pytest.raises(ValueError, match=r"unknown audio format '.m4a'; use one of .wav"):
+        plan("Hi.", tmp_path / "takes.m4a", batch=True)
     with pytest.raises(ValueError, match="a folder; give a file name"):
         plan("Hi.", _folder(tmp_path / "a.wav"))
     with pytest.raises(ValueError, match="file is no folder that you may write to"):

@@ -14,14 +14,14 @@ RATE = 8000
 
 def test_blocks_join_to_the_whole_decoded_at_once(tts):
     codec = tts._codec
-    codes = torch.randint(0, 1000, (8, 203), generator=torch.Generator().manual_seed(0))  # [K, T]
+    codes = torch.randint(0, 1000, (8, 403), generator=torch.Generator().manual_seed(0))  # [K, T]
     blocks = list(decode_stream(codec, codes.T))
     whole, _ = codec.decode(codes[None])
     assert torch.allclose(torch.cat([block for block, _ in blocks], dim=1), whole[0], atol=1e-4)
     sizes = [size for _, size in blocks]
     assert sizes[0] == FIRST_BLOCK
     assert max(sizes) == LONGEST_BLOCK
-    assert sum(sizes) == 203
+    assert sum(sizes) == 403
 
 
 def test_two_streams_of_one_codec_do_not_mix(tts):

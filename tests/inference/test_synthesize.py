@@ -129,8 +129,25 @@ def test_references_and_the_first_chunk_stay_while_the_oldest_others_go(tts, scr
     list(tts.pieces(" ".join(chunks), reference, settings=Settings(context_tokens=800)))
     texts = [read(tokenizer, prompt) for prompt in prompts]
     kept = ["".join(c for c in "ABCDE" if c * 60 in text) for text in texts]
-    assert kept == ["A", "AB", "ABC", "ABCD", "ACDE"]
+    assert kept == ["A", "AB", "ABC", "ABCD", "ADE"]
     assert all("My voice." in text for text in texts)
+
+
+def test_a_reference_is_read_once_for_many_texts_and_changes_none(voice_dir, monkeypatch):
+    tts = TextToSpeech.from_pretrained(voice_dir, device="cpu")
+    reference = Utterance("My voice.", torch.ones(8, 60, dtype=torch.long))
+    options = {"reference": reference, "max_new_tokens": 5, "retries": 1}
+    alone = tts.synthesize("Another text.", **options)
+    read, plain = [], tts.model.hidden_states
+    monkeypatch.setattr(
+        tts.model, "hidden_states", lambda x, **o: read.append(x.shape[2]) or plain(x, **o)
+    )
+    tts.synthesize("A text.", **options)
+    assert torch.equal(tts.synthesize("Another text.", **options), alone)
+    assert max(read) < 40
+    other = Utterance("My voice.", torch.zeros(8, 60, dtype=torch.long))
+    tts.synthesize("A text.", **{**options, "reference": other})
+    assert max(read) > 60
 
 
 def test_a_model_trained_on_short_sequences_is_not_asked_for_longer_ones(tmp_path, scripted):

@@ -38,6 +38,15 @@ class KeyValueCache:
         self._keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self._values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
 
+    def start_as(self, other: KeyValueCache, length: int) -> None:
+        """Hold the first `length` columns of another cache, and nothing else."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine[:, :, :length] = theirs[:, :, :length]
+        self.length = length
+
+    def _tensors(self) -> list[Tensor]:
+        return self._keys + self._values
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, heads, T, head_dim] behind `length`; returns all of the layer's so far."""
         all_keys, all_values = self.room(layer, keys.shape[2])

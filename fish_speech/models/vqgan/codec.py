@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from fish_speech.files import read_json
-from fish_speech.hub import CODEC_PATTERN
+from fish_speech.hub import find_codec
 from fish_speech.models.vqgan.firefly import ConvNeXtEncoder, HiFiGANHead, Memory
 from fish_speech.models.vqgan.fsq import DownsampleFiniteScalarQuantizer
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
@@ -171,17 +171,6 @@ def channels_last(x: Tensor) -> Tensor:
 def length_mask(lengths: Tensor, size: int) -> Tensor:
     """lengths [B] -> bool [B, 1, size], True before each length."""
     return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None]
-
-
-def find_codec(model_dir: str | Path) -> Path:
-    """The one codec file of a model directory. Raises `FileNotFoundError` or `ValueError`."""
-    files = sorted(Path(model_dir).glob(CODEC_PATTERN))
-    if not files:
-        raise FileNotFoundError(f"{model_dir}: no codec ({CODEC_PATTERN}) in the model directory")
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ValueError(f"{model_dir}: more than one codec ({names}); leave the one that belongs")
-    return files[0]
 
 
 def load_codec(
