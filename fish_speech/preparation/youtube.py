@@ -7,7 +7,9 @@ fetched twice, and what broke off goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,9 @@ def _download(address: str, settings: dict[str, Any]) -> dict[str, Any]:
             progress.total = status.get("total_bytes") or status.get("total_bytes_estimate")
             progress.update(status.get("downloaded_bytes", 0) - progress.n)
 
-        return _ask(address, {**settings, "progress_hooks": [show]})
+        # Named by the address: what yt-dlp calls an id may be a file's name, which others have too.
+        name = f"{_key(address)}.%(ext)s"
+        return _ask(address, {**settings, "outtmpl": name, "progress_hooks": [show]})
 
 
 def _note(address: str, info: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -127,38 +131,57 @@ def _settings(
     settings: dict[str, Any] = {
         "format": "bestaudio/best",
         "extract_flat": "in_playlist",  # a playlist is listed; its videos come one by one
-        "outtmpl": "%(id).100B.%(ext)s",
         "paths": {"home": str(folder)},
-        "windowsfilenames": True,
         "noplaylist": True,  # a video's address that also names a playlist means the video
         "fixup": "never",  # no ffmpeg program is needed: PyAV reads what comes
         "noprogress": True,
         "color": {"stdout": "no_color", "stderr": "no_color"},
         "logger": _Quiet(say),
         "socket_timeout": 30,
+        # A program has these by default, the library doesn't: it would leave out what it can't get.
+        "retries": 10,
+        "fragment_retries": 10,
+        "skip_unavailable_fragments": False,
+        "retry_sleep_functions": dict.fromkeys(("http", "fragment"), _retry_seconds),
     }
     if cookies is not None:
-        if not Path(cookies).is_file():
-            raise FileNotFoundError(f"--cookies {cookies}: no such file")
-        settings["cookiefile"] = cookies
+        try:
+            settings["cookiefile"] = Path(cookies).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--cookies {cookies}: cannot be read ({error})") from error
     if cookies_from_browser is not None:
         browser, _, profile = cookies_from_browser.partition(":")
         settings["cookiesfrombrowser"] = (browser, profile or None, None, None)
     return settings
 
 
+def _retry_seconds(n: int) -> float:
+    """How long to wait before the try after `n` others (0, 1, ...)."""
+    return min(30, 2**n - 1)
+
+
 def _ask(address: str, settings: dict[str, Any]) -> dict[str, Any]:
     import yt_dlp
 
+    if "cookiefile" in settings:  # a copy: yt-dlp writes into what it is given
+        settings = {**settings, "cookiefile": io.StringIO(settings["cookiefile"])}
     try:
         with yt_dlp.YoutubeDL(settings) as downloader:
             return downloader.extract_info(address) or {}
     except yt_dlp.utils.YoutubeDLError as error:
         reason = str(error).removeprefix("ERROR: ").split("; please report")[0].strip()
         raise ValueError(
-            f"{address} can't be downloaded: {reason.rstrip('.')}. Update yt-dlp (pip install -U "
-            "yt-dlp); a video that asks for a login needs --cookies or --cookies-from-browser"
+            f"{address} can't be downloaded: {reason.rstrip('.')}. {_remedy(reason)}"
         ) from error
+
+
+def _remedy(reason: str) -> str:
+    if re.search(r"time[d ]+out|Giving up|resolv|[Cc]onnection|HTTP Error 5", reason):
+        return "The same command goes on where this one stopped"
+    return (
+        "Update yt-dlp (pip install -U 'yt-dlp[default,deno]'); a video that asks for a login "
+        "needs --cookies or --cookies-from-browser"
+    )
 
 
 class _Quiet:

@@ -26,7 +26,11 @@ class Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
-        super().do_GET()
+        if self.path in self.server.busy:
+            self.server.busy.remove(self.path)
+            self.send_error(503)
+        else:
+            super().do_GET()
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def server(tmp_path):
     folder.mkdir()
     handler = partial(Handler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.folder, server.asked = folder, []
+        server.folder, server.asked, server.busy = folder, [], []
         server.address = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -77,10 +81,42 @@ def test_a_download_that_broke_off_goes_on(server, tmp_path):
     whole = (server.folder / "a.wav").read_bytes()
     folder = tmp_path / "downloads"
     folder.mkdir()
-    (folder / "a.wav.part").write_bytes(whole[:5000])
-    (found,) = youtube.fetch(f"{server.address}/a.wav", folder, "me")
+    address = f"{server.address}/a.wav"
+    (folder / f"{youtube._key(address)}.wav.part").write_bytes(whole[:5000])
+    (found,) = youtube.fetch(address, folder, "me")
     assert found.path.read_bytes() == whole
     assert not list(folder.glob("*.part"))
+
+
+def test_no_part_of_a_stream_is_left_out_because_a_server_was_busy(server, tmp_path):
+    tone = 0.1 * np.sin(2 * np.pi * 220 * np.arange(16_000) / 16_000)
+    parts = [f"part{number}.mp3" for number in range(3)]
+    for part in parts:
+        soundfile.write(server.folder / part, tone, 16_000)
+    lines = "".join(f"#EXTINF:1.0,\n{part}\n" for part in parts)
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n{lines}#EXT-X-ENDLIST\n"
+    (server.folder / "talk.m3u8").write_text(playlist)
+    server.busy.append("/part1.mp3")
+    (found,) = youtube.fetch(f"{server.address}/talk.m3u8", tmp_path / "downloads", "me")
+    assert found.path.stat().st_size == sum((server.folder / p).stat().st_size for p in parts)
+    assert server.asked.count("/part1.mp3") == 2
+
+
+def test_recordings_of_one_file_name_are_two_recordings(server, tmp_path):
+    for episode, pitch in (("one", 200), ("two", 300)):
+        (server.folder / episode).mkdir()
+        tone = 0.1 * np.sin(2 * np.pi * pitch * np.arange(16_000) / 16_000)
+        soundfile.write(server.folder / episode / "audio.wav", tone, 16_000)
+    for episode in ("one", "two"):
+        address = f"{server.address}/{episode}/audio.wav"
+        (found,) = youtube.fetch(address, tmp_path / "downloads", "me")
+        assert found.path.read_bytes() == (server.folder / episode / "audio.wav").read_bytes()
+
+
+def test_what_a_busy_server_refuses_is_to_be_tried_again(server, tmp_path):
+    server.busy += ["/a.wav"] * 20
+    with pytest.raises(ValueError, match=r"503.*The same command goes on"):
+        youtube.fetch(f"{server.address}/a.wav", tmp_path / "downloads", "me")
 
 
 def test_a_missing_video_ends_in_one_line_with_the_remedy(server, tmp_path):
@@ -88,7 +124,7 @@ def test_a_missing_video_ends_in_one_line_with_the_remedy(server, tmp_path):
         youtube.fetch(f"{server.address}/none.webm", tmp_path / "downloads", "me")
     message = str(caught.value)
     assert "\n" not in message
-    assert "pip install -U yt-dlp" in message
+    assert "pip install -U 'yt-dlp" in message
     assert "--cookies" in message
 
 
@@ -155,7 +191,7 @@ def test_cookies_and_local_files_are_checked_first(tmp_path):
     (tmp_path / "a.wav").touch()
     with pytest.raises(ValueError, match="leave out --youtube"):
         youtube.fetch(str(tmp_path / "a.wav"), tmp_path / "downloads", "me")
-    with pytest.raises(FileNotFoundError, match=r"--cookies .*none\.txt"):
+    with pytest.raises(ValueError, match=r"--cookies .*none\.txt"):
         youtube.fetch("http://127.0.0.1/x", tmp_path, "me", cookies=str(tmp_path / "none.txt"))
 
 
@@ -176,10 +212,12 @@ def test_cookies_are_passed_on(monkeypatch, tmp_path):
             return {"_type": "playlist", "entries": []}
 
     monkeypatch.setattr("yt_dlp.YoutubeDL", Downloader)
-    (tmp_path / "jar.txt").touch()
-    cookies = {"cookies": str(tmp_path / "jar.txt"), "cookies_from_browser": "firefox:work"}
+    jar = tmp_path / "jar.txt"
+    jar.write_text("# Netscape HTTP Cookie File")
+    jar.chmod(0o400)
+    cookies = {"cookies": str(jar), "cookies_from_browser": "firefox:work"}
     with pytest.raises(ValueError, match="empty playlist"):
         youtube.fetch("https://youtube.com/playlist?list=x", tmp_path, "me", **cookies)
-    assert given["cookiefile"] == str(tmp_path / "jar.txt")
+    assert given["cookiefile"].read() == jar.read_text()  # a copy: yt-dlp writes into its cookies
     assert given["cookiesfrombrowser"] == ("firefox", "work", None, None)
     assert given["format"].startswith("bestaudio")
