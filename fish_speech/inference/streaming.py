@@ -15,7 +15,7 @@ from fish_speech.models.vqgan.firefly import Memory
 FIRST_BLOCK, LONGEST_BLOCK = 6, 48
 _GROWTH = 1.2  # no faster: while a block plays, the next has to be made
 
-_SILENCE = 10 ** (-50 / 20)  # amplitude, -50 dBFS
+SILENCE = 10 ** (-50 / 20)  # amplitude, -50 dBFS
 _MARGIN = 0.05  # seconds that stay before the first and after the last sound
 
 
@@ -56,7 +56,7 @@ class SilenceTrimmer:
 
     def __call__(self, waveform: Tensor) -> Tensor:
         held = torch.cat([self._held, waveform], dim=1)
-        loud = (held[0].abs() > _SILENCE).nonzero()
+        loud = (held[0].abs() > SILENCE).nonzero()
         start = end = 0
         if len(loud):
             start = 0 if self._started else max(0, loud[0].item() - self._margin)

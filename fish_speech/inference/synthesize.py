@@ -22,7 +22,7 @@ from fish_speech.hub import check_model_dir
 from fish_speech.inference.context import Context
 from fish_speech.inference.generate import Past, Take, compile_steps, generate
 from fish_speech.inference.sampling import Sampling
-from fish_speech.inference.streaming import decode_stream
+from fish_speech.inference.streaming import SILENCE, decode_stream
 from fish_speech.inference.voices import check_reference, check_speaker, speaker_or_first
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.packed import pack
@@ -175,8 +175,9 @@ class TextToSpeech:
     def encode_reference(self, audio: str | Path, text: str) -> Utterance:
         """A recording and its words, as a voice for `reference`; encoded once for the same content.
 
-        Raises `FileNotFoundError`, or `ValueError` where the file is no audio, is too long for the
-        model, or the text has no words.
+        Raises `FileNotFoundError`, or `ValueError` where the file is no audio, silent or too long for
+        the model, or the text has no words. A recording that its text can't fill, or that is longer
+        than what the model was trained on, is logged as a warning.
         """
         check_reference(audio, text)
         digest = file_digest(audio)
@@ -186,7 +187,23 @@ class TextToSpeech:
             self._references.move_to_end(digest)
             while len(self._references) > _CACHED_REFERENCES:
                 self._references.popitem(last=False)
-            return Utterance(spoken_text(text), self._references[digest])
+            codes = self._references[digest]
+        if problem := self._mismatch(text, codes.shape[1]):
+            logger.warning(f"{audio}: {problem}; it may be cloned badly")
+        return Utterance(spoken_text(text), codes)
+
+    def _mismatch(self, text: str, frames: int) -> str | None:
+        """Why a reference of so many frames isn't a good one for its text, or for this model."""
+        seconds = frames / self._codec.frame_rate
+        if not shortest_speech(text) <= seconds <= longest_speech(text):
+            return f"{seconds:.1f} s for {text[:40]!r}: is that all it says?"
+        trained = self._model.config.extra.get("trained_seq_len", 2 * frames)
+        if 2 * frames > trained:
+            longest = trained / 2 / self._codec.frame_rate
+            return (
+                f"{seconds:.1f} s, and this model was trained on short texts: take {longest:.0f} s"
+            )
+        return None
 
     @torch.inference_mode()
     def _encode(self, audio: str | Path) -> Tensor:
@@ -200,6 +217,8 @@ class TextToSpeech:
             )
         device = self._model.device
         lengths = torch.tensor([waveform.shape[1]], device=device)
+        if not (waveform.abs() > SILENCE).any():
+            raise ValueError(f"{audio}: silent; give some seconds of speech")
         codes, code_lengths = self._codec.encode(waveform[None].to(device), lengths)
         if not code_lengths.item():
             raise ValueError(f"{audio}: too short for a reference; give some seconds of speech")

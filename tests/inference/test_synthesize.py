@@ -291,6 +291,19 @@ def test_a_reference_without_its_words_is_refused(tts, recording):
         tts.encode_reference(recording, "  ")
 
 
+def test_a_silent_reference_is_refused_and_a_doubtful_one_is_said(tts, tmp_path, recording, caplog):
+    save_audio(tmp_path / "silent.wav", torch.full((1, 16000), 1e-4), 8000)
+    with pytest.raises(ValueError, match=r"silent.wav: silent; give some seconds"):
+        tts.encode_reference(tmp_path / "silent.wav", "Words.")
+    tts.encode_reference(recording, "What it says in two seconds.")
+    assert not caplog.messages
+    tts.encode_reference(recording, "What nobody ever says in two seconds. " * 4)
+    assert "voice.wav: 2.0 s for 'What nobody ever says" in caplog.messages[-1]
+    short = TextToSpeech.from_pretrained(make_voice(tmp_path, trained_seq_len=100), device="cpu")
+    short.encode_reference(recording, "What it says in two seconds.")
+    assert "trained on short texts: take 2 s" in caplog.messages[-1]
+
+
 def test_references_longer_than_the_context_are_refused_with_what_fits(tts, tmp_path):
     file = tmp_path / "long.wav"
     save_audio(file, torch.zeros(1, 8000 * 70), 8000)
