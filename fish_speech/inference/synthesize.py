@@ -175,8 +175,8 @@ class TextToSpeech:
     def encode_reference(self, audio: str | Path, text: str) -> Utterance:
         """A recording and its words, as a voice for `reference`; encoded once for the same content.
 
-        Raises `FileNotFoundError`, or `ValueError` where the file is no audio, silent or too long for
-        the model, or the text has no words. A recording that its text can't fill, or that is longer
+        Raises `FileNotFoundError`, or `ValueError` where the file is no audio, silent, or too long
+        for the model, or the text has no words. A recording that its text can't fill, or longer
         than what the model was trained on, is logged as a warning.
         """
         check_reference(audio, text)
