@@ -11,6 +11,12 @@ VOICE := demo
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
 
+# An upgrade of the system may take its Python from under .venv.
+ifneq ($(shell $(BIN)/python -c 'import pip' 2>/dev/null && echo works),works)
+$(READY): rebuild
+.PHONY: rebuild
+endif
+
 setup: $(READY) ## build .venv with the locked versions
 $(READY): pyproject.toml constraints.txt
 	@{ $(BIN)/python -c $(SUITS) && $(BIN)/python -m pip --version; } >/dev/null 2>&1 || { \

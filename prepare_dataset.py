@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="openai-whisper or faster-whisper (the faster one where it is installed)",
     )
-    add("--language", help="what is spoken, such as en (default: whisper finds out)")
+    add("--language", help="what is spoken, such as en (default: found out for each recording)")
     add("--device", default="auto", help="auto, cpu, cuda or mps, for whisper")
 
     group = parser.add_argument_group("quality", "what a clip must keep to, not to be flagged")
@@ -62,12 +62,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-rate", type=float, default=3.0, help="letters a second of speech (3)")
     add("--max-rate", type=float, default=30.0, help="letters a second of speech (30)")
     add("--max-disagreement", type=float, default=0.3, help="with the recogniser, share (0.3)")
+    add("--max-no-speech", type=float, default=0.6,
+        help="whisper's doubt that somebody speaks (0.6)")  # fmt: skip
+    add("--max-unheard", type=float, default=2.0,
+        help="seconds of speech without a word that whisper heard (2)")  # fmt: skip
     return parser
 
 
 _NOT_WHEN_CHECKING = (
     *("output", "speaker", "strict", "youtube", "max_duration", "cookies", "cookies_from_browser"),
     *("normalize", "split_long", "segment_duration", "drop_flagged"),
+    *("max_no_speech", "max_unheard"),
 )
 
 

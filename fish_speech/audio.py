@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +24,24 @@ CANCELLED = 0.05  # share of the channels' power in their mean; one of six that 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a file holds: `sample_rate` in Hz, `channels`, and `duration` in seconds where known."""
+    """What a file holds: `sample_rate` in Hz, `channels`, `duration` in seconds where known.
+
+    `floating`: its samples are floats as they were saved, which may be above 1 without being
+    clipped.
+    """
 
     sample_rate: int
     channels: int
     duration: float | None
+    floating: bool = False
 
 
 def audio_info(path: str | Path) -> AudioInfo:
     """Read a file's header. Raises `FileNotFoundError`, or `ValueError` where it is no audio."""
     path = _existing(path)
     if (info := _sndfile_info(path)) is not None:
-        return AudioInfo(info.samplerate, info.channels, info.frames / info.samplerate)
+        floating = info.subtype in ("FLOAT", "DOUBLE")
+        return AudioInfo(info.samplerate, info.channels, info.frames / info.samplerate, floating)
     with _open_av(path) as container:
         stream = container.streams.audio[0]
         if container.format.name == "mp3" and not _mp3_states_its_length(path):
@@ -47,7 +54,8 @@ def audio_info(path: str | Path) -> AudioInfo:
             duration = None
         if not stream.rate:
             raise ValueError(f"{path}: not an audio file that can be decoded (no sample rate)")
-        return AudioInfo(stream.rate, stream.channels, duration)
+        floating = stream.codec.name.startswith("pcm_f")
+        return AudioInfo(stream.rate, stream.channels, duration, floating)
 
 
 def breaks_off(path: str | Path, seconds: float) -> str | None:
@@ -331,29 +339,33 @@ def _mp3_states_its_length(path: Path) -> bool:
 
 
 def _mono_blocks(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
+    """The mean [n] of the channels; where they cancel each other, the loudest of them.
+
+    That one for as long as it sounds: another's poles may be swapped, in mid-word.
+    """
+    loudest = -1
+    read = _blocks_av if _sndfile_info(path) is None else _blocks_sndfile
+    for block in read(path, block_seconds):
+        mono = block.mean(axis=1)
+        powers = np.square(block).mean(axis=0)
+        if np.square(mono).mean() < CANCELLED * powers.mean():
+            if loudest not in np.flatnonzero(powers > CANCELLED * powers.max()):
+                loudest = int(powers.argmax())
+            mono = block[:, loudest].copy()
+        yield mono
+
+
+def _blocks_sndfile(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
+    """Blocks [n, C] of that many seconds, the last one shorter."""
     import soundfile
 
-    if _sndfile_info(path) is None:
-        yield from map(_mixed, _blocks_av(path, block_seconds))
-        return
     with soundfile.SoundFile(_native(path)) as file:
         frames = max(1, round(block_seconds * file.samplerate))
         try:
             while len(block := file.read(frames, dtype="float32", always_2d=True)):
-                yield _mixed(block)
+                yield block
         except soundfile.LibsndfileError as error:
             raise ValueError(f"{path}: damaged audio ({error})") from error
-
-
-def _mixed(block: np.ndarray) -> np.ndarray:
-    """The mean [n] of channels [n, C]; where they cancel each other, the loudest of them."""
-    mono = block.mean(axis=1)
-    if block.shape[1] == 1:
-        return mono
-    powers = np.square(block).mean(axis=0)
-    if np.square(mono).mean() < CANCELLED * powers.mean():
-        return block[:, powers.argmax()].copy()
-    return mono
 
 
 def _open_av(path: Path):
@@ -372,27 +384,45 @@ def _open_av(path: Path):
 
 
 def _blocks_av(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
-    """Blocks [n, C] of at least that many seconds, the last one shorter."""
+    """Blocks [n, C] of at least that many seconds; shorter before C changes, and at the end."""
     import av
 
     with _open_av(path) as container:
         stream = container.streams.audio[0]
-        # Packed floats keep the channels beside each other.
-        to_float = av.AudioResampler(format="flt", layout=stream.layout, rate=stream.rate)
+        enough = block_seconds * stream.rate
         parts: list[np.ndarray] = []
         count = 0
         try:
-            for frame in _frames_av(container, stream):
-                for part in to_float.resample(frame):
-                    parts.append(part.to_ndarray().reshape(-1, part.layout.nb_channels))
-                    count += len(parts[-1])
-                if count >= block_seconds * stream.rate:
+            for part in _floats_av(container, stream):
+                if parts and (count >= enough or part.shape[1] != parts[0].shape[1]):
                     yield np.concatenate(parts)
                     parts, count = [], 0
+                parts.append(part)
+                count += len(part)
         except av.error.FFmpegError as error:
             raise ValueError(f"{path}: damaged audio ({_said(error)})") from error
         if parts:
             yield np.concatenate(parts)
+
+
+def _floats_av(container: Any, stream: Any) -> Iterator[np.ndarray]:
+    """The decoded audio [n, C] at the rate that the stream begins with.
+
+    Where files were joined, a part may have another rate and other channels.
+    """
+    import av
+
+    rate, kind, resampler = stream.rate, (), None
+    for frame in chain(_frames_av(container, stream), [None]):
+        now = frame and (frame.format.name, frame.layout.name, frame.sample_rate)
+        converted = []
+        if now != kind:
+            converted += resampler.resample(None) if resampler else []
+            # Packed floats keep the channels beside each other.
+            resampler, kind = av.AudioResampler(format="flt", rate=rate), now
+        converted += resampler.resample(frame)
+        for part in converted:
+            yield part.to_ndarray().reshape(-1, part.layout.nb_channels)
 
 
 def _frames_av(container: Any, stream: Any) -> Iterator[Any]:

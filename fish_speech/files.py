@@ -164,19 +164,26 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def shown_path(path: Path) -> str:
+def shown_path(path: str | Path) -> str:
     """A path as a user would type it: relative where it lies below the working directory."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    path, here = Path(os.path.abspath(path)), Path.cwd()
+    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
 
 
 def safe_name(text: str, *, max_length: int = 80) -> str:
-    """A file name made of `text`: letters, digits, `_ . -` only, never hidden, empty or a path.
+    """A file name made of `text`: letters with their marks, digits, `_ . -` only, never hidden,
+    empty or a path.
 
     >>> safe_name("../../My  voice: take 1")
     'My_voice_take_1'
     """
-    text = unicodedata.normalize("NFC", text)
-    name = re.sub(r"[^\w.-]+", "_", text).strip("._-")[:max_length].rstrip("._-")
+    kept, spelled = [], False
+    for character in unicodedata.normalize("NFC", text):
+        # Vowels of many scripts are marks. What modifies a digit or a picture is none of a name.
+        is_mark = spelled and unicodedata.category(character) in ("Mn", "Mc")
+        spelled = is_mark or character.isalpha()
+        kept.append(character if is_mark or character.isalnum() or character in "_.-" else " ")
+    name = "_".join("".join(kept).split()).strip("._-")[:max_length].rstrip("._-")
     while len(name.encode()) > 200:  # file systems count bytes
         name = name[:-1]
     return name or "unnamed"

@@ -97,13 +97,15 @@ def test_broken_files_are_refused_with_their_names(tmp_path):
         audio.load_audio(tmp_path / "cut.flac")
 
 
-def encode(path, samples, codec, rate=48_000):
+def encode(path, samples, codec, rate=48_000, channels=1):
     """Write what libsndfile can't, with PyAV."""
     import av
 
+    layout = ("mono", "stereo")[channels - 1]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        samples = np.stack([samples] * channels)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
         frame.sample_rate = rate
         for packet in [*stream.encode(frame), *stream.encode(None)]:
             container.mux(packet)
@@ -180,6 +182,26 @@ def test_files_that_were_joined_are_read_to_their_end(tmp_path, name, options):
     assert audio.breaks_off(tmp_path / name, len(samples) / rate) is None
 
 
+@pytest.mark.parametrize("name", ["a.mp3", "a.aac"])
+def test_joined_files_may_differ_in_rate_and_channels(tmp_path, name):
+    joined = b""
+    for rate, channels, frequency in ((48_000, 1, 300), (44_100, 2, 600), (48_000, 1, 900)):
+        tone, part = sine(frequency, 2.0, rate, 0.4), tmp_path / f"{frequency}-{name}"
+        if name == "a.mp3":
+            soundfile.write(part, np.stack([tone] * channels, 1), rate)
+        else:
+            encode(part, tone, "aac", rate, channels)
+        joined += part.read_bytes()
+    (tmp_path / name).write_bytes(joined)
+    waveform, rate = audio.load_audio(tmp_path / name)
+    samples = waveform[0].numpy()
+    assert len(samples) / rate == pytest.approx(6.0, abs=0.2)
+    for second, frequency in ((0.5, 300), (2.5, 600), (4.6, 900)):
+        part = samples[round(second * rate) :][:rate]
+        assert pitch(part, rate) == pytest.approx(frequency, abs=2)
+        assert np.abs(part).max() == pytest.approx(0.4, abs=0.03)
+
+
 def test_an_mp3_that_does_not_state_its_length_is_read_to_its_end(tmp_path):
     tones = [sine(300, 2.0, 48_000), np.zeros(96_000, np.float32), sine(600, 2.0, 48_000)]
     soundfile.write(tmp_path / "a.mp3", np.concatenate(tones), 48_000, bitrate_mode="VARIABLE")
@@ -232,6 +254,14 @@ def test_channels_that_cancel_each_other_are_not_averaged(tmp_path, name):
                 copy.mux([p for part in to_int.resample(frame) for p in stream.encode(part)])
     samples = audio.load_audio(tmp_path / name)[0][0].numpy()
     assert samples == pytest.approx(tone, abs=1e-3)
+
+
+def test_where_channels_cancel_each_other_one_is_taken_for_the_whole_file(tmp_path):
+    tone = sine(440, 3.0, SECOND)
+    fading = np.linspace(0.9, 1.1, len(tone), dtype=np.float32)  # the other is louder in the end
+    soundfile.write(tmp_path / "a.wav", np.stack([tone, -fading * tone], 1), SECOND, "FLOAT")
+    samples = np.concatenate(list(audio.decode_blocks(tmp_path / "a.wav", block_seconds=0.5)))
+    assert samples == pytest.approx(tone)
 
 
 def test_bytes_that_are_no_sound_are_refused_whatever_their_suffix(tmp_path):

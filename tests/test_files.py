@@ -94,6 +94,8 @@ def test_audio_is_listed_sorted_without_hidden_files_and_loops(tmp_path):
         ("Ölfaß", "Ölfaß"),
         ("", "unnamed"),
         ("a/b\\c", "a_b_c"),
+        ("सीता", "सीता"),
+        ("I ❤️ you 1️⃣", "I_you_1"),
     ],
 )
 def test_safe_names(text, name):

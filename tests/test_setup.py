@@ -1,6 +1,11 @@
-"""What a newcomer installs is what the lock says."""
+"""What a newcomer installs is what the lock says, and what is broken is built again."""
 
 import re
+import shutil
+import subprocess
+import sys
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -26,6 +31,24 @@ def test_the_constraints_are_those_of_the_lock():
 def test_every_package_has_one_version():
     names = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert len(names) == len(set(names))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_an_environment_whose_python_is_gone_is_built_again(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    (tmp_path / ".venv" / ".ready").touch()
+
+    def plan() -> str:
+        command = ["make", "-n", "setup"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+
+    assert "pip install" not in plan()
+    python.unlink()
+    assert "pip install" in plan()
 
 
 def test_torch_is_pinned():

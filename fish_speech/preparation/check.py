@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fish_speech.files import list_files
+from fish_speech.files import list_files, shown_path
 from fish_speech.preparation import quality, sources
 from fish_speech.preparation.clips import Job, inspect
 from fish_speech.preparation.pipeline import Options, in_processes, recogniser_for
@@ -54,7 +54,8 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
         if path.suffix == ".lab" and sources.REJECTED not in path.relative_to(folder).parts
     }
     for label in sorted(labels - {item.path.with_suffix(".lab") for item in found}):
-        skipped.append({"source": sources.display_path(label), "reason": "has no recording"})
+        source = sources.printable(shown_path(label))
+        skipped.append({"source": source, "reason": "has no recording"})
     return Summary(quality.mark_twins(clips), skipped, [], [], len(skipped))
 
 

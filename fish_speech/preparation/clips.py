@@ -10,7 +10,9 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fish_speech.audio import audio_info, breaks_off, level, resample, save_audio
+import numpy as np
+
+from fish_speech.audio import AudioInfo, audio_info, breaks_off, level, resample, save_audio
 from fish_speech.files import read_text, write_text
 from fish_speech.preparation import align, quality, rates, segment, sources, transcribe
 from fish_speech.preparation.segment import Piece, Segment, Speech
@@ -19,15 +21,15 @@ from fish_speech.preparation.summary import FRESH, Record
 from fish_speech.text import is_speakable
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from fish_speech.preparation.pipeline import Options
 
 SAMPLE_RATE = 44_100  # of the codec, and so of every clip
 LONGEST_UNCUT = (
     120.0  # seconds; more than this is no utterance, and wouldn't fit in memory at hours
 )
-VERSION = 3  # raise it where the same options make other clips: old ones are then made anew
+ENOUGH_CLIPS = 12  # of a recording, to tell its language by
+TOUCHES_SECONDS = 0.1  # before the end of what is used, in which the VAD sees no pause
+VERSION = 4  # raise it where the same options make other clips: old ones are then made anew
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Job:
         ingredients = [
             VERSION, recording.digest, recording.transcript, recording.problem, self.recogniser,
             options.normalize, options.max_duration, options.min_duration,
-            options.segment_duration if options.split_long else None,
+            (options.segment_duration, self.longest) if options.split_long else None,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
 
@@ -56,9 +58,12 @@ class Job:
 
     @property
     def longest(self) -> float:
-        """Seconds that a clip may last without being cut."""
+        """Seconds that speech may last without being cut."""
         options = self.options
-        return segment.STRETCH * options.segment_duration if options.split_long else LONGEST_UNCUT
+        if not options.split_long:
+            return LONGEST_UNCUT
+        fitting = options.thresholds.longest - 2 * segment.MARGIN_SECONDS  # not to be flagged
+        return max(options.min_duration, min(segment.STRETCH * options.segment_duration, fitting))
 
     @property
     def seconds(self) -> float:
@@ -80,7 +85,7 @@ class Plan:
 
 def carry_out(
     job: Job,
-    recogniser: transcribe.Recogniser | None = None,
+    recogniser: transcribe.Journal | None = None,
     progress: Callable[[float], Any] = lambda seconds: None,
 ) -> Record:
     """Prepare one recording: its clips are written under `FRESH`, its record is returned.
@@ -101,9 +106,20 @@ def carry_out(
         speech = _listen(job)
         record.duration = round(speech.duration, 3)
         missing = _missing(job, speech)
-        plan = make_plan(job, speech, recogniser, progress)
+        cut_off = _ends_in_speech(job, speech)
+        used = _without_its_last_words(job, speech) if cut_off else speech
+        segments = _segments(job, used)
+        if recogniser is not None:
+            recogniser = recogniser.for_language_of(_decoded(job, segments[:ENOUGH_CLIPS]))
+            record.language = recogniser.language
+        plan = make_plan(job, used, segments, recogniser, progress)
         record.skipped = plan.skipped
-        record.clips = list(write_clips(job, plan, speech))
+        record.clips = list(write_clips(job, plan, used))
+        if used is not speech:
+            rest = Segment(used.duration, speech.duration)
+            record.skipped.append(_skip(job, rest, "--max-duration ends in it"))
+        elif cut_off and record.clips[-1]["end"] > speech.islands[-1][0]:
+            record.clips[-1]["cut_in_speech"] = True
         if missing:
             record.clips[-1]["breaks_off"] = True
             reason = f"{missing}; what is there is used"
@@ -152,23 +168,42 @@ def _missing(job: Job, speech: Speech) -> str | None:
     return None
 
 
+def _ends_in_speech(job: Job, speech: Speech) -> bool:
+    """Whether `--max-duration` ends where somebody speaks on."""
+    limit = job.max_seconds
+    if limit is None or not speech.islands or speech.islands[-1][1] < limit - TOUCHES_SECONDS:
+        return False
+    length = audio_info(job.recording.path).duration
+    return length is None or length > limit + TOUCHES_SECONDS
+
+
+def _without_its_last_words(job: Job, speech: Speech) -> Speech:
+    """`speech` up to its last pause, unless a script has them or they are more than a clip."""
+    if job.recording.transcript is not None or len(speech.islands) < 2:
+        return speech
+    (_, pause), (start, end) = speech.islands[-2:]
+    if end - start > job.longest:
+        return speech
+    return replace(speech, duration=(pause + start) / 2, islands=speech.islands[:-1])
+
+
 def make_plan(
     job: Job,
     speech: Speech,
+    segments: list[Segment],
     recogniser: transcribe.Recogniser | None,
     progress: Callable[[float], Any],
 ) -> Plan:
-    """Decide what to keep of a recording. Raises `ValueError` where that is nothing."""
+    """Decide what to keep of a recording that can be cut into these segments, and with which texts.
+
+    Raises `ValueError` where that is nothing.
+    """
     options, transcript = job.options, job.recording.transcript
-    if not speech.islands:
-        silent = float(speech.power.max(initial=0.0)) < 1e-8
-        raise ValueError("is silent" if silent else "has no speech in it")
-    segments = _segments(job, speech)
     heard = []
     if recogniser is not None:
         heard = list(_hear(job, segments, recogniser, progress))
     if transcript is None:
-        return _recognised(job, segments, heard)
+        return _recognised(job, speech, segments, heard)
     if len(segments) == 1:
         return Plan(
             [replace(segments[0], text=transcript, heard=heard[0].text if heard else None)], []
@@ -193,8 +228,9 @@ def make_plan(
     for run, (begin, end) in zip(runs, bounds, strict=True):
         if is_speakable(run[0].text):
             segments += segment.plan_segments(
-                *(run, begin, end), target=options.segment_duration, shortest=options.min_duration
-            )
+                *(run, begin, end),
+                target=options.segment_duration, longest=job.longest, shortest=options.min_duration,
+            )  # fmt: skip
         else:
             reason = "speech that its transcript does not have"
             skipped += [_skip(job, Segment(p.start, p.end, heard=p.heard), reason) for p in run]
@@ -204,15 +240,15 @@ def make_plan(
 def write_clips(job: Job, plan: Plan, speech: Speech) -> Iterator[dict[str, Any]]:
     """Cut the segments out of the recording, write each as a clip and yield its summary entry."""
     recording, options = job.recording, job.options
-    rate = audio_info(recording.path).sample_rate
-    parts = segment.cut(recording.path, plan.segments, rate, max_seconds=job.max_seconds)
+    info = audio_info(recording.path)
+    parts = _decoded(job, plan.segments, info.sample_rate)
     for number, (part, samples) in enumerate(zip(plan.segments, parts, strict=True), 1):
         file = f"{recording.speaker}/{recording.name}_{number:04d}.wav"
-        clip = describe(file, recording, part, samples, rate, speech)
-        samples = resample(samples, rate, SAMPLE_RATE)
+        clip = describe(file, recording, part, samples, info, speech)
+        samples = resample(samples, info.sample_rate, SAMPLE_RATE)
         if options.normalize:
             samples, leveling = level(samples, SAMPLE_RATE)
-            clip["loudness"] = round(max(-99.9, leveling.loudness), 1)
+            clip["loudness"] = quality.finite(leveling.loudness)
             clip["gain"], clip["dc_offset"] = round(leveling.gain, 1), round(leveling.offset, 4)
         else:
             clip["loudness"] = quality.loudness(samples, SAMPLE_RATE)
@@ -239,11 +275,11 @@ def inspect(job: Job, recogniser: transcribe.Recogniser | None = None) -> Record
         if recogniser is not None:
             heard = next(_hear(job, [whole], recogniser, lambda seconds: None))
             whole = replace(whole, heard=heard.text)
-        rate = audio_info(recording.path).sample_rate
-        samples = next(segment.cut(recording.path, [whole], rate))
+        info = audio_info(recording.path)
+        samples = next(segment.cut(recording.path, [whole], info.sample_rate))
         file = sources.printable(recording.path.relative_to(job.options.input).as_posix())
-        clip = describe(file, recording, whole, samples, rate, speech)
-        record.clips = [{**clip, "loudness": quality.loudness(samples, rate)}]
+        clip = describe(file, recording, whole, samples, info, speech)
+        record.clips = [{**clip, "loudness": quality.loudness(samples, info.sample_rate)}]
         if speech.duration < LONGEST_UNCUT and breaks_off(recording.path, speech.duration):
             record.clips[0]["breaks_off"] = True
     except Exception as error:
@@ -256,7 +292,7 @@ def describe(
     recording: Recording,
     part: Segment,
     samples: np.ndarray,
-    sample_rate: int,
+    info: AudioInfo,
     speech: Speech,
 ) -> dict[str, Any]:
     """The summary entry of a clip, from its samples [N] as they are in the recording.
@@ -270,20 +306,26 @@ def describe(
         "source": recording.source,
         "start": round(part.start, 3),
         "end": round(part.end, 3),
-        **quality.measure(samples, sample_rate, part, speech),
+        **quality.measure(samples, info.sample_rate, part, speech, floating=info.floating),
     }
     if recording.transcript is not None and part.heard is not None:
         clip["disagreement"] = rates.disagreement(part.text, part.heard)
         clip["heard"] = part.heard
-    for name in ("cut_in_speech", "estimated"):
-        if getattr(part, name):
-            clip[name] = True
+    for name in ("cut_in_speech", "estimated", "no_speech", "unheard"):
+        if value := getattr(part, name):
+            clip[name] = value
     return clip
 
 
 def _segments(job: Job, speech: Speech) -> list[Segment]:
-    """What the recording is cut into before anything is known of its text."""
+    """What the recording is cut into before anything is known of its text.
+
+    Raises `ValueError` where there is nothing to cut, or too much to leave uncut.
+    """
     options = job.options
+    if not speech.islands:
+        silent = float(speech.power.max(initial=0.0)) < 1e-8
+        raise ValueError("is silent" if silent else "has no speech in it")
     if not options.split_long:
         if speech.duration > LONGEST_UNCUT:
             raise ValueError(f"is {speech.duration:.0f} s long: cut it with --split-long")
@@ -295,8 +337,16 @@ def _segments(job: Job, speech: Speech) -> list[Segment]:
     return segment.plan_segments(
         *(pieces, 0.0, speech.duration),
         target=options.segment_duration,
+        longest=job.longest,
         shortest=options.min_duration,
     )
+
+
+def _decoded(
+    job: Job, segments: list[Segment], sample_rate: int = transcribe.SAMPLE_RATE
+) -> Iterator[np.ndarray]:
+    """The samples [N] of each segment."""
+    return segment.cut(job.recording.path, segments, sample_rate, max_seconds=job.max_seconds)
 
 
 def _hear(
@@ -305,22 +355,31 @@ def _hear(
     recogniser: transcribe.Recogniser,
     progress: Callable[[float], Any],
 ) -> Iterator[transcribe.Heard]:
-    rate = transcribe.SAMPLE_RATE
-    parts = segment.cut(job.recording.path, segments, rate, max_seconds=job.max_seconds)
-    for part, samples in zip(segments, parts, strict=True):
+    for part, samples in zip(segments, _decoded(job, segments), strict=True):
         yield recogniser.hear(samples)
         progress(part.end - part.start)
 
 
-def _recognised(job: Job, segments: list[Segment], heard: list[transcribe.Heard]) -> Plan:
+def _recognised(
+    job: Job, speech: Speech, segments: list[Segment], heard: list[transcribe.Heard]
+) -> Plan:
     """Keep the segments that are long enough and whose text was not made up."""
     kept, skipped = [], []
     for part, result in zip(segments, heard, strict=True):
-        reason = transcribe.made_up(result, part.end - part.start)
-        if reason is None and part.end - part.start < job.options.min_duration:
+        seconds = part.end - part.start
+        reason = transcribe.made_up(result, seconds)
+        if reason is None and seconds < job.options.min_duration:
             reason = f"is shorter than {job.options.min_duration} s"
         if reason is None:
-            kept.append(replace(part, text=result.text))
+            islands = [
+                (start - part.start, end - part.start)
+                for start, end in speech.islands
+                if start < part.end and part.start < end
+            ]
+            unheard = round(transcribe.unheard(result, islands, seconds), 2)
+            kept.append(
+                replace(part, text=result.text, no_speech=result.no_speech, unheard=unheard)
+            )
         else:
             skipped.append(_skip(job, replace(part, heard=result.text), reason))
     if not kept:
@@ -329,9 +388,8 @@ def _recognised(job: Job, segments: list[Segment], heard: list[transcribe.Heard]
 
 
 def _reason(error: Exception, recording: Recording) -> str:
-    """An error as one line that doesn't repeat the file's name."""
-    text = sources.printable(str(error)).removeprefix(f"{sources.printable(str(recording.path))}: ")
-    line = (text.strip().splitlines() or [""])[0]
+    """Why a recording can't be used, on one line."""
+    line = sources.first_line(error, recording.path)
     return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 
 

@@ -89,12 +89,12 @@ def prepare(
             found = sources.only_raw(found, say)
         recordings = sources.name_recordings(found, books.owners())
         _say_what_is_odd(recordings, books, say)
-        plain, heard, recogniser = _sort_work(options, recordings, recogniser, say)
+        plain, heard, journal = _sort_work(options, recordings, recogniser, say)
         plain, heard = ([job for job in jobs if not books.is_done(job)] for jobs in (plain, heard))
         if before := len(recordings) - len(plain) - len(heard):
             say(f"{before} of {len(recordings)} recordings were prepared before")
         done = in_processes(carry_out, plain, options.num_workers)
-        for record in chain(done, _listen(heard, recogniser)):
+        for record in chain(done, _listen(heard, journal)):
             books.enter(record)
             if options.strict and record.failure is not None:
                 break
@@ -150,8 +150,8 @@ def _sort_work(
     recordings: list[sources.Recording],
     recogniser: Recogniser | None,
     say: Callable[[str], None],
-) -> tuple[list[Job], list[Job], Recogniser | None]:
-    """Jobs without and with a recogniser, and the recogniser where there are any of the latter.
+) -> tuple[list[Job], list[Job], Journal | None]:
+    """Jobs without and with a recogniser, and its journal where there are any of the latter.
 
     Raises `ValueError` where a model is needed and can't be had. Where it would only be of use (for
     the times of a script's words, to check transcripts), its absence is said.
@@ -169,12 +169,12 @@ def _sort_work(
             say(f"{error}; going on without it")
             useful = []
     listen = {id(recording) for recording in (*needed, *useful)}
-    identity = recogniser.identity if recogniser and listen else None
-    if identity is not None:
-        recogniser = Journal(recogniser, options.output / sources.RECORDS / "heard.jsonl")
-    jobs = [Job(r, options, identity if id(r) in listen else None) for r in recordings]
+    journal = None
+    if recogniser is not None and listen:
+        journal = Journal(recogniser, options.output / sources.RECORDS / "heard.jsonl")
+    jobs = [Job(r, options, journal.identity if id(r) in listen else None) for r in recordings]
     plain = [job for job in jobs if job.recogniser is None]
-    return plain, [job for job in jobs if job.recogniser is not None], recogniser
+    return plain, [job for job in jobs if job.recogniser is not None], journal
 
 
 def recogniser_for(options: Options) -> Recogniser:
@@ -229,12 +229,12 @@ def in_processes(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _listen(work: list[Job], recogniser: Recogniser | None) -> Iterator[Record]:
+def _listen(work: list[Job], journal: Journal | None) -> Iterator[Record]:
     """The records of the jobs that need the recogniser, one after the other."""
     with tqdm(desc="recognising", unit="s", unit_scale=True, disable=None) as progress:
         progress.total = round(sum(job.seconds for job in work))
         for job in work:
-            yield carry_out(job, recogniser, progress.update)
+            yield carry_out(job, journal, progress.update)
 
 
 def die_with_parent() -> None:

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from fish_speech import audio
+from fish_speech.preparation.align import spoken_letters
 from fish_speech.preparation.segment import FRAME_SECONDS, Segment, Speech
 
 EDGE_SECONDS = 0.03
 FULL_SCALE = 0.999
 SLICES, BANDS = 16, 8  # of a clip's shape
-# Flags of what a voice learns as wrong; the others only waste a little of the data.
+# Flags of what a voice learns as wrong. The others only waste a little of the data; small models
+# doubt some clips that are short and clear.
 SPOILING = {"too_long", "little_speech", "clipping", "clipped_start", "clipped_end"} | {
-    "cut_in_speech", "breaks_off", "slow_text", "fast_text", "disagreement",
+    "cut_in_speech", "breaks_off", "slow_text", "fast_text", "disagreement", "unheard",
 }  # fmt: skip
 SAME_SHAPE = 0.97  # correlation of shapes; different sentences of one voice stay far below
 
@@ -35,14 +37,18 @@ class Thresholds:
     min_rate: float = 3.0
     max_rate: float = 30.0
     max_disagreement: float = 0.3
+    max_no_speech: float = 0.6
+    max_unheard: float = 2.0
 
 
-def measure(samples: np.ndarray, sample_rate: int, segment: Segment, speech: Speech) -> dict:
+def measure(
+    samples: np.ndarray, sample_rate: int, segment: Segment, speech: Speech, *, floating: bool
+) -> dict[str, Any]:
     """Figures of a segment's samples [N] as they came from the recording, before any levelling.
 
     `snr` (dB) and `speech_share` come from the frames of `speech`; `edge_start` and `edge_end` are
     the levels of the first and last 30 ms against the speech in it (dB): near 0, a cut-off word.
-    `shape` is for `near_duplicates`.
+    `shape` is for `near_duplicates`. `floating` as in `clipping`.
     """
     low = int(segment.start / FRAME_SECONDS)
     high = max(low + 1, int(np.ceil(segment.end / FRAME_SECONDS)))
@@ -54,7 +60,7 @@ def measure(samples: np.ndarray, sample_rate: int, segment: Segment, speech: Spe
         "duration": round(len(samples) / sample_rate, 3),
         "speech_share": round(float(spoken.mean()), 3),
         "peak": _decibel(float(np.square(np.abs(samples).max(initial=0.0)))),
-        "clipping": round(clipping(samples), 5),
+        "clipping": round(clipping(samples, floating=floating), 5),
         "snr": round(min(100.0, max(0.0, _decibel(loud) - _decibel(quiet))), 1),
         "edge_start": round(_decibel(_mean_square(samples[:edge])) - _decibel(loud), 1),
         "edge_end": round(_decibel(_mean_square(samples[-edge:])) - _decibel(loud), 1),
@@ -97,12 +103,17 @@ def near_duplicates(clips: Sequence[dict[str, Any]]) -> dict[int, int]:
     return found
 
 
-def clipping(samples: np.ndarray) -> float:
-    """The share of samples that sit, three or more in a row, at the wave's ceiling or above 1."""
+def clipping(samples: np.ndarray, *, floating: bool) -> float:
+    """The share of samples that sit, three or more in a row, at the wave's ceiling or above 1.
+
+    Above 1, lossy codecs leave ragged what was flat. Samples that were saved as floats
+    (`floating`) may be there unharmed.
+    """
     ceiling = float(np.abs(samples).max(initial=0.0))
     if ceiling < 0.1:
         return 0.0
-    at = (np.abs(samples) >= min(1.0, FULL_SCALE * ceiling)).astype(np.int8)
+    flat = FULL_SCALE * ceiling
+    at = (np.abs(samples) >= (flat if floating else min(1.0, flat))).astype(np.int8)
     triples = at[:-2] & at[1:-1] & at[2:]
     return float(triples.sum() / len(samples)) if len(samples) > 2 else 0.0
 
@@ -142,18 +153,25 @@ def flags(clip: dict[str, Any], thresholds: Thresholds) -> list[str]:
         "slow_text": clip["characters_per_second"] < thresholds.min_rate,
         "fast_text": clip["characters_per_second"] > thresholds.max_rate,
         "disagreement": clip.get("disagreement", 0.0) > thresholds.max_disagreement,
+        "doubted": clip.get("no_speech", 0.0) > thresholds.max_no_speech,
+        "unheard": clip.get("unheard", 0.0) > thresholds.max_unheard,
     }
     return [flag for flag, raised in checks.items() if raised]
 
 
 def characters_per_second(text: str, spoken_seconds: float) -> float:
-    """Letters and digits of `text` for each second of speech."""
-    return round(sum(c.isalnum() for c in text) / max(0.1, spoken_seconds), 1)
+    """Letters of `text`, as long as it takes to say, for each second of speech."""
+    return round(spoken_letters(text) / max(0.1, spoken_seconds), 1)
 
 
 def loudness(samples: np.ndarray, sample_rate: int) -> float:
-    """Loudness in LUFS with one decimal; -99.9 for silence (JSON knows no infinity)."""
-    return round(max(-99.9, audio.loudness(samples, sample_rate)), 1)
+    """Loudness in LUFS, `finite`."""
+    return finite(audio.loudness(samples, sample_rate))
+
+
+def finite(lufs: float) -> float:
+    """A loudness with one decimal; -99.9 for silence (JSON knows no infinity)."""
+    return round(max(-99.9, lufs), 1)
 
 
 def _mean_square(samples: np.ndarray) -> float:

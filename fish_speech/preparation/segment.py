@@ -61,7 +61,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch to keep as one clip, in seconds of its recording, silence at its ends included."""
+    """A stretch to keep as one clip, in seconds of its recording, silence at its ends included.
+
+    Of a text that was recognised: the chance (`no_speech`, 0..1) that there is no speech, and the
+    most seconds of speech at a stretch in which no word was heard (`unheard`).
+    """
 
     start: float
     end: float
@@ -69,6 +73,8 @@ class Segment:
     heard: str | None = None
     cut_in_speech: bool = False
     estimated: bool = False
+    no_speech: float = 0.0
+    unheard: float = 0.0
 
 
 def find_speech(path: str | Path, *, max_seconds: float | None = None) -> Speech:
@@ -119,11 +125,17 @@ def speech_pieces(speech: Speech, *, longest: float) -> list[Piece]:
 
 
 def plan_segments(
-    pieces: Sequence[Piece], begin: float, end: float, *, target: float, shortest: float
+    pieces: Sequence[Piece],
+    begin: float,
+    end: float,
+    *,
+    target: float,
+    longest: float,
+    shortest: float,
 ) -> list[Segment]:
     """Group neighbouring pieces into segments of about `target` seconds.
 
-    Only a piece that is longer itself makes a segment exceed `target` by more than half. Dynamic
+    Only a piece that is longer itself makes one exceed `longest`, its margins aside. Dynamic
     programming weighs the lengths against the pauses, so that cuts fall into the longest fitting
     ones; segments under `shortest` seconds are a last resort. No margin goes beyond `begin` or
     `end`, the recording's or what others speak.
@@ -134,7 +146,7 @@ def plan_segments(
         for first in range(last, -1, -1):
             length = pieces[last].end - pieces[first].start
             if first < last:
-                if length > STRETCH * target:
+                if length > longest:
                     break
                 inner += max(0.0, pieces[first + 1].start - pieces[first].end - 1.0)
             pause = pieces[first].start - pieces[first - 1].end if first else np.inf

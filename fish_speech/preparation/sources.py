@@ -7,11 +7,20 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
-from fish_speech.files import AUDIO_SUFFIXES, file_digest, is_audio, list_files, safe_name
+from fish_speech.files import (
+    AUDIO_SUFFIXES,
+    file_digest,
+    is_audio,
+    list_files,
+    safe_name,
+    shown_path,
+)
 from fish_speech.preparation import encodings
 
 SUMMARY_NAME = "dataset_summary.json"
@@ -83,17 +92,22 @@ def find_local(
         files = [path for path in files if not path.resolve().is_relative_to(but.resolve())]
     data_sets = {path: _data_set_of(path, source) for path in files}
     files = [path for path in files if not _is_rejected(path, data_sets[path])]
+    folders = {path: _folder_of(path, data_sets[path] or source) for path in files}
     found = [
-        Found(path, speaker or _speaker_of(path, home or source) or default_speaker, home)
-        for path in files if is_audio(path) for home in [data_sets[path]]
+        Found(path, speaker or (safe_name(folders[path]) if folders[path] else default_speaker),
+              data_sets[path])
+        for path in files if is_audio(path)
     ]  # fmt: skip
-    found = [_with_a_speaker(item) if speaker is None else item for item in found]
+    if speaker is None:
+        found = [_with_a_speaker(item) for item in found]
+        _say_merged({(item.speaker, folders[item.path]) for item in found}, say)
     others = (path for path in files if data_sets[path] is None and not is_audio(path))
     _say_others([path for path in others if path.suffix not in SIDECAR_SUFFIXES], say)
     own = {sidecar_of(item.path) for item in found}
     lost = [path for path in files if path.suffix in SIDECAR_SUFFIXES and path not in own]
     if lost := [path for path in lost if data_sets[path] is None]:
-        say(f"no recording has the name of these texts: {some_of(map(display_path, lost))}")
+        names = some_of(printable(shown_path(path)) for path in lost)
+        say(f"no recording has the name of these texts: {names}")
     for error in closed:
         problem = f"cannot be read ({error.strerror})"
         found.append(Found(Path(error.filename), speaker or default_speaker, problem=problem))
@@ -135,11 +149,13 @@ def name_recordings(found: list[Found], owner_of: dict[tuple[str, str], Any]) ->
     """Give every file a name that no other has, the same one in every run.
 
     `owner_of` maps (speaker, name), both casefolded, to the recording that an earlier run gave the
-    name to, as (address, digest, name): a file that moved, changed or was renamed keeps it.
+    name to, as (address, digest, name): a file that moved, changed or was renamed keeps it, and so
+    does one of an earlier version, which made other names.
     """
     recordings, taken = [], set()
     in_order = sorted(found, key=lambda item: (item.speaker, str(item.path)))
     known = {address for address, *_ in owner_of.values()}
+    named = {(speaker, address): name for (speaker, _), (address, _, name) in owner_of.items()}
     renamed = {
         (speaker, digest): name
         for (speaker, _), (address, digest, name) in owner_of.items()
@@ -151,6 +167,7 @@ def name_recordings(found: list[Found], owner_of: dict[tuple[str, str], Any]) ->
         speaker = recording.speaker.casefold()
         if recording.address not in known:
             name = renamed.get((speaker, recording.digest), name)
+        name = named.get((speaker, recording.address), name)
         key = (speaker, name.casefold())
         owner, digest, _ = owner_of.get(key, (recording.address, "", name))
         if key in taken or (recording.address != owner and recording.digest != digest):
@@ -163,7 +180,7 @@ def name_recordings(found: list[Found], owner_of: dict[tuple[str, str], Any]) ->
 
 def _read(item: Found) -> Recording:
     """Look at a file and at the transcript beside it."""
-    source = printable(item.origin.get("url") or display_path(item.path))
+    source = printable(item.origin.get("url") or shown_path(item.path))
     digest, text, encoding, problem = "", None, None, item.problem
     try:
         if item.path.exists() and not item.path.is_file():
@@ -212,15 +229,14 @@ def address_of(path: Path) -> str:
 
 def has_vanished(address: str) -> bool:
     """Whether an address is that of a file which is there no more."""
-    parts = urlsplit(address)
-    return parts.scheme == "file" and not os.path.lexists(unquote_to_bytes(parts.path))
+    return urlsplit(address).scheme == "file" and not os.path.lexists(_path_at(address))
 
 
-def display_path(path: Path) -> str:
-    """`path` from the current folder where it is below it, absolute otherwise."""
-    absolute = os.path.abspath(path)
-    relative = os.path.relpath(absolute)
-    return printable((absolute if relative.startswith("..") else relative).replace(os.sep, "/"))
+def _path_at(address: str) -> str | bytes:
+    """The path that `address_of` was given."""
+    if os.name == "nt":  # drives and shares
+        return url2pathname(address.removeprefix("file:"))
+    return unquote_to_bytes(urlsplit(address).path)  # in any encoding
 
 
 def some_of(names: Iterable[str], most: int = 3) -> str:
@@ -233,6 +249,14 @@ def some_of(names: Iterable[str], most: int = 3) -> str:
 def printable(text: str) -> str:
     """`text` without what a file name may hold and UTF-8 can't."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def first_line(error: Exception, path: Path | None = None) -> str:
+    """What an error says, on one line, without the name of the file at `path`."""
+    text = printable(str(error))
+    if path is not None:
+        text = text.removeprefix(f"{printable(str(path))}: ")
+    return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 def speaker_name(text: str) -> str:
@@ -286,10 +310,21 @@ def fold(text: str) -> str:
     return " ".join("".join(kept).replace("\ufeff", "").split())
 
 
-def _speaker_of(path: Path, root: Path) -> str | None:
-    """The first folder between `root` and `path`."""
+def _folder_of(path: Path, root: Path) -> str | None:
+    """The first folder between `root` and `path`, which is named after the speaker."""
     folders = path.relative_to(root).parts[:-1]
-    return safe_name(folders[0]) if folders else None
+    return unicodedata.normalize("NFC", folders[0]) if folders else None
+
+
+def _say_merged(speakers: set[tuple[str, str | None]], say: Callable[[str], None]) -> None:
+    """Say which folders, of pairs (speaker, folder), are one speaker's since their names differ in
+    what a name can't have."""
+    speakers = sorted((name, folder) for name, folder in speakers if folder is not None)
+    for name, pairs in groupby(speakers, lambda pair: pair[0]):
+        folders = [printable(folder) for _, folder in pairs]
+        if len(folders) > 1:
+            say(f"taken for one speaker, {name}: the folders {some_of(folders)}; if these are "
+                "several, rename them")  # fmt: skip
 
 
 def _with_a_speaker(item: Found) -> Found:

@@ -36,7 +36,8 @@ class Record:
 
     `clips` and `skipped` are entries of the summary, the clips yet without flags; `failure` says
     why nothing of it could be used; `recipe` tells what it was made with. `scripted`: its texts are
-    those of a transcript beside it, whose `encoding` is there where it was guessed.
+    those of a transcript beside it, whose `encoding` is there where it was guessed. `language` is
+    what a recogniser was to hear, where that was told or found out.
     """
 
     speaker: str
@@ -52,6 +53,7 @@ class Record:
     origin: dict[str, Any] = field(default_factory=dict)
     scripted: bool = False
     encoding: str | None = None
+    language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,11 @@ class Books:
         self.corrections = Corrections(folder / "corrections.json")
 
     def owners(self) -> dict[Key, tuple[str, str, str]]:
-        """(address, digest, name) of the recording that holds each name."""
+        """(address, digest, name) of the recording that holds each name, and has clips or had."""
         return {
-            k: (record.address, record.digest, record.name) for k, record in self.records.items()
+            key: (record.address, record.digest, record.name)
+            for key, record in self.records.items()
+            if record.failure is None
         }
 
     def is_done(self, job: Job) -> bool:
@@ -257,6 +261,7 @@ class Books:
             left_out = sum(part["end"] - part["start"] for part in record.skipped if "end" in part)
             if record.failure is not None:
                 left_out = record.duration
+            about = {name: getattr(record, name) for name in ("language", "encoding", "origin")}
             recordings.append(
                 {
                     "source": record.source,
@@ -266,8 +271,7 @@ class Books:
                     "in_clips": round(in_clips, 3),
                     "left_out": round(left_out, 3),
                     "silence": round(max(0.0, record.duration - in_clips - left_out), 3),
-                    **({"encoding": record.encoding} if record.encoding else {}),
-                    **({"origin": record.origin} if record.origin else {}),
+                    **{name: value for name, value in about.items() if value},
                 }
             )
         named = [
@@ -277,10 +281,19 @@ class Books:
         return skipped, named, recordings
 
     def _forget_what_was_taken_away(self) -> None:
-        """Note clips that were deleted; drop recordings that are gone and have none any more."""
+        """Note clips that were deleted; drop recordings that are gone and have none any more.
+
+        Gone is also what failed and was done since under another name, as a download that had none.
+        """
+        done = {(k[0], r.address) for k, r in self.records.items() if r.failure is None}
         for key, record in list(self.records.items()):
             deleted = self._forget_deleted(record)
-            if not record.clips and has_vanished(record.address):
+            is_mended = (
+                record.failure is not None
+                and key not in self.failures
+                and (key[0], record.address) in done
+            )
+            if not record.clips and (is_mended or has_vanished(record.address)):
                 self.clear([key])
             elif deleted:
                 self._write(record)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,11 +20,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from fish_speech.devices import is_out_of_memory, resolve_device
-from fish_speech.preparation.align import Word
+from fish_speech.preparation.align import Island, Word
 from fish_speech.preparation.rates import normal
+from fish_speech.preparation.sources import first_line
 
 SAMPLE_RATE = 16_000  # Hz; what recognisers are given
 BACKENDS = ("auto", "openai", "faster")
+_WINDOW = 30 * SAMPLE_RATE  # of whisper
+_WINDOWS = 4  # from which a language is found out
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,44 @@ def load_recogniser(
     return make(model, language, device)
 
 
-class OpenAIWhisper:
+class _Whisper:
+    """A whisper model, named `name`, that is to hear `language`; None: it finds that out."""
+
+    def __init__(self, backend: str, model: str, language: str | None) -> None:
+        if Path(model).is_file():
+            from fish_speech.files import file_digest
+
+            model = file_digest(model)[:16]
+        self.name, self.language = f"{backend} {model}", language
+
+    @property
+    def identity(self) -> str:
+        return f"{self.name} {self.language or ''}"
+
+    def hearing(self, language: str) -> _Whisper:
+        """The same model, to hear this language."""
+        other = copy(self)
+        other.language = language
+        return other
+
+    def language_of(self, samples: np.ndarray) -> str | None:
+        """What is most likely spoken in samples [N], of which two minutes do.
+
+        None where the model knows only one.
+        """
+        chances = Counter()
+        for start in range(0, min(len(samples), _WINDOWS * _WINDOW), _WINDOW):
+            window = samples[start : start + _WINDOW]
+            for language, chance in self._languages(window).items():
+                chances[language] += len(window) * chance
+        return max(chances, key=chances.get, default=None)
+
+    def _languages(self, window: np.ndarray) -> dict[str, float]:
+        """The chance of each language in at most 30 s; of none where the model knows only one."""
+        raise NotImplementedError
+
+
+class OpenAIWhisper(_Whisper):
     """openai-whisper."""
 
     def __init__(self, model: str, language: str | None, device: str) -> None:
@@ -87,16 +130,17 @@ class OpenAIWhisper:
             ) from error
         if language is not None and language.lower() not in _languages():
             raise ValueError(f"--language {language}: not a language of whisper; en, de, ... are")
-        self.options = {"language": language, "fp16": device == "cuda"}
-        self.identity = _identity("openai", model, language)
+        self.fp16 = device == "cuda"
+        super().__init__("openai", model, language)
 
     def hear(self, samples: np.ndarray) -> Heard:
         result = self.model.transcribe(
             samples,
+            language=self.language,
+            fp16=self.fp16,
             word_timestamps=True,
             condition_on_previous_text=False,
             verbose=None,
-            **self.options,
         )
         return _heard(
             result["text"],
@@ -108,8 +152,17 @@ class OpenAIWhisper:
             ],
         )
 
+    def _languages(self, window: np.ndarray) -> dict[str, float]:
+        import whisper
 
-class FasterWhisper:
+        if not self.model.is_multilingual:
+            return {}
+        window = whisper.pad_or_trim(window)
+        mel = whisper.log_mel_spectrogram(window, self.model.dims.n_mels, device=self.model.device)
+        return self.model.detect_language(mel)[1]
+
+
+class FasterWhisper(_Whisper):
     """faster-whisper, the same models on CTranslate2 (the extra `fast`)."""
 
     def __init__(self, model: str, language: str | None, device: str) -> None:
@@ -125,12 +178,11 @@ class FasterWhisper:
             self.model = WhisperModel(model, device=device, compute_type=kind)
         except Exception as error:  # its download and its loader raise what they like
             raise ValueError(
-                f"--whisper-model {model}: faster-whisper can't load it ({_first_line(error)}); "
+                f"--whisper-model {model}: faster-whisper can't load it ({first_line(error)}); "
                 "get it where there is a network, give its folder as --whisper-model, or put "
                 "transcripts (.txt) beside the recordings"
             ) from error
-        self.language = language
-        self.identity = _identity("faster", model, language)
+        super().__init__("faster", model, language)
 
     def hear(self, samples: np.ndarray) -> Heard:
         parts, _ = self.model.transcribe(
@@ -150,20 +202,36 @@ class FasterWhisper:
             ],
         )
 
+    def _languages(self, window: np.ndarray) -> dict[str, float]:
+        _, info = self.model.transcribe(window)  # nothing is decoded before its parts are asked for
+        return dict(info.all_language_probs or ())
+
 
 def made_up(heard: Heard, seconds: float) -> str | None:
     """Why what was heard in `seconds` of speech can't be what was said; None where it can."""
     letters = len(normal(heard.text))
     if not letters:
         return "no words were recognised"
-    if heard.no_speech > 0.6 and heard.logprob < -1.0:
-        return "the recogniser doubts that there is speech"
     if repeats(heard.text):
         return "the recogniser repeated itself"
     rate = letters / max(seconds, 0.1)
     if not 1.0 <= rate <= 35.0:
         return f"the recognised text has {rate:.1f} letters a second"
     return None
+
+
+def unheard(heard: Heard, islands: list[Island], seconds: float) -> float:
+    """The most seconds of speech (`islands`, in a clip of `seconds`) in which no word was heard.
+
+    At a stretch: before, between or after the words. 0 where their times aren't known.
+    """
+    if not heard.words:
+        return 0.0
+    times = [0.0, *(time for word in heard.words for time in (word.start, word.end)), seconds]
+    return max(
+        sum(max(0.0, min(end, after) - max(start, before)) for start, end in islands)
+        for before, after in zip(times[::2], times[1::2], strict=True)
+    )
 
 
 def repeats(text: str) -> bool:
@@ -184,13 +252,13 @@ def repeats(text: str) -> bool:
 class Journal:
     """A recogniser that looks up what it heard before, in this run or in one that broke off.
 
-    One line of JSON for each clip is appended to `path`; the key is a digest of the samples and of
-    the recogniser's identity. A last line that was being written when a run died is cut off.
+    One line of JSON for each clip, and for each recording's language, is appended to `path`; the
+    key is a digest of the samples and of the recogniser's identity, which has the language. A last
+    line that was being written when a run died is cut off.
     """
 
     def __init__(self, recogniser: Recogniser, path: Path) -> None:
         self.recogniser, self.path = recogniser, path
-        self.identity = recogniser.identity
         self.known: dict[str, dict[str, Any]] = {}
         if path.exists():
             data = path.read_bytes()
@@ -205,31 +273,54 @@ class Journal:
                 except (ValueError, KeyError):
                     continue  # what a crash left unreadable is heard again
 
+    @property
+    def identity(self) -> str:
+        return self.recogniser.identity
+
+    @property
+    def language(self) -> str | None:
+        """What its recogniser is to hear, where that is known."""
+        return getattr(self.recogniser, "language", None)
+
+    def for_language_of(self, clips: Iterable[np.ndarray]) -> Journal:
+        """Itself, to hear one language in all of a recording: that of its first clips [N].
+
+        (By itself, a short clip may be taken for another language.)
+        """
+        find = getattr(self.recogniser, "language_of", None)
+        if find is None or self.language is not None:
+            return self
+        samples = np.concatenate(list(clips))
+        found = self._remember("language", samples, lambda: {"language": find(samples)})
+        if found["language"] is None:
+            return self
+        other = copy(self)
+        other.recogniser = self.recogniser.hearing(found["language"])
+        return other
+
     def hear(self, samples: np.ndarray) -> Heard:
-        digest = hashlib.sha256(self.identity.encode())
+        entry = self._remember("", samples, lambda: asdict(self.recogniser.hear(samples)))
+        return Heard(**{**entry, "words": tuple(Word(**word) for word in entry["words"])})
+
+    def _remember(
+        self, what: str, samples: np.ndarray, ask: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What `ask` answers about `samples`, asked once."""
+        digest = hashlib.sha256((self.identity + what).encode())
         digest.update(np.ascontiguousarray(samples, np.float32).tobytes())
         key = digest.hexdigest()[:24]
         if key not in self.known:
-            self.known[key] = asdict(self.recogniser.hear(samples))
+            self.known[key] = ask()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, **self.known[key]}, ensure_ascii=False) + "\n")
-        entry = self.known[key]
-        return Heard(**{**entry, "words": tuple(Word(**word) for word in entry["words"])})
+        return self.known[key]
 
 
 def _heard(text: str, parts: list[tuple[float, float]], words: list[Word]) -> Heard:
     no_speech = max((float(part[0]) for part in parts), default=1.0)
     logprob = float(np.mean([part[1] for part in parts])) if parts else 0.0
     return Heard(" ".join(text.split()), tuple(words), round(no_speech, 4), round(logprob, 4))
-
-
-def _identity(backend: str, model: str, language: str | None) -> str:
-    if Path(model).is_file():
-        from fish_speech.files import file_digest
-
-        model = file_digest(model)[:16]
-    return f"{backend} {model} {language or ''}"
 
 
 def _languages() -> set[str]:
@@ -245,14 +336,10 @@ def _unavailable(model: str, error: Exception) -> str:
 
     address = whisper._MODELS.get(model)
     if address is None:
-        return f"--whisper-model {model}: can't be loaded ({_first_line(error)})"
+        return f"--whisper-model {model}: can't be loaded ({first_line(error)})"
     cache = Path(os.getenv("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
     return (
-        f"whisper model '{model}' can't be downloaded ({_first_line(error)}): download {address} "
+        f"whisper model '{model}' can't be downloaded ({first_line(error)}): download {address} "
         f"where there is a network and put it into {cache}, or give a checkpoint's path as "
         "--whisper-model; recordings with transcripts (.txt) beside them need no model"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

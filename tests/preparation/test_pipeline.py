@@ -10,15 +10,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 
 from fish_speech import files
-from fish_speech.preparation import clips
+from fish_speech.preparation import clips, transcribe
 from fish_speech.preparation.align import Word
 from fish_speech.preparation.pipeline import prepare
+from fish_speech.preparation.quality import Thresholds
 from fish_speech.preparation.transcribe import Heard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -320,6 +322,60 @@ def test_recordings_without_transcripts_are_recognised(take, options, reader):
     assert " ".join(clip["text"] for clip in summary.clips) == " ".join(recording.texts)
 
 
+def test_a_recording_has_one_language(take, options, reader, monkeypatch):
+    recording = take(6, (0.8,))
+    listener, asked = reader(recording), []
+
+    class Model:
+        def __init__(self, *_, **__):
+            pass
+
+        def transcribe(self, samples, language=None, word_timestamps=False, **_):
+            asked.append(language)
+            short = len(samples) < 20 * 16_000
+            chances = [("cy", 0.9), ("en", 0.1)] if short else [("en", 0.7), ("cy", 0.3)]
+            info = SimpleNamespace(all_language_probs=None if language else chances)
+            if not word_timestamps:
+                return iter([]), info
+            heard = listener.hear(samples)
+            text = heard.text if (language or chances[0][0]) == "en" else "Mae hi'n braf heddiw."
+            words = [SimpleNamespace(word=w.text, start=w.start, end=w.end) for w in heard.words]
+            part = SimpleNamespace(text=text, words=words, no_speech_prob=0.0, avg_logprob=-0.1)
+            return iter([part]), info
+
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=Model))
+    monkeypatch.setattr(transcribe, "find_spec", lambda name: name)
+    options = replace(options, input=str(recording.path), auto_transcribe=True, device="cpu")
+    options = replace(options, segment_duration=5.0)
+    for _ in range(2):
+        summary = prepare(options)
+        assert " ".join(clip["text"] for clip in summary.clips) == " ".join(recording.texts)
+        assert summary.recordings[0]["language"] == "en"
+        done = len(asked)
+        options = replace(options, normalize=False)  # what was heard is remembered
+    assert len(asked) == done > len(summary.clips)
+    prepare(replace(options, language="en", normalize=True))  # as it was found out to be
+    assert len(asked) == done
+
+
+def test_recognised_texts_that_may_be_made_up_or_lack_words_are_flagged(take, options, reader):
+    recording = take(6)
+    options = replace(options, input=str(recording.path), auto_transcribe=True)
+    listener = reader(recording)
+    listener.words = [word for word in listener.words if not 4 < word.start < 9]
+    hear = listener.hear
+
+    def doubting(samples):
+        heard = hear(samples)
+        return replace(heard, no_speech=0.85) if listener.asked == 2 else heard
+
+    listener.hear = doubting
+    first, second, *others = prepare(options, recogniser=listener).clips
+    assert (first["flags"], second["flags"]) == (["unheard"], ["doubted"])
+    assert (first["unheard"] > 3, second["no_speech"]) == (True, 0.85)
+    assert not any(clip["flags"] for clip in others)
+
+
 def test_clips_of_a_data_set_are_compared_with_the_recogniser(folder, options, tmp_path):
     class Deaf:
         identity = "deaf"
@@ -371,6 +427,45 @@ def test_only_the_first_minutes_are_used(take, options, reader):
     assert "its transcript can't be cut with it" in summary.skipped[0]["reason"]
     assert summary.failed == 1
     assert len(prepare(replace(options, max_duration=60)).clips) > 2
+
+
+def test_the_first_minutes_end_with_a_whole_word(take, options, reader):
+    recording = take(8)
+    limit = recording.spans[2][0] + 1.0
+    options = replace(options, input=str(recording.path), auto_transcribe=True)
+    options = replace(options, max_duration=limit / 60, segment_duration=4.0)
+    summary = prepare(options, recogniser=reader(recording))
+    assert not any(clip["flags"] for clip in summary.clips)
+    assert summary.clips[-1]["end"] < limit - 0.2
+    (entry,) = summary.skipped
+    assert (entry["reason"], entry["end"]) == ("--max-duration ends in it", round(limit, 3))
+    (account,) = summary.recordings
+    assert account["duration"] == pytest.approx(limit, abs=1e-3)
+
+
+def test_the_first_minutes_of_speech_without_a_pause_end_flagged(tmp_path, options, utterances):
+    voiced = np.concatenate([u.samples[np.abs(u.samples) > 0.003] for u in utterances[:3]])
+    soundfile.write(tmp_path / "a.wav", np.tile(voiced, 2), 16_000)
+    options = replace(options, input=str(tmp_path / "a.wav"), auto_transcribe=True)
+
+    class Listener:
+        identity = "listener"
+
+        def hear(self, samples):
+            return Heard("What was said in these few seconds of the recording.")
+
+    options = replace(options, max_duration=3.0 / 60)
+    (clip,) = prepare(options, recogniser=Listener()).clips
+    assert "cut_in_speech" in clip["flags"]
+
+
+def test_no_wanted_duration_makes_clips_that_are_too_long(take, options):
+    recording = take(20)
+    recording.path.with_suffix(".txt").write_text(" ".join(recording.texts))
+    options = replace(options, input=str(recording.path), segment_duration=40.0)
+    for longest in (30.0, 12.0):
+        options = replace(options, thresholds=Thresholds(longest=longest))
+        assert 8 < max(clip["duration"] for clip in prepare(options).clips) <= longest
 
 
 def test_two_runs_on_one_data_set_exclude_each_other(folder, options):

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from fish_speech.preparation import quality
+from fish_speech.preparation.pipeline import prepare
 from fish_speech.preparation.quality import Thresholds
 from fish_speech.preparation.segment import Segment, find_speech
 
@@ -23,7 +24,7 @@ def measured(path, samples, start=0.0, end=None):
     speech = find_speech(path)
     part = Segment(start, end or speech.duration)
     cut = samples[round(part.start * 16_000) : round(part.end * 16_000)]
-    return quality.measure(cut, 16_000, part, speech)
+    return quality.measure(cut, 16_000, part, speech, floating=False)
 
 
 @pytest.mark.parametrize("snr", [10, 20, 30])
@@ -52,9 +53,21 @@ def test_a_word_cut_off_shows_at_the_edge(tmp_path, utterances):
 def test_clipping_is_counted_wherever_the_ceiling_is(tmp_path, utterances):
     loud = np.clip(20 * utterances[0].samples, -1, 1)
     for gain in (1.0, 0.5):
-        assert quality.clipping(gain * loud) > 0.05
-    assert quality.clipping(utterances[0].samples) == 0
-    assert quality.clipping(np.zeros(100, np.float32)) == 0
+        for floating in (False, True):
+            assert quality.clipping(gain * loud, floating=floating) > 0.05
+    assert quality.clipping(utterances[0].samples, floating=False) == 0
+    assert quality.clipping(np.zeros(100, np.float32), floating=False) == 0
+
+
+def test_floats_above_full_scale_are_not_clipped_and_lossy_ones_are(folder, options, utterances):
+    source, voice = folder(2), utterances[0].samples / np.abs(utterances[0].samples).max()
+    soundfile.write(source / "take 0.wav", 1.5 * voice, 16_000, "FLOAT")
+    (source / "take 1.wav").unlink()
+    soundfile.write(source / "take 1.ogg", np.clip(3 * voice, -1, 1), 16_000)
+    floating, lossy = prepare(replace(options, input=str(source))).clips
+    assert floating["peak"] > 3
+    assert "clipping" not in floating["flags"]
+    assert "clipping" in lossy["flags"]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +85,10 @@ def test_clipping_is_counted_wherever_the_ceiling_is(tmp_path, utterances):
         ({"text": "Ah."}, "slow_text"),
         ({"text": "x" * 200}, "fast_text"),
         ({"disagreement": 0.5}, "disagreement"),
+        ({"no_speech": 0.85}, "doubted"),
+        ({"unheard": 2.5}, "unheard"),
+        ({"text": "555 0199 2233.", "duration": 5.0}, None),
+        ({"text": "我們明天去海邊。"}, None),
     ],
 )
 def test_flags(change, flag):

@@ -16,8 +16,11 @@ PAUSES = (0.25, 0.8, 0.4, 1.5, 0.3, 0.6)
 
 
 def plan(speech: Speech, target: float) -> list[Segment]:
-    pieces = segment.speech_pieces(speech, longest=segment.STRETCH * target)
-    return segment.plan_segments(pieces, 0.0, speech.duration, target=target, shortest=1.0)
+    longest = segment.STRETCH * target
+    pieces = segment.speech_pieces(speech, longest=longest)
+    return segment.plan_segments(
+        pieces, 0.0, speech.duration, target=target, longest=longest, shortest=1.0
+    )
 
 
 @pytest.mark.parametrize("noise", [1e-5, 0.005], ids=["clean", "noisy"])
@@ -62,21 +65,21 @@ def test_segments_have_the_wanted_length(take):
 
 def test_longer_pauses_are_preferred():
     pieces = [Piece(0, 3), Piece(3.2, 6), Piece(6.7, 9.5)]
-    first, second = segment.plan_segments(pieces, 0, 10, target=6, shortest=1)
+    first, second = segment.plan_segments(pieces, 0, 10, target=6, longest=9, shortest=1)
     assert (first.start, first.end) == (0.0, 6.2)
     assert (second.start, second.end) == (6.5, 9.7)
 
 
 def test_margins_share_a_short_pause():
     first, second = segment.plan_segments(
-        [Piece(1, 9), Piece(9.1, 17)], 0, 17.05, target=8, shortest=1
+        [Piece(1, 9), Piece(9.1, 17)], 0, 17.05, target=8, longest=12, shortest=1
     )
     assert (first.start, second.end) == (0.8, 17.05)
     assert first.end == second.start == pytest.approx(9.05)
 
 
 def test_no_margin_reaches_into_what_others_say():
-    (only,) = segment.plan_segments([Piece(4, 9)], 3.95, 9.1, target=8, shortest=1)
+    (only,) = segment.plan_segments([Piece(4, 9)], 3.95, 9.1, target=8, longest=12, shortest=1)
     assert (only.start, only.end) == (3.95, 9.1)
 
 
@@ -139,6 +142,6 @@ def test_max_seconds_and_the_number_of_threads_are_kept(take):
 
 def test_text_and_what_was_heard_stay_with_their_pieces():
     pieces = [Piece(0, 3, "One, ", "one"), Piece(3.2, 6, "two. ", "too"), Piece(7, 13, "Three.")]
-    first, second = segment.plan_segments(pieces, 0, 14, target=6, shortest=1)
+    first, second = segment.plan_segments(pieces, 0, 14, target=6, longest=9, shortest=1)
     assert (first.text, first.heard) == ("One, two.", "one too")
     assert second == replace(second, text="Three.", heard=None)

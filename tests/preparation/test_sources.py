@@ -61,6 +61,46 @@ def test_a_transcript_that_says_nothing_is_a_problem(tmp_path, data, reason):
     assert reason in recording.problem
 
 
+def test_recordings_may_be_on_another_drive_of_windows(tmp_path, monkeypatch):
+    def other_drive(*_):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr("os.path.relpath", other_drive)
+    (recording,) = name_recordings([Found(put(tmp_path / "a.wav"), "me")], {})
+    assert (recording.source, recording.problem) == ((tmp_path / "a.wav").as_posix(), None)
+
+
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("file:///D:/my%20voice/a.wav", "D:\\my voice\\a.wav"),
+        ("file://nas/voices/a.wav", "\\\\nas\\voices\\a.wav"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_recordings_on_drives_and_shares_of_windows_have_not_vanished(monkeypatch, address, path):
+    import nturl2path
+
+    monkeypatch.setattr(sources, "url2pathname", nturl2path.url2pathname)
+    monkeypatch.setattr(os.path, "lexists", lambda looked_for: looked_for == path)
+    monkeypatch.setattr(os, "name", "nt")
+    vanished = sources.has_vanished(address)
+    monkeypatch.undo()
+    assert not vanished
+
+
+def test_folders_that_are_taken_for_one_speaker_are_said(tmp_path):
+    for folder in ("सीता", "सोता", "Anna Maria", "Anna_Maria", "Bob"):
+        put(tmp_path / folder / "a.wav")
+    said = []
+    found = find_local(tmp_path, None, "voice", say=said.append)
+    assert {item.speaker for item in found} == {"सीता", "सोता", "Anna_Maria", "Bob"}
+    (message,) = said
+    assert "one speaker, Anna_Maria: the folders Anna Maria, Anna_Maria;" in message
+    find_local(tmp_path, "Zoe", "voice", say=said.append)
+    assert len(said) == 1
+
+
 def test_the_first_subfolder_is_the_speaker_unless_one_is_given(tmp_path):
     for name in ("b.wav", "Anna Maria/a.wav", "Bob/day 1/c.wav"):
         put(tmp_path / name)
@@ -119,6 +159,14 @@ def test_a_moved_recording_keeps_its_name_and_a_copy_is_a_problem(tmp_path):
     one, two = name_recordings([Found(moved, "me"), Found(old, "me")], owners)
     assert (one.path, one.name, one.problem) == (old, "a", None)  # the one that was there before
     assert two.problem == f"has the same bytes as {one.source}"
+
+
+def test_a_recording_keeps_the_name_that_an_earlier_version_gave_it(tmp_path):
+    path = put(tmp_path / "सीता.wav")
+    (recording,) = name_recordings([Found(path, "me")], {})
+    assert recording.name == "सीता"
+    owners = {("me", "स_त"): (recording.address, recording.digest, "स_त")}
+    assert names([Found(path, "me")], owners) == ["स_त"]
 
 
 def test_a_renamed_recording_keeps_its_name(tmp_path):

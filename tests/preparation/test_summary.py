@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fish_speech.preparation.pipeline import Thresholds, prepare
+from fish_speech.preparation.sources import Found
 
 
 def test_corrections_in_labels_are_kept_and_count(folder, options):
@@ -198,6 +199,22 @@ def test_a_failure_that_was_mended_is_forgotten(folder, options):
     assert len(prepare(replace(options, input=str(source))).skipped) == 1
     (source / "take 0.wav").unlink()
     assert prepare(replace(options, input=str(source))).skipped == []
+
+
+def test_a_download_that_failed_under_another_title_is_forgotten_when_it_succeeds(
+    folder, options, monkeypatch
+):
+    path = folder(1) / "take 0.wav"
+    origin = {"url": "https://example.org/3", "title": "entry 3"}
+    found = [Found(path.with_name("none"), "Me", origin=origin, problem="timed out")]
+    monkeypatch.setattr("fish_speech.preparation.youtube.fetch", lambda *_, **__: found)
+    options = replace(options, input="https://example.org", youtube=True)
+    assert [entry["reason"] for entry in prepare(options).skipped] == ["timed out"]
+    found[:] = [Found(path, "Me", origin={**origin, "title": "The third"})]
+    summary = prepare(options)
+    assert [clip["file"] for clip in summary.clips] == ["Me/The_third_0001.wav"]
+    assert summary.skipped == []
+    assert len(summary.recordings) == 1
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -13,7 +13,15 @@ import pytest
 import prepare_dataset
 from fish_speech.preparation import transcribe
 from fish_speech.preparation.align import Word
-from fish_speech.preparation.transcribe import Heard, Journal, load_recogniser, made_up, repeats
+from fish_speech.preparation.transcribe import (
+    SAMPLE_RATE,
+    Heard,
+    Journal,
+    load_recogniser,
+    made_up,
+    repeats,
+    unheard,
+)
 from tests.tiny_whisper import SENTENCE, make_whisper
 
 # Its tokenizer leaves a vocabulary file open.
@@ -118,6 +126,29 @@ def test_faster_whisper_is_asked_for_its_words(monkeypatch):
     assert asked["length"] == 100
 
 
+def test_openai_whisper_finds_out_a_language_and_keeps_to_it(checkpoint, monkeypatch):
+    recogniser = load_recogniser(str(checkpoint), backend="openai", device="cpu")
+    second = np.ones(SAMPLE_RATE, np.float32)
+    assert len(recogniser.language_of(second)) == 2  # by its random weights
+    windows = iter([{"de": 0.6, "nl": 0.4}, {"nl": 0.9, "de": 0.1}])  # of 30 s, and of one
+    monkeypatch.setattr(recogniser.model, "detect_language", lambda mel: (None, next(windows)))
+    assert recogniser.language_of(np.tile(second, 31)) == "de"
+    asked = {}
+
+    def transcribe(samples, **options):
+        asked.update(options)
+        return {"text": "Ja.", "segments": []}
+
+    german = recogniser.hearing("de")
+    monkeypatch.setattr(recogniser.model, "transcribe", transcribe)
+    german.hear(second)
+    assert asked["language"] == "de"
+    told = load_recogniser(str(checkpoint), backend="openai", language="de", device="cpu")
+    assert german.identity == told.identity != recogniser.identity
+    monkeypatch.setattr(type(recogniser.model), "is_multilingual", False)
+    assert recogniser.language_of(second) is None
+
+
 def test_a_missing_backend_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(transcribe, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install faster-whisper"):
@@ -136,14 +167,21 @@ def test_a_missing_backend_says_how_to_get_it(monkeypatch):
             "letters a second",
         ),
         (Heard("♪ ..."), 3.0, "no words"),
-        (Heard(SENTENCE, (), 0.9, -1.5), 3.5, "doubts"),
-        (Heard(SENTENCE, (), 0.9, -0.2), 3.5, None),
         (Heard("So you know, you know, you know, you know, it is."), 4.0, "repeated"),
     ],
 )
 def test_made_up_texts_are_recognised(heard, seconds, reason):
     found = made_up(heard, seconds)
     assert found is None if reason is None else reason in found
+
+
+def test_speech_without_a_word_is_counted_wherever_it_is():
+    words = (Word("One", 3.0, 3.5), Word("two.", 3.5, 4.0), Word("Three.", 7.0, 8.0))
+    islands = [(0.5, 4.0), (4.5, 6.0), (6.8, 8.3)]
+    assert unheard(Heard("", words), islands, 9.0) == pytest.approx(2.5)
+    assert unheard(Heard("", words[:2]), islands, 9.0) == pytest.approx(3.0)
+    assert unheard(Heard("", words[1:]), islands, 9.0) == pytest.approx(3.0)
+    assert unheard(Heard("Words without times."), islands, 9.0) == 0
 
 
 def test_ordinary_repetition_is_no_loop():
