@@ -107,11 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-_POSITIVE = (
-    *("max_steps", "batch_size", "learning_rate", "gradient_accumulation_steps", "save_every"),
-    *("val_every", "keep_checkpoints", "devices", "num_nodes", "batch_size_extract"),
-    *("eval_samples", "eval_every"),
-)
+_POSITIVE = ("batch_size_extract", "eval_samples", "eval_every")  # the config checks its own
 
 
 def make_config(
@@ -358,31 +354,34 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
 
     everything, data_dir = args.full_pipeline, args.data_dir
     training = everything or args.train
+    config = make_config(args, data_dir)  # which refuses what can't be before hours of preparing
     with processes.data_processes() as (rank, world_size):
         if args.prepare_data or (everything and is_raw(data_dir)):
             if processes.is_first():
                 prepare_stage(args)
             processes.wait_for_all()
             args.data_dir = data_dir = prepared_dir(args)  # for the stages after training too
+            config.data.dir = str(data_dir)
         if not (training or args.extract_tokens or args.build_dataset):
             return None
-        config = make_config(args, data_dir)
         if training:
             start = find_start(args, config, run)
             if start.exact and run.remembered_config.is_file():
                 config = make_config(args, data_dir, remembered=run.remembered_config)
-        device = resolve_device(config.device)
+        device = resolve_device(config.device, config.train.devices if training else 1)
         if training:
             resolve_precision(config.precision, device, training=True)
             if world_size > 1:
                 processes.check_trained_by(world_size, config.train)
         # The first process downloads or packs, the others then find what it made.
         base_dir = processes.first_then_all(lambda: find_model(config.base))
-        if training or args.extract_tokens:
-            extract_stage(args, config, base_dir, rank, world_size)
-            processes.wait_for_all()
-        if training or args.build_dataset:
-            manifest = processes.first_then_all(lambda: build_stage(args, config, base_dir))
+        with processes.alone_with(data_dir, say):
+            # What Lightning starts finds the clips encoded, and the lock given back.
+            if (training or args.extract_tokens) and (processes.is_first() or world_size > 1):
+                extract_stage(args, config, base_dir, rank, world_size)
+                processes.wait_for_all()
+            if training or args.build_dataset:
+                manifest = processes.first_then_all(lambda: build_stage(args, config, base_dir))
     return train_stage(args, config, base_dir, start, manifest) if training else None
 
 

@@ -16,10 +16,11 @@ _SMALL_MODEL = 100_000_000  # bytes of weights
 _ASSUMED_MEMORY = 4 << 30  # bytes, where the system does not say
 
 
-def resolve_device(name: str = "auto") -> torch.device:
+def resolve_device(name: str = "auto", cards: int = 1) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU (Apple's MPS only when asked for).
 
-    Raises `ValueError` where the device isn't there.
+    Raises `ValueError` where the device, or so many `cards`, aren't there. It names flags to give,
+    not to leave out: a run that goes on remembers those of the machine that it was on.
     """
     import torch
 
@@ -35,7 +36,11 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise ValueError(f"--device {name}: unknown; use one of {', '.join(DEVICES)}")
     if int(index or 0) >= count[kind]:
         there = f"{count[kind]} of this kind" if count[kind] else "none"
-        raise ValueError(f"--device {name}: this machine has {there}; leave the flag out")
+        raise ValueError(
+            f"--device {name}: this machine has {there}; --device auto takes what there is"
+        )
+    if kind == "cuda" and not index and cards > count[kind]:
+        raise ValueError(f"--devices {cards}: this machine has fewer; give --devices {count[kind]}")
     return torch.device(name)
 
 

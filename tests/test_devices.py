@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fish_speech.devices import resolve_precision
+from fish_speech.devices import resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -45,6 +45,16 @@ def test_what_can_not_be_is_refused():
         resolve_precision("int3", CPU)
     with pytest.raises(ValueError, match="MPS computes this model in fp32 only"):
         resolve_precision("bf16", torch.device("mps"))
+
+
+def test_what_another_machine_had_has_a_remedy_in_flags_to_give(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="has none; --device auto takes what there is"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="--devices 4: this machine has fewer; give --devices 2"):
+        resolve_device("cuda", cards=4)
+    assert resolve_device("cuda", cards=2) == torch.device("cuda")
 
 
 def test_freed_memory_is_not_asked_of_the_kernel_again():

@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
 import finetune_tts
+from fish_speech.files import exclusive
 from tests.conftest import ROOT, golden_tensors
 from tests.made_data import make_data_set
 
@@ -169,7 +171,10 @@ def test_losses_that_cannot_be_drawn_cost_no_training(project, tmp_path, monkeyp
     [
         ((), "nothing to do: give a stage"),
         (("--train",), "--data-dir is missing"),
-        ((*TRAIN, "--max-steps", 0), "--max-steps 0: must be above 0"),
+        ((*TRAIN, "--max-steps", 0), "train.max_steps is 0; it must be at least 1"),
+        ((*TRAIN, "--max-steps", 0, "--prepare-data"), "train.max_steps is 0"),  # before it
+        ((*TRAIN[:3], "--learning-rate", "nan"), "optimizer.learning_rate is nan"),
+        ((*TRAIN[:3], "--override", "optimizer.learning_rate=-1"), "learning_rate is -1.0"),
         (
             (*TRAIN, "--lora-config", "r_9"),
             "one of fast_r_8_alpha_160, r_16_alpha_32, r_4_alpha_8, r_8_alpha_16",
@@ -286,6 +291,33 @@ def test_two_projects_share_one_data_set(project, tmp_path, capsys):
     capsys.readouterr()
     assert project(*TRAIN, "--max-steps", 1, "--seed", 2, name="two") == 0
     assert "(unchanged)" in capsys.readouterr().err
+
+
+def test_a_data_set_that_another_run_works_on_is_waited_for(project, tmp_path, monkeypatch, capsys):
+    keep_codes(tmp_path)
+    other = ExitStack()
+    monkeypatch.setattr("time.sleep", lambda seconds: other.close())
+    other.enter_context(exclusive(tmp_path / "data", "data set"))
+    assert project(*TRAIN, "--max-steps", 1) == 0
+    said = capsys.readouterr().err
+    assert said.count("waiting (Ctrl+C stops that): data set data is in use by process") == 1
+
+    def packed_by_somebody_else(*arguments, **more):
+        with exclusive(tmp_path / "data", "data set"):
+            pass
+
+    for stage in ("preparation.extract.extract_codes", "datasets.shards.build_shards"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fish_speech.{stage}", packed_by_somebody_else)
+            assert project(*TRAIN, "--max-steps", 2) == 2
+        assert "data set is in use by process" in capsys.readouterr().err
+
+    def ctrl_c(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", ctrl_c)
+    with exclusive(tmp_path / "data", "data set"):
+        assert project(*TRAIN, "--max-steps", 2) == 130
 
 
 def test_adapters_trained_by_the_reference_merge(project, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -158,24 +159,32 @@ def _messages(clips: list[Clip], data_dir: str | Path, speaker: str) -> Iterator
 
 
 def _choose_validation(clips: list[Clip], share: float, before: Manifest | None) -> set[str]:
-    """Names of the held-out clips: about a share, at least one of two and three of twenty.
+    """Names of the held-out clips: about a share, at least one of two and three of twenty; but
+    never the only clip, or the last one, of a speaker.
 
     The digest of a name decides, and not how many others there are, so that a second stage with
     more clips never validates on what the first one learned. Where that gives too few, those that
     were held out before come first, and one that was learned is taken only where there is no other.
     """
-    if len(clips) < 2 or share <= 0:
+    if share <= 0:
         return set()
     places = {clip.name: _place(clip.name) for clip in clips}
     names = sorted(places, key=places.__getitem__)
-    fewest = 3 if len(names) >= 20 else 1
-    chosen = [name for name in names if places[name] < share]
     held = set(before.validation) if before else set()
     learned = set(before.train) if held else set()  # else nothing was to be held out
+    chosen = [name for name in names if places[name] < share]
     others = [name for name in names if name not in chosen and name not in learned]
     others.sort(key=lambda name: name not in held)
-    chosen += others[: max(0, fewest - len(chosen))]
-    return set((chosen or names[:1])[: len(names) - 1])
+    speakers = {clip.name: clip.speaker for clip in clips}
+    left = Counter(speakers.values())
+    held_out: set[str] = set()
+    fewest = 3 if len(names) >= 20 else 1
+    for candidates, enough in ((chosen, len(names)), (others, fewest), (names, 1)):
+        for name in candidates:
+            if len(held_out) < enough and left[speakers[name]] > 1 and name not in held_out:
+                held_out.add(name)
+                left[speakers[name]] -= 1
+    return held_out
 
 
 def _place(name: str) -> float:

@@ -25,9 +25,9 @@ class Column:
         return shown.replace("-", "−")
 
     def interval(self, figure: Figure) -> str:
-        """The ends of the interval, the unit said once; a single sample has none."""
-        if figure.n < 2:
-            return "one sample"
+        """The ends of the interval, the unit said once."""
+        if figure.too_few:
+            return figure.too_few
         low, high = self.show(figure.low), self.show(figure.high)
         return f"{low.removesuffix('%')} to {high}"
 
@@ -112,7 +112,7 @@ def facts(board: Leaderboard) -> list[str]:
         found.append("No recogniser understands these texts, so no errors were counted.")
     if board.speaker_encoder:
         found.append(f"Similarity is by {board.speaker_encoder}.")
-    found.append("Ranges are 95% bootstrap intervals.")
+    found.append("Ranges are 95% intervals over the texts (Student's, of shares Wilson's).")
     return [fact for fact in found if fact]
 
 

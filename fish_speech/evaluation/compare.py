@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from fish_speech.evaluation.columns import verdict
 from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.measure import Say, measure
 from fish_speech.evaluation.project import listener_for, write
-from fish_speech.evaluation.recommend import Commands, prefer
+from fish_speech.evaluation.recommend import Commands, literal, prefer
 from fish_speech.evaluation.resynthesis import Resynthesis
 from fish_speech.evaluation.speaker import FOLDER
 from fish_speech.evaluation.takes import Candidate, Line, Recording, plan_lines
@@ -66,7 +65,7 @@ def compare(
     alike = safe_name(a.name) == safe_name(b.name)
     names = (f"A: {a.name}", f"B: {b.name}") if alike else (a.name, b.name)
     cloning = f" --reference-audio {quote(str(references[0][0]))}" if references else ""
-    speak = 'cli_tts.py "Hello there." --model-path {path}' + re.sub("[{}]", r"\g<0>\g<0>", cloning)
+    speak = f'cli_tts.py "Hello there." --model-path {{path}}{literal(cloning)}'
     commands = Commands(speak, "", speak.format(path=quote(shown_path(a))))
     with exclusive(folder, f"the comparison in {folder}"):
         candidates = [

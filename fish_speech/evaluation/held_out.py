@@ -29,7 +29,8 @@ class HeldOut:
     """The held-out clips of a data set as it was packed, and what else stands for its voices."""
 
     def __init__(self, data_dir: Path, records: Sequence[dict[str, Any]] = ()) -> None:
-        """`records` are those of checkpoints: what was not held out from one doesn't count."""
+        """`records` are those of checkpoints: what one of them was not validated on doesn't count,
+        as it was learned from, or is longer than what training takes."""
         self.data_dir, self.manifest = data_dir, read_manifest(data_dir)
         kept = [set(record["held_out"]) for record in records if "held_out" in record]
         self.held = [
@@ -52,6 +53,8 @@ class HeldOut:
 
         Raises `ValueError` where there is none.
         """
+        if fewer := len(self.manifest.validation) - len(self.held):
+            say(f"left out: {fewer} held-out clips that the checkpoints were not validated on")
         held = [
             self._line(clip.read_text(), clip.speaker, _recording(clip))
             for clip in self._of(self.held)

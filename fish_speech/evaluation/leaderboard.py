@@ -10,16 +10,22 @@ from typing import Any
 from fish_speech.files import read_json, write_json
 
 JSON_NAME = "leaderboard.json"
+FEWEST = 3  # samples, below which nothing is certain
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over `n` samples, with the ends of its 95% bootstrap interval."""
+    """A mean over `n` samples, with the ends of its 95% interval."""
 
     mean: float
     low: float
     high: float
     n: int
+
+    @property
+    def too_few(self) -> str:
+        """What stands in place of an interval where the samples are too few for one, else ""."""
+        return "" if self.n >= FEWEST else "one sample" if self.n == 1 else f"{self.n} samples"
 
 
 @dataclass

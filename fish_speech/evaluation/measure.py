@@ -181,8 +181,7 @@ def describe(row: Row) -> str:
     for title, name, form in shown:
         if found := row.figure(name):
             ends = f"{form.format(found.low)} to {form.format(found.high)}"
-            ends = "one sample" if found.n == 1 else ends
-            parts.append(f"{title} {form.format(found.mean)} ({ends})")
+            parts.append(f"{title} {form.format(found.mean)} ({found.too_few or ends})")
     return f"{row.name}: {', '.join(parts) or 'nothing could be measured'}"
 
 

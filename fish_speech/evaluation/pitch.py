@@ -8,6 +8,7 @@ _LOWEST, _HIGHEST = 60.0, 500.0  # Hz
 _HOP_SECONDS = 0.01
 _APERIODIC = 0.2  # above it, a frame's dips are no period
 _QUIET = 0.05  # of the loudest frame, root mean square
+_FRAMES_AT_ONCE = 1000  # whose transforms take 45 MB
 
 
 def pitch(samples: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -16,15 +17,17 @@ def pitch(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     hop = round(_HOP_SECONDS * sample_rate)
     if len(samples) < 2 * longest:
         return np.zeros(0)
-    frames = np.lib.stride_tricks.sliding_window_view(samples, 2 * longest)[::hop]
-    frames = frames - frames.mean(1, keepdims=True)
-    level = np.sqrt(np.square(frames).mean(1))
-    frames = frames[level > _QUIET * level.max(initial=0.0)]
-    if not len(frames):
-        return np.zeros(0)
-    dips = _normalised_difference(frames.astype(np.float64), longest)
+    frames = np.lib.stride_tricks.sliding_window_view(samples, 2 * longest)[::hop]  # a view
+    parts = [slice(i, i + _FRAMES_AT_ONCE) for i in range(0, len(frames), _FRAMES_AT_ONCE)]
+    level = np.concatenate([frames[part].std(1) for part in parts])
+    loud = level > _QUIET * level.max()
     shortest = int(sample_rate / _HIGHEST)
-    return np.array([hz for row in dips if (hz := _first_dip(row, shortest, sample_rate))])
+    found: list[float] = []
+    for part in parts:
+        voiced = frames[part][loud[part]].astype(np.float64)
+        dips = _normalised_difference(voiced - voiced.mean(1, keepdims=True), longest)
+        found += [hz for row in dips if (hz := _first_dip(row, shortest, sample_rate))]
+    return np.array(found)
 
 
 def median_and_range(hertz: np.ndarray) -> tuple[float, float] | None:

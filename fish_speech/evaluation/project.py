@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import Any
 
 import torch
@@ -15,17 +15,23 @@ import torch
 from fish_speech.devices import resolve_device, resolve_precision, suit_threads
 from fish_speech.evaluation.figures import figure
 from fish_speech.evaluation.held_out import HeldOut
-from fish_speech.evaluation.leaderboard import JSON_NAME, Figure, Leaderboard
+from fish_speech.evaluation.leaderboard import Figure, Leaderboard
 from fish_speech.evaluation.listen import Listener
 from fish_speech.evaluation.measure import AUDIO, Say, measure
 from fish_speech.evaluation.page import write_markdown, write_page
 from fish_speech.evaluation.recognise import choose_recogniser
-from fish_speech.evaluation.recommend import Commands
+from fish_speech.evaluation.recommend import Commands, literal
 from fish_speech.evaluation.resynthesis import Resynthesis
 from fish_speech.evaluation.speaker import FOLDER
 from fish_speech.evaluation.takes import Candidate, remembered
 from fish_speech.evaluation.xvector import load_encoder
-from fish_speech.files import exclusive, file_digest, safe_name, shown_path
+from fish_speech.files import (
+    exclusive,
+    file_digest,
+    remove_temporaries,
+    safe_name,
+    shown_path,
+)
 from fish_speech.hub import check_model_dir
 from fish_speech.inference import TextToSpeech
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
@@ -76,6 +82,23 @@ class Request:
             "speaker_encoder": flags["speaker_encoder"],
         }
         return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def to_flags(self, samples: int, record: dict[str, Any]) -> str:
+        """What asks for the same once more, with so many `samples`, of a run with this `record`."""
+        moved = self.data_dir and self.data_dir.resolve() != Path(record["data_dir"])
+        other = self.base_dir and self.base_dir.resolve() != Path(record["base"])
+        given = (
+            ("--checkpoint-step", *self.steps),
+            ("--texts", self.texts),
+            ("--eval-samples", samples if samples != SAMPLES else None),
+            ("--data-dir", self.data_dir if moved else None),
+            ("--pretrained-ckpt-path", self.base_dir if other else None),
+            ("--device", self.device if self.device != "auto" else None),
+            ("--precision", self.precision if self.precision != "auto" else None),
+            ("--whisper-model", self.whisper_model),
+            ("--speaker-encoder", self.speaker_encoder),
+        )
+        return join(str(word) for flag in given if flag[1:] not in ((), (None,)) for word in flag)
 
 
 class AdaptedBase:
@@ -146,10 +169,12 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     further = read_texts(request.texts) if request.texts else []
     device = resolve_device(request.device)
     usual = SAMPLES // 2 if request.brief and device.type == "cpu" else SAMPLES
-    lines = data.plan(further, request.samples or usual, say)
+    samples = request.samples or usual
+    lines = data.plan(further, samples, say)
     base = AdaptedBase(base_dir, device, resolve_precision(request.precision, device))
     folder = evaluation_folder(run)
     with exclusive(folder, f"the evaluation of project '{run.project}'"):
+        remove_temporaries(folder)
         texts, journal = [*data.texts, *further], folder / "heard.jsonl"
         listener = listener_for(
             texts,
@@ -167,7 +192,9 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
             folder,
             title=run.project,
             listener=listener,
-            commands=_commands(run, data, base_dir, checkpoints),
+            commands=_commands(
+                run, data, base_dir, checkpoints, request.to_flags(samples, records[0])
+            ),
             resynthesised=Resynthesis(base_dir, folder, request.device).of(recordings),
             strangers=sorted(FOLDER.glob("strangers/*")),
             more=partial(_losses, run, data, FishTokenizer.from_pretrained(base_dir), folder),
@@ -180,12 +207,12 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
 def recommended(
     run: Run, request: Request, say: Say, board: Leaderboard | None = None
 ) -> Checkpoint:
-    """The checkpoint to merge, by the `board` that was just made, else by the one on disk; where
-    that isn't of these checkpoints and this request, evaluates first.
+    """The checkpoint to merge, by the `board` that was just made, else by evaluating.
 
+    No board on disk is trusted, for the data, the base or what was asked for may be others by now;
+    where they are the same, evaluating again takes seconds.
     Raises `ValueError` that says why where none is recommended.
     """
-    board = board or _current_board(run, request)
     board = board or evaluate(run, replace(request, brief=False), say)
     best = board.recommendation
     if best.verdict != "use":
@@ -194,22 +221,6 @@ def recommended(
             "(--merge-weights --checkpoint-step N merges one all the same)"
         )
     return run.checkpoint(best.step)
-
-
-def _current_board(run: Run, request: Request) -> Leaderboard | None:
-    """The leaderboard on disk, where nothing has changed since and nothing else is asked for."""
-    file = evaluation_folder(run) / JSON_NAME
-    asked = (request.texts, request.samples, request.whisper_model, request.speaker_encoder)
-    if not file.is_file() or any(asked):
-        return None
-    board = Leaderboard.read(file)
-    checkpoints = run.checkpoints()
-    steps = set(request.steps) or {checkpoint.step for checkpoint in checkpoints}
-    if steps != {row.step for row in board.rows[1:]}:
-        return None
-    made = file.stat().st_mtime
-    newer = any(checkpoint.path.stat().st_mtime >= made for checkpoint in checkpoints)
-    return None if newer else board
 
 
 def evaluation_folder(run: Run) -> Path:
@@ -290,20 +301,16 @@ def _losses(
         lambda: data.losses(voice().model, tokenizer),
     )
     weighed = [loss * frames for loss, frames in zip(found["losses"], found["frames"], strict=True)]
-    logged = {
-        int(float(row["step"])) + 1: row["train/loss"]
-        for row in run.metrics()
-        if row.get("train/loss")
-    }
+    logged = run.logged("train/loss")
     before = range(candidate.step - _LOGGED_STEPS + 1, candidate.step + 1)
     return {
         "held_out_loss": figure(weighed, found["frames"]),
-        "training_loss": figure([float(logged[step]) for step in before if step in logged]),
+        "training_loss": figure([logged[step] for step in before if step in logged]),
     }
 
 
 def _commands(
-    run: Run, data: HeldOut, base_dir: Path, checkpoints: Sequence[Checkpoint]
+    run: Run, data: HeldOut, base_dir: Path, checkpoints: Sequence[Checkpoint], asked: str
 ) -> Commands:
     program = f"finetune_tts.py --project {run.project}"
     data_dir, base = _quoted(data.data_dir), _quoted(base_dir)
@@ -313,7 +320,7 @@ def _commands(
     fast_alone = all(target.startswith("fast_") for target in _targets(checkpoints))
     again = f"--data-dir {data_dir} --pretrained-ckpt-path {base} --full-pipeline"
     return Commands(
-        use=f"{program} --merge-best",
+        use=literal(f"{program} --merge-best {asked}".rstrip()),
         train_longer=f"{program} {longer}",
         keep=f'cli_tts.py "Hello there." --model-path {base}{cloning}',
         gentler=None if fast_alone else f"{program}-timbre {again} --lora-config {TIMBRE_ALONE}",

@@ -52,7 +52,9 @@ class SaveCheckpoints(L.Callback):
             self.say(f"later checkpoints of the run up to now were moved to {aside}")
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
-        if step_finished(trainer, batch_index) and trainer.global_step % self.every == 0:
+        # The last step too: a validation follows, which may take long.
+        due = trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps
+        if step_finished(trainer, batch_index) and due:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module) -> None:
@@ -133,6 +135,8 @@ class Progress(L.Callback):
         self._first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, module) -> None:
+        if module.device.type == "cuda":  # encoding clips had a peak of its own
+            torch.cuda.reset_peak_memory_stats(module.device)
         self._since, self._first_step = time.monotonic(), trainer.global_step
         self._bar = tqdm(
             total=self.max_steps,
@@ -212,16 +216,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def plot_losses(rows: list[dict[str, str]], file: Path) -> None:
-    """Draw training and validation loss over the steps of `Run.metrics` into a PNG."""
+def plot_losses(run: Run, file: Path) -> None:
+    """Draw a run's training and validation loss over the steps into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, style in (("train/loss", "-"), ("validation/loss", "o-")):
-        points = {int(float(row["step"])) + 1: float(row[name]) for row in rows if row.get(name)}
-        if points:  # a run that ended in its first step has none
+        if points := run.logged(name):  # a run that ended in its first step has none
             axes.plot(sorted(points), [points[s] for s in sorted(points)], style, label=name)
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)

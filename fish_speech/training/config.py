@@ -164,6 +164,9 @@ def _check_ranges(config: RunConfig) -> None:
             value = getattr(section, item.name)
             if item.name in _AT_LEAST_ONE and value is not None and value < 1:
                 raise ValueError(f"config: {name}.{item.name} is {value}; it must be at least 1")
+    if not config.optimizer.learning_rate > 0:
+        rate = config.optimizer.learning_rate
+        raise ValueError(f"config: optimizer.learning_rate is {rate}; it must be above 0")
     for name in ("validation_share", "reference_share"):
         if not 0 <= getattr(config.data, name) <= 1:
             raise ValueError(f"config: data.{name} is {getattr(config.data, name)}, not 0 to 1")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.lora import load_lora, lora_state_dict
-from fish_speech.training.loss import LossSums, loss_sums
+from fish_speech.training.loss import loss_figures, loss_sums
 
 
 @dataclass
@@ -70,7 +70,10 @@ class TextToSemantic(L.LightningModule):
         self.run, self.clip_names = run or {}, clip_names
         self.adapters_only = bool(lora_state_dict(model))
         self.strict_loading = not self.adapters_only
-        self._validation: list[LossSums] = []
+        # Added up: of the step at hand (whose last batch alone holds its longest clips), and of the
+        # validation at hand.
+        self._step: Tensor | int = 0
+        self._validation: Tensor | int = 0
         self._clips: list[str] = []  # of the step at hand
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
@@ -83,15 +86,9 @@ class TextToSemantic(L.LightningModule):
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         step_codes = batch["step_frames"] * self.model.config.num_codebooks
         loss = sums.loss(batch["step_tokens"], step_codes) * parts
-        token, codebook = sums.token.detach() / sums.tokens, sums.codebook.detach() / sums.codes
-        self.log_dict(
-            {
-                "train/loss": token + codebook,
-                "train/token_loss": token,
-                "train/codebook_loss": codebook,
-                "train/top5_accuracy": sums.top5 / sums.codes,
-            }
-        )
+        self._step = sums.totals() + (self._step if micro else 0)
+        if micro + 1 == self.trainer.accumulate_grad_batches:
+            self._log_figures("train", self.trainer.strategy.reduce(self._step, reduce_op="sum"))
         self._refuse_unless_finite(loss.detach(), "loss")
         return loss
 
@@ -120,26 +117,22 @@ class TextToSemantic(L.LightningModule):
         names = [self.clip_names[i] if self.clip_names else f"sample {i}" for i in indices]
         self._clips = names if micro == 0 else self._clips + names
 
+    def on_train_batch_end(self, outputs, batch: dict[str, Tensor], batch_index: int) -> None:
+        # Where it stops, Lightning validates: the last step is to have its loss whatever the
+        # interval. (After the callbacks, one of which may have put an end to validation.)
+        self.trainer.should_stop |= self.global_step == self.trainer.max_steps
+
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        self._validation.append(loss_sums(self.model, batch["tokens"], batch["labels"]))
+        sums = loss_sums(self.model, batch["tokens"], batch["labels"])
+        self._validation = sums.totals() + self._validation
 
     def on_validation_epoch_end(self) -> None:
-        sums = self._validation
-        self._validation = []
-        totals = torch.stack(
-            [torch.stack([s.token, s.codebook, s.top5.to(s.token.dtype)]).float() for s in sums]
-        ).sum(0)
-        tokens, codes = sum(s.tokens for s in sums), sum(s.codes for s in sums)
-        token, codebook = totals[0] / tokens, totals[1] / codes
-        self.log_dict(
-            {
-                "validation/loss": token + codebook,
-                "validation/token_loss": token,
-                "validation/codebook_loss": codebook,
-                "validation/top5_accuracy": totals[2] / codes,
-            },
-            rank_zero_only=True,
-        )
+        totals, self._validation = self._validation, 0
+        self._log_figures("validation", totals, rank_zero_only=True)
+
+    def _log_figures(self, stage: str, totals: Tensor, **how: Any) -> None:
+        figures = {f"{stage}/{name}": value for name, value in loss_figures(totals).items()}
+        self.log_dict(figures, **how)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.optimizer_config
@@ -185,10 +178,14 @@ class TextToSemantic(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on at the beginning of a step: it may be cut into other micro-batches than before."""
-        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        steps, loop = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
+        batches = steps * self.trainer.accumulate_grad_batches
+        # As if saved at the end of the step's last batch, wherever it was: only then Lightning
+        # completes both counts itself, so that the logs count on without a gap.
+        progress = loop["epoch_loop.batch_progress"]
         for counts in (progress["current"], progress["total"]):
-            counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), batches))
+            counts.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - 1
 
     def _seed_step(self, micro: int) -> None:
         place = (self.global_step * 4096 + micro) * self.trainer.world_size + self.global_rank

@@ -32,6 +32,23 @@ class LossSums:
         """This batch's part of the mean over a whole step's labels."""
         return self.token / step_tokens + self.codebook / step_codes
 
+    def totals(self) -> Tensor:
+        """All five [5] (fp32), without their history: what `loss_figures` divides."""
+        counts = self.token.new_tensor([self.tokens, self.codes])
+        sums = torch.stack([self.token, self.codebook, self.top5.to(self.token.dtype)])
+        return torch.cat([sums, counts]).detach().float()
+
+
+def loss_figures(totals: Tensor) -> dict[str, Tensor]:
+    """Mean losses a label and the top-5 accuracy, of `LossSums.totals` that were added up [5]."""
+    token, codebook, top5 = totals[:3] / totals[[3, 4, 4]]
+    return {
+        "loss": token + codebook,
+        "token_loss": token,
+        "codebook_loss": codebook,
+        "top5_accuracy": top5,
+    }
+
 
 def loss_sums(model: DualARTransformer, tokens: Tensor, labels: Tensor) -> LossSums:
     """Losses of tokens and labels [B, K+1, T], padded on the right.

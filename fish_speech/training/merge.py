@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fish_speech.conversation import build_prompt
-from fish_speech.files import atomic_folder, file_digest
+from fish_speech.files import atomic_folder, exclusive, file_digest
 from fish_speech.models.text2semantic import DualARTransformer, load_model, save_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import (
@@ -54,7 +54,8 @@ def merge(
     A checkpoint of ours says what it needs; `base_dir` is only for a base that has moved. One of
     the reference says nothing, so it needs `base_dir`, and `lora` for its rank and scale. Raises
     `ValueError` where the base is another one than the adapters were trained on, the adapters
-    change nothing, or the written model does not do what base and adapters do.
+    change nothing, the written model does not do what base and adapters do, or another merge is
+    writing the folder.
     """
     content = read_checkpoint(checkpoint.path)
     adapters = content.get("state_dict", content)
@@ -76,7 +77,9 @@ def merge(
     # Not the base's: a voice trained without names answers to none.
     model.config.extra["speakers"] = (record or {}).get("speakers", [])
 
-    with atomic_folder(folder) as new:
+    # Beside it, for the folder itself is replaced.
+    lock = exclusive(folder.with_name(f".{folder.name}"), f"{folder}, being written,")
+    with lock, atomic_folder(folder) as new:
         save_model(model.state_dict(), new, config=model.config, tokenizer=tokenizer, dtype=dtype)
         for file in (find_codec(base_dir), base_dir / CODEC_CONFIG_FILE):
             if file.is_file():

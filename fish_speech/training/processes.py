@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+from fish_speech.files import exclusive
 
 if TYPE_CHECKING:
     from fish_speech.training.config import TrainConfig
@@ -77,6 +81,28 @@ def wait_for_all() -> None:
 
     if distributed.is_initialized():
         distributed.barrier()
+
+
+@contextmanager
+def alone_with(data_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """No other run changes the data set meanwhile: the first process holds its lock for all.
+
+    Where it is taken, wait for it: several projects may be trained on one data set.
+    """
+    waited = False
+    with ExitStack() as held:
+        while is_first() and data_dir.is_dir():  # else whoever reads it says what is missing
+            try:
+                held.enter_context(exclusive(data_dir, f"data set {data_dir}"))
+                break
+            except ValueError as error:
+                if not waited:
+                    say(f"waiting (Ctrl+C stops that): {error}")
+                waited = True
+            time.sleep(1)
+        wait_for_all()
+        yield
+        wait_for_all()
 
 
 def first_then_all(work: Callable[[], T]) -> T:

@@ -128,13 +128,13 @@ class Run:
             path.rename(folder / path.name)
         return folder
 
-    def validation_losses(self) -> dict[int, float]:
-        """Held-out loss by step, from the logs."""
-        losses = {}
-        for row in self.metrics():
-            if row.get("validation/loss"):
-                losses[int(float(row["step"])) + 1] = float(row["validation/loss"])
-        return losses
+    def logged(self, name: str) -> dict[int, float]:
+        """A figure of the logs, such as `validation/loss`, by step."""
+        return {
+            int(float(row["step"])) + 1: float(row[name])  # Lightning counts from 0
+            for row in self.metrics()
+            if row.get(name)
+        }
 
     def metrics(self) -> list[dict[str, str]]:
         """The rows of every CSV log, oldest first, without those that a later start did again."""
@@ -158,7 +158,10 @@ def recorded_lora(record: dict[str, Any]) -> LoRAConfig:
 
 
 def named_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint by its file, or the newest of a folder or run. Raises `FileNotFoundError`."""
+    """A checkpoint by its file, however it is called, or the newest of a folder or run.
+
+    Raises `FileNotFoundError` that lists what there is, or `ValueError` for a damaged file.
+    """
     file = real_path(path)
     if file.is_dir():
         found = checkpoints_in(file) or checkpoints_in(file / "checkpoints")
@@ -168,8 +171,11 @@ def named_checkpoint(path: str | Path) -> Checkpoint:
     if not file.is_file():
         there = ", ".join(c.path.name for c in checkpoints_in(file.parent)) or "none"
         raise FileNotFoundError(f"{path}: no such checkpoint (in that folder: {there})")
-    match = _CHECKPOINT.fullmatch(file.name)
-    return Checkpoint(file, int(match[1]) if match else 0)
+    if match := _CHECKPOINT.fullmatch(file.name):
+        return Checkpoint(file, int(match[1]))
+    from fish_speech.models.weights import read_checkpoint
+
+    return Checkpoint(file, read_checkpoint(file).get("global_step", 0))
 
 
 def checkpoints_in(folder: Path) -> list[Checkpoint]:
@@ -187,7 +193,7 @@ def describe_checkpoints(run: Run) -> str:
     if not found:
         return f"📂 No checkpoints for project '{run.project}' yet."
     lines = [f"📂 Available checkpoints for project '{run.project}':"]
-    losses = run.validation_losses()
+    losses = run.logged("validation/loss")
     for checkpoint in found:
         stat = checkpoint.path.stat()
         time = datetime.fromtimestamp(stat.st_mtime).strftime("%Y-%m-%d %H:%M:%S")

@@ -80,7 +80,8 @@ def train(
     if not is_first():  # a further process of a run whose first one holds the lock
         return _train(config, run, base_dir, manifest, start, lambda message: None, callbacks)
     with exclusive(run.folder, f"project '{run.project}'"):
-        remove_temporaries(run.folder)
+        for folder in (run.checkpoint_folder, run.logs, run.configs):  # an evaluation has its own
+            remove_temporaries(folder)
         return _train(config, run, base_dir, manifest, start, say, callbacks)
 
 
@@ -112,7 +113,7 @@ def _train(
             f"the data has changed since {start.checkpoint.path}: "
             f"going on with what {config.data.dir} holds now"
         )
-    data = _data_module(config, base_dir, manifest, say)
+    data = _data_module(config, base_dir, manifest, start, say)
     data.start_step = start.checkpoint.step if start.exact else 0
     model = load_model(base_dir, dtype=dtype)
     model.set_dropout(config.train.dropout)
@@ -123,7 +124,7 @@ def _train(
         model,
         replace(config.optimizer, max_steps=max_steps),
         seed=config.seed,
-        run=_run_record(config, run, base_dir, base_digest, manifest, start),
+        run=_run_record(config, run, base_dir, base_digest, manifest, start, data),
         clip_names=[sample.name for sample in data.train.samples],
     )
     model.train()  # Lightning leaves the mode as it finds it
@@ -155,7 +156,7 @@ def _plot(run: Run, say: Say) -> None:
     """Draw the losses; a disk without room for that costs no training."""
     file = run.logs / "loss.png"
     try:
-        plot_losses(run.metrics(), file)
+        plot_losses(run, file)
     except OSError as error:
         say(f"{file}: could not be drawn: {error}")
 
@@ -183,25 +184,22 @@ def _run_record(
     base_digest: str,
     manifest: Manifest,
     start: Start,
+    data: SemanticDataModule,
 ) -> dict[str, Any]:
     """What every checkpoint of the run carries: all that merging and resuming must know."""
-    data_dir, parent, held_out = str(Path(config.data.dir).resolve()), None, manifest.validation
+    parent = None
     if start.checkpoint is not None:
-        before = start.checkpoint.read()["run"]
-        parent = before["parent"] if start.exact else str(start.checkpoint.path)
-        if before.get("data_dir") == data_dir and "held_out" in before:
-            # The others were learned from.
-            held_out = [name for name in held_out if name in before["held_out"]]
+        parent = start.checkpoint.read()["run"]["parent"] if start.exact else start.checkpoint.path
     return {
         "project": run.project,
-        "data_dir": data_dir,
+        "data_dir": str(Path(config.data.dir).resolve()),
         "base": str(base_dir.resolve()),
         "base_digest": base_digest,
         "shards": manifest.shards,
-        "held_out": held_out,
+        "held_out": [sample.name for sample in data.validation.samples],
         "speakers": _named_speakers(manifest),
         "lora": asdict(config.lora),
-        "parent": parent,
+        "parent": parent and str(parent),
     }
 
 
@@ -226,8 +224,20 @@ def load_split(data_dir: Path, manifest: Manifest, split: str) -> list[Sample]:
     ]
 
 
+def _held_out(data_dir: Path, manifest: Manifest, start: Start, say: Say) -> list[Sample]:
+    """The samples to validate on: none that the checkpoint which it starts from learned from."""
+    samples = load_split(data_dir, manifest, "validation")
+    before = start.checkpoint.read()["run"] if start.checkpoint is not None else {}
+    if before.get("data_dir") != str(data_dir.resolve()) or "held_out" not in before:
+        return samples
+    unknown = [sample for sample in samples if sample.name in before["held_out"]]
+    if learned := len(samples) - len(unknown):
+        say(f"left out of validation: {learned} clips, not held out from {start.checkpoint.path}")
+    return unknown
+
+
 def _data_module(
-    config: RunConfig, base_dir: Path, manifest: Manifest, say: Say
+    config: RunConfig, base_dir: Path, manifest: Manifest, start: Start, say: Say
 ) -> SemanticDataModule:
     data_dir = Path(config.data.dir)
     tokenizer = FishTokenizer.from_pretrained(base_dir)
@@ -242,7 +252,8 @@ def _data_module(
         reference_share=config.data.reference_share,
         **shared,
     )
-    validation = SemanticDataset(load_split(data_dir, manifest, "validation"), tokenizer, **shared)
+    held_out = _held_out(data_dir, manifest, start, say)
+    validation = SemanticDataset(held_out, tokenizer, **shared)
     for name in (*train.too_long, *validation.too_long):
         say(f"left out: {name} is longer than data.max_length={config.data.max_length} columns")
     if not len(train):
@@ -276,7 +287,7 @@ def _preflight(
         f"batch {data.batch_size} x {data.accumulate}, device {device}, base in {model.dtype}"
     )
     if not len(data.validation):
-        say("warning: one clip only, nothing is held out; the validation loss is left out")
+        say("warning: nothing is held out, so there is no validation loss")
     lengths = sorted(map(data.train.columns, range(len(data.train))))
     longest = lengths[-1] + (lengths[-1] if config.data.reference_share else 0)
     columns = data.batch_size * min(longest, config.data.max_length)

@@ -85,6 +85,15 @@ def test_the_validation_split_is_a_share_but_at_least_one_of_two(tmp_path, count
     assert (len(manifest.train), len(manifest.validation)) == (count - held_out, held_out)
 
 
+def test_of_every_speaker_there_is_something_to_learn_from(tmp_path):
+    speakers = {"Ann": 20, **{name: 1 + number % 2 for number, name in enumerate("bcdefghij")}}
+    manifest, _ = build(make_data_set(tmp_path / "voices", speakers), validation_share=0.9)
+    assert {name.split("/")[0] for name in manifest.train} == set(speakers)
+    assert len(manifest.validation) > 10
+    alone, _ = build(make_data_set(tmp_path / "alone", {"Ann": 1, "Bob": 1}))
+    assert (len(alone.train), alone.validation) == (2, [])
+
+
 @pytest.mark.parametrize(
     ("name", "action", "reason"),
     [

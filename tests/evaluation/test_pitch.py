@@ -1,5 +1,7 @@
 """Pitch: of tones that are known, of a glide, of what has none."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -40,3 +42,13 @@ def test_pauses_do_not_count():
     found = pitch(with_pause, RATE)
     assert len(found) == pytest.approx(2 * len(pitch(speech, RATE)), abs=8)
     assert np.median(found) == pytest.approx(150, rel=0.01)
+
+
+def test_a_long_clip_takes_little_more_memory_than_a_short_one():
+    samples = np.tile(voice(np.full(RATE, 150.0)), 30)
+    tracemalloc.start()
+    found = pitch(samples, RATE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) > 29 * 95
+    assert peak < 60e6

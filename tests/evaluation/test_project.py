@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 
 import finetune_tts
 from fish_speech.evaluation.held_out import HeldOut
-from fish_speech.evaluation.leaderboard import Leaderboard
+from fish_speech.evaluation.leaderboard import Leaderboard, Recommendation
 from fish_speech.evaluation.project import _commands
 from fish_speech.evaluation.recognise import choose_recogniser
 from fish_speech.models.text2semantic import load_model
@@ -70,8 +71,6 @@ def project(trained, tmp_path, monkeypatch):
 
 def move(checkpoint, old, new):
     """A checkpoint remembers where its data and its base are."""
-    import torch
-
     content = torch.load(checkpoint, weights_only=True)
     for key in ("base", "data_dir"):
         content["run"][key] = content["run"][key].replace(str(old.resolve()), str(new.resolve()))
@@ -91,7 +90,7 @@ def test_the_base_and_every_checkpoint_are_measured(project, capsys):
     ]  # fmt: skip
     assert all(row.error is None for row in board.rows)
     losses = [row.figures["held_out_loss"].mean for row in board.rows]
-    logged = Run.of("p").validation_losses()
+    logged = Run.of("p").logged("validation/loss")
     assert losses[1:] == pytest.approx([logged[2], logged[4]], rel=2e-3)
     assert board.rows[0].figures["training_loss"] is None
     assert board.rows[2].figures["training_loss"].n == 4
@@ -151,8 +150,6 @@ def test_again_and_with_one_more_step_only_what_is_new_is_spoken(project, monkey
 
 
 def test_a_damaged_checkpoint_has_a_row_and_one_over_another_base_too(project, capsys):
-    import torch
-
     folder = project / "results/p/checkpoints"
     damaged, strange = folder / "step_000000001.ckpt", folder / "step_000000003.ckpt"
     damaged.write_bytes(b"PK nothing")
@@ -197,44 +194,67 @@ def test_other_instruments_listen_where_they_are_named(project, monkeypatch, xve
     assert all(-1 <= row.figure("similarity").mean <= 1 for row in board.rows)
 
 
-def test_the_best_is_merged_and_where_there_is_none_the_reason_is_said(project, capsys):
+def test_where_nothing_is_recommended_nothing_is_merged_and_the_reason_is_said(project, capsys):
     assert finetune("--evaluate", "--eval-samples", 1) == 0
-    assert finetune("--merge-best") == 2
+    assert finetune("--merge-best", "--eval-samples", 1) == 2
     why = "nothing is merged: keep the base: too few different texts to tell: 1"
     assert why in last_error(capsys)
-    file = project / FOLDER / "leaderboard.json"
-    board = json.loads(file.read_text())
-    board["recommendation"] |= {"verdict": "use", "choice": "step_000000002", "step": 2}
-    file.write_text(json.dumps(board))
-    assert finetune("--merge-best") == 0
+
+
+def always_step_2(rows, samples, commands):
+    return Recommendation("step_000000002", 2, "use", "it is", commands.use)
+
+
+def test_the_command_that_is_named_merges_the_best_and_speaks_nothing_again(
+    project, monkeypatch, capsys
+):
+    monkeypatch.setattr("fish_speech.evaluation.measure.recommend", always_step_2)
+    Path("my {texts}.txt").write_text("Hello there.", encoding="utf-8")
+    Path("base").rename("moved")  # the command must say where
+    flags = ("--eval-samples", 2, "--texts", "my {texts}.txt", "--pretrained-ckpt-path", "moved")
+    assert finetune("--evaluate", *flags, "--checkpoint-step", 2, "--device", "cpu") == 0
+    monkeypatch.setattr("fish_speech.evaluation.takes._speak", None)
+    program, *command = shlex.split(capsys.readouterr().out.split("next: ")[1].format(path="x"))
+    assert program == "finetune_tts.py"
+    assert finetune_tts.main(command) == 0
     assert "merging results/p/checkpoints/step_000000002.ckpt" in capsys.readouterr().err
     assert (project / "checkpoints/p-merged/model.pth").is_file()
 
 
-def plant_a_choice(rows=3):
-    """Let the leaderboard recommend step 2; without its last rows, as if training had gone on."""
-    board = json.loads(Path(FOLDER, "leaderboard.json").read_text())
-    board["recommendation"] |= {"verdict": "use", "choice": "step_000000002", "step": 2}
-    board["rows"] = board["rows"][:rows]
-    Path(FOLDER, "leaderboard.json").write_text(json.dumps(board))
+def correct_a_transcript():
+    held = json.loads(Path("training_data/p/protos/manifest.json").read_text())["validation"]
+    for name in held:
+        Path("training_data/p", f"{name}.lab").write_text("Other words were said here.")
 
 
 @pytest.mark.parametrize(
-    ("change", "flags"),
+    ("before", "change", "flags"),
     [
-        (lambda: plant_a_choice(rows=2), ()),
-        (lambda: Run.of("p").checkpoint(2).path.touch(), ()),  # trained again
-        (lambda: None, ("--eval-samples", 2)),
-        (lambda: None, ("--checkpoint-step", 2)),
+        ((), correct_a_transcript, ()),
+        ((), lambda: None, ("--checkpoint-step", 2)),
+        (("--eval-samples", 1), lambda: None, ()),
     ],
 )
-def test_the_best_is_chosen_anew_where_anything_changed(project, change, flags):
-    assert finetune("--evaluate", "--eval-samples", 1) == 0
-    plant_a_choice()
+def test_what_was_recommended_of_something_else_is_not_merged(
+    project, monkeypatch, before, change, flags
+):
+    monkeypatch.setattr("fish_speech.evaluation.project.SAMPLES", 2)  # which tell nothing
+    with monkeypatch.context() as patch:
+        patch.setattr("fish_speech.evaluation.measure.recommend", always_step_2)
+        assert finetune("--evaluate", *before) == 0
     change()
-    assert finetune("--merge-best", *flags) == 2  # one text tells nothing
-    rows = json.loads(Path(FOLDER, "leaderboard.json").read_text())["rows"]
-    assert [row["step"] for row in rows] == ([0, 2] if "--checkpoint-step" in flags else [0, 2, 4])
+    assert finetune("--merge-best", *flags) == 2
+    assert not Path("checkpoints/p-merged").exists()
+
+
+def test_held_out_clips_that_do_not_count_are_told(project, capsys):
+    for checkpoint in Run.of("p").checkpoints():
+        content = torch.load(checkpoint.path, weights_only=True)
+        content["run"]["held_out"].pop()
+        torch.save(content, checkpoint.path)
+    assert finetune("--evaluate", "--eval-samples", 1, "--checkpoint-step", 2) == 0
+    said = capsys.readouterr().err
+    assert "left out: 1 held-out clips that the checkpoints were not validated on" in said
 
 
 def test_steps_are_measured_in_their_order_whatever_the_flag_says(project):

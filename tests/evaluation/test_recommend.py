@@ -89,6 +89,35 @@ def test_a_row_that_is_the_base_itself_is_never_better():
     assert recommend(rows, samples, COMMANDS).verdict == "keep the base"
 
 
+@pytest.mark.parametrize(("texts", "steps"), [(3, 1), (3, 10), (12, 10)])
+def test_of_many_useless_checkpoints_none_is_taken_for_better(texts, steps):
+    rng = np.random.default_rng(0)
+    rows = [Row("base", 0, "base"), *(Row(f"step_{s}", s, "ckpt") for s in range(1, steps + 1))]
+
+    def useless():
+        heard = [[Spoken(None, 0.1, None, each) for each in rng.normal(0.6, 0.03, len(rows))]
+                 for _ in range(texts)]  # fmt: skip
+        names = [row.name for row in rows]
+        samples = [Sample(f"{i}", f"{TEXT} {i}", False, None, dict(zip(names, each, strict=True)))
+                   for i, each in enumerate(heard)]  # fmt: skip
+        return recommend(rows, samples, COMMANDS)
+
+    assert sum(useless().verdict == "use" for _ in range(100)) <= 7  # 2.5 are to be expected
+
+
+def test_a_sure_gain_leaves_a_smaller_one_its_due():
+    """As where later checkpoints are much more like the voice, and have lost words."""
+    rows, samples = board(BASE, (0.1, 0.7), (0.9, 0.8), (0.9, 0.8))
+    for i, sample in enumerate(samples):  # what alone is beyond the interval, and one of three not
+        gain = 0.02 + (0.028 if i % 2 else -0.028)
+        sample.spoken["step_1"].similarity = sample.spoken["base"].similarity + gain
+    assert recommend(rows, samples, COMMANDS).step == 1
+    for sample in samples:
+        for name in ("step_2", "step_3"):
+            sample.spoken[name] = sample.spoken["base"]
+    assert recommend(rows, samples, COMMANDS).verdict == "keep the base"
+
+
 def test_the_reason_and_the_command_name_what_was_found():
     found = recommend(*board(BASE, (0.1, 0.8)), COMMANDS)
     assert "step_1 is more like the voice than the base (0.79 against 0.59)" in found.reason

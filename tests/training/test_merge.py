@@ -9,6 +9,7 @@ from fish_speech.models.text2semantic import load_model, save_model
 from fish_speech.models.text2semantic.lora import EMBEDDING_TARGETS, LINEAR_TARGETS, LoRAConfig
 from fish_speech.models.vqgan import load_codec
 from fish_speech.tokenizer import FishTokenizer
+from fish_speech.training import merge as merging
 from fish_speech.training.merge import merge
 from fish_speech.training.runs import Checkpoint
 from tests.conftest import golden_tensors
@@ -123,6 +124,18 @@ def test_merging_again_replaces_the_folder_whole(checkpoint, tmp_path):
     merge(checkpoint(), folder)
     assert not (folder / "stale.bin").exists()
     assert [item for item in tmp_path.iterdir() if item.name.startswith(".tmp")] == []
+
+
+def test_two_merges_do_not_write_one_folder(checkpoint, tmp_path, monkeypatch):
+    made, save = checkpoint(), merging.save_model
+
+    def save_and_merge(*arguments, **more):
+        with pytest.raises(ValueError, match="merged, being written, is in use by"):
+            merge(made, tmp_path / "merged")
+        return save(*arguments, **more)
+
+    monkeypatch.setattr(merging, "save_model", save_and_merge)
+    assert merge(made, tmp_path / "merged").change > 0.1
 
 
 def test_a_checkpoint_of_the_reference_needs_its_base_and_config_named(tmp_path, base_dir):

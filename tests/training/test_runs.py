@@ -157,7 +157,7 @@ def test_what_a_later_start_did_again_is_forgotten():
         (run.logs / name).mkdir(parents=True)
         lines = [f"{step},{name[4:]}" for step in steps]
         (run.logs / name / "metrics.csv").write_text("\n".join(["step,validation/loss", *lines]))
-    assert run.validation_losses() == {100: 1, 150: 2, 160: 11}
+    assert run.logged("validation/loss") == {100: 1, 150: 2, 160: 11}
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):

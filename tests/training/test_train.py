@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lor
 from fish_speech.models.vqgan import load_codec
 from fish_speech.preparation.extract import extract_codes
 from fish_speech.text import split_text
+from fish_speech.training.callbacks import Progress, peak_memory
 from fish_speech.training.config import compose_config
 from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
 from fish_speech.training.loss import loss_sums
@@ -62,9 +64,7 @@ def adapters(trained):
 
 
 def losses(project):
-    return {
-        row["step"]: row["train/loss"] for row in Run.of(project).metrics() if row["train/loss"]
-    }
+    return Run.of(project).logged("train/loss")
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer):
@@ -99,6 +99,36 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(
     assert stopped.checkpoint.step == 3
     resumed = trainer("stopped", "train.max_steps=5", resume_latest=True)
     torch.testing.assert_close(adapters(resumed), adapters(whole), atol=0, rtol=0)
+    assert losses("stopped") == losses("whole")
+
+
+@pytest.mark.parametrize("val_every", [2, 3, 4])
+def test_every_step_is_logged_as_itself_wherever_a_run_goes_on(trainer, val_every):
+    """From checkpoints of the interval and of the end, at steps with a validation and without."""
+    options = ("train.save_every=2", f"train.val_every={val_every}")
+    trainer("whole", "train.max_steps=7", *options)
+    trainer("parts", "train.max_steps=5", *options)
+    back = str(Run.of("parts").checkpoint_path(4))
+    trainer("parts", "train.max_steps=5", *options, resume_from=back)
+    trainer("parts", "train.max_steps=7", *options)
+    assert losses("parts") == losses("whole")
+    validated = Run.of("parts").logged("validation/loss")
+    for step, loss in Run.of("whole").logged("validation/loss").items():
+        assert validated[step] == loss
+
+
+def test_the_last_step_has_a_validation_loss(trainer):
+    trainer("p", "train.max_steps=3", "train.val_every=2")
+    assert list(Run.of("p").logged("validation/loss")) == [2, 3]
+    trainer("p", "train.max_steps=4", "train.val_every=100")
+    assert list(Run.of("p").logged("validation/loss")) == [2, 3, 4]
+
+
+def test_the_last_checkpoint_does_not_wait_for_its_validation(trainer, monkeypatch):
+    monkeypatch.setattr(TextToSemantic, "validation_step", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer("p", "train.max_steps=2")
+    assert Run.of("p").checkpoint().step == 2
 
 
 def test_a_signal_to_all_processes_lets_the_step_at_hand_have_its_batch(trainer, monkeypatch):
@@ -140,6 +170,7 @@ def test_accumulated_batches_are_one_batch(trainer):
     together = trainer("together", "data.batch_size=4", *options)
     apart = trainer("apart", "data.batch_size=2", "train.gradient_accumulation_steps=2", *options)
     torch.testing.assert_close(adapters(apart), adapters(together), atol=1e-5, rtol=1e-4)
+    assert losses("apart") == pytest.approx(losses("together"), rel=1e-4)
 
 
 def test_it_learns(trainer, tmp_path):
@@ -152,9 +183,9 @@ def test_it_learns(trainer, tmp_path):
         "p", "train.max_steps=60", "train.save_every=5", "optimizer.learning_rate=5e-3",
         "data.reference_share=0", "data.batch_size=4", data=data,
     )  # fmt: skip
-    values = [float(value) for value in losses("p").values()]
+    values = list(losses("p").values())
     assert sum(values[-5:]) / 5 < 0.5 * values[0]
-    held_out = list(Run.of("p").validation_losses().values())
+    held_out = list(Run.of("p").logged("validation/loss").values())
     assert held_out[-1] < 0.2 * held_out[0]
 
 
@@ -169,7 +200,7 @@ def test_no_combination_of_base_and_precision_ends_in_a_dtype_error(
     torch.save({key: value.to(stored) for key, value in state.items()}, base / "model.pth")
     options = ("train.max_steps=2", "train.save_every=1", f"precision={precision}")
     trainer("p", *options, "train.gradient_checkpointing=true", base=base)
-    losses = Run.of("p").validation_losses()
+    losses = Run.of("p").logged("validation/loss")
     assert losses[1] == pytest.approx(15.8, abs=0.8)
     assert losses[2] < losses[1] + 0.1
 
@@ -200,7 +231,7 @@ def test_a_base_in_bf16_learns_as_one_in_fp32(trainer, spoken, steps):
             precision, f"precision={precision}", f"train.max_steps={steps}", "data.batch_size=1",
             "optimizer.learning_rate=2e-5", base=TINY, data=spoken,
         )  # fmt: skip
-        curves[precision] = np.array([float(loss) for loss in losses(precision).values()])
+        curves[precision] = np.array(list(losses(precision).values()))
     assert len(curves["fp32"]) == steps
     np.testing.assert_allclose(curves["bf16"], curves["fp32"], rtol=0.01)
     assert not np.array_equal(curves["bf16"], curves["fp32"])
@@ -246,7 +277,7 @@ def test_a_checkpoint_says_whose_names_the_texts_were_trained_with(trainer, tmp_
 def test_validation_loss_is_logged_by_step_and_the_curve_is_drawn(trainer):
     trainer("p", "train.max_steps=4", "train.save_every=2")
     run = Run.of("p")
-    assert sorted(run.validation_losses()) == [2, 4]
+    assert sorted(run.logged("validation/loss")) == [2, 4]
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [2, 4]
     assert (run.logs / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -300,10 +331,11 @@ def test_what_the_parent_learned_from_is_not_held_out_from_its_children(trainer)
     first = trainer("stage1", "train.max_steps=1")
     held_out = first.checkpoint.read()["run"]["held_out"]
     for steps in (1, 2):  # a new project, then the same one going on
-        options = (f"train.max_steps={steps}", "train.save_every=1")
-        second = trainer("stage2", *options, held_out=0.6, resume_latest=True)
+        options, said = (f"train.max_steps={steps}", "train.save_every=1"), []
+        second = trainer("stage2", *options, held_out=0.6, resume_latest=True, said=said)
         assert second.checkpoint.step == steps
         assert second.checkpoint.read()["run"]["held_out"] == held_out
+        assert any(f" {len(held_out)} held out" in line for line in said)
     fresh = trainer("alone", "train.max_steps=1", held_out=0.6)
     assert len(fresh.checkpoint.read()["run"]["held_out"]) > len(held_out)
 
@@ -404,6 +436,44 @@ def test_held_out_clips_may_be_longer_than_any_batch(trainer, tmp_path):
     np.save(data / f"{manifest.validation[0]}.npy", np.ones((8, 300), np.int16))
     trained = trainer("p", "train.max_steps=3", "train.val_every=1", data=data)
     assert trained.checkpoint.step == 3
+
+
+def test_what_is_too_long_to_learn_from_is_not_held_out_either(trainer, tmp_path):
+    data = make_data_set(tmp_path / "uneven", {"Ann": 4})
+    manifest, _ = build_shards(data, num_codebooks=8, codebook_size=1024, validation_share=0.6)
+    long, *others = manifest.validation
+    np.save(data / f"{long}.npy", np.ones((8, 300), np.int16))
+    options = ("train.max_steps=1", "data.max_length=200")
+    trained = trainer("p", *options, data=data, held_out=0.6)
+    assert trained.checkpoint.read()["run"]["held_out"] == others
+
+
+def test_only_what_a_killed_training_left_is_cleared_away(trainer):
+    run = Run.of("p")
+    left, used = run.checkpoint_folder / ".tmp-9-a.ckpt", run.folder / "evaluation" / ".tmp-9-b.wav"
+    for file in (left, used):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    trainer("p", "train.max_steps=1")
+    assert used.exists()
+    assert not left.exists()
+
+
+def test_a_renamed_checkpoint_goes_on_from_its_step(trainer):
+    whole = trainer("whole", "train.max_steps=4")
+    trainer("p", "train.max_steps=2")
+    best = Run.of("p").checkpoint_path(2).rename(Run.of("p").checkpoint_folder / "best.ckpt")
+    again = trainer("p", "train.max_steps=4", resume_from=str(best))
+    torch.testing.assert_close(adapters(again), adapters(whole), atol=0, rtol=0)
+
+
+def test_the_memory_that_is_logged_is_that_of_training(monkeypatch):
+    peaks = {"clips": 9e9, "training": 1e9}
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: max(peaks.values()))
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: peaks.pop("clips"))
+    module = SimpleNamespace(device=torch.device("cuda"))
+    Progress(1).on_train_start(SimpleNamespace(global_step=0, is_global_zero=False), module)
+    assert peak_memory(module.device) == 1e9
 
 
 def test_two_runs_of_one_project_exclude_each_other(trainer):
