@@ -110,7 +110,7 @@ class TextToSpeech:
                 f" {model.config.num_codebooks}; use the codec that the model was trained with"
             )
         self._model, self._codec, self._tokenizer = model, codec, tokenizer
-        self._references: OrderedDict[str, Tensor] = OrderedDict()
+        self._references: OrderedDict[str, Utterance] = OrderedDict()  # by the file's digest
         self._voice: Past | None = None  # the references of the last text, read
         self._adaptable = adaptable
         self._lock = threading.Lock()  # of the references; the networks keep no state
@@ -180,17 +180,18 @@ class TextToSpeech:
         than what the model was trained on, is logged as a warning.
         """
         check_reference(audio, text)
-        digest = file_digest(audio)
+        digest, text = file_digest(audio), spoken_text(text)
         with self._lock:
-            if digest not in self._references:
-                self._references[digest] = self._encode(audio)
+            known = self._references.get(digest)
+            if known is None or known.text != text:
+                codes = self._encode(audio) if known is None else known.codes
+                if problem := self._mismatch(text, codes.shape[1]):
+                    logger.warning(f"{audio}: {problem}; it may be cloned badly")
+                known = self._references[digest] = Utterance(text, codes)
             self._references.move_to_end(digest)
             while len(self._references) > _CACHED_REFERENCES:
                 self._references.popitem(last=False)
-            codes = self._references[digest]
-        if problem := self._mismatch(text, codes.shape[1]):
-            logger.warning(f"{audio}: {problem}; it may be cloned badly")
-        return Utterance(spoken_text(text), codes)
+            return known
 
     def _mismatch(self, text: str, frames: int) -> str | None:
         """Why a reference of so many frames isn't a good one for its text, or for this model."""

@@ -39,6 +39,8 @@ def test_the_default_is_named_by_the_first_words():
     assert name.match("output/Hello_World_and_so_on_and_so_on_and_so_o-??????.wav")
     assert default_output(text + ".", batch=False) != name
     assert default_output(text, batch=False) == name
+    parts = [f"The history of the lighthouse by the sea{rest}" for rest in (", one.", ", two.")]
+    assert len({default_output(part, batch=False) for part in parts}) == 2  # cut at a space
     assert default_output("../x", batch=True) == Path("output/x")
 
 
