@@ -79,6 +79,16 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and library and any(map(has.get, instructions))
 
 
+def multiplies_int8(device: torch.device) -> bool:
+    """The same of int8, whose sums are not exact either without such instructions."""
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    instructions = ("avx512_vnni", "avx_vnni", "amx_int8")
+    library = torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and library and any(map(has.get, instructions))
+
+
 def set_threads(count: int) -> None:
     """Threads that one operation may use on the CPU. Raises `ValueError` below 1."""
     import torch

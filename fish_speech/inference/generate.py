@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fish_speech.inference.sampling import Sampling, sample
@@ -166,7 +165,7 @@ class _FrameDecoder:
         rows = torch.arange(begin - 1, begin + config.codebook_size, device=model.device)
         rows[0] = im_end_id
         output = model.embeddings if config.tie_word_embeddings else model.output
-        self.output_rows = weight_rows(output, rows).to(model.dtype)  # [1 + C, D]
+        self.head = model.head_type(model.norm, weight_rows(output, rows))  # [D] -> [1 + C]
         self.cache = model.new_fast_cache()
         # Of the last frames: row 0's sampled row, then the codes. None before the first frame,
         # which the reference never remembers; its penalty, and so its speech, depends on that.
@@ -176,8 +175,7 @@ class _FrameDecoder:
         """hidden [D] -> codes [K] (int64), or None at the end of speech."""
         model = self.model
         window = torch.stack(self.history, dim=1) if self.history else None  # [K+1, n]
-        logits = F.linear(model.norm(hidden), self.output_rows)
-        row = self._sample(logits, window, 0)
+        row = self._sample(self.head(hidden), window, 0)
         if row == 0:
             return None
         codes = [row - 1]

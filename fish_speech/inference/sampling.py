@@ -68,11 +68,10 @@ def sample(
 def _sample_compiled(
     logits: Tensor, previous: Tensor | None, sampling: Sampling, generator: torch.Generator | None
 ) -> Tensor:
-    """The same on a CPU, where calling twenty operations takes ten times as long."""
-    from fish_speech.models.text2semantic import column
+    from fish_speech.inference.draw import draw
 
     seen = _NONE if previous is None else previous.numpy()
     number = 1 - torch.rand((), generator=generator).item()
     penalty, top_p = sampling.repetition_penalty, sampling.top_p
-    drawn = column.draw(logits.float().numpy(), seen, penalty, top_p, sampling.temperature, number)
+    drawn = draw(logits.float().numpy(), seen, penalty, top_p, sampling.temperature, number)
     return torch.tensor(drawn)

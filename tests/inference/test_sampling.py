@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from fish_speech.inference.draw import draw
 from fish_speech.inference.sampling import Sampling, probabilities, sample
-from fish_speech.models.text2semantic import column
 from tests.conftest import golden_tensors
 
 
@@ -57,7 +57,7 @@ def test_what_a_cpu_draws_has_the_same_probabilities(size, temperature, top_p, p
         ends = probs.cumsum(0) / probs.sum()
         for number in torch.rand(5, generator=generator).tolist():
             settings = (penalty, top_p, temperature, number)
-            drawn = column.draw(logits.numpy(), previous.numpy(), *settings)
+            drawn = draw(logits.numpy(), previous.numpy(), *settings)
             assert probs[drawn] > 0
             assert ends[drawn] - probs[drawn] - 1e-5 < number < ends[drawn] + 1e-5
 

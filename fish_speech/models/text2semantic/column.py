@@ -1,70 +1,181 @@
-"""What lies between the products of one or a few columns on a CPU, compiled by numba.
+"""One or a few columns through a stack of transformer blocks on a CPU, compiled by numba.
 
-As tensor operations it takes half as long as the products themselves, only for being called. Here
-`out` [C, P, N] is what a product gave and `rows` [C, P, K] what the next one takes, each of the C
-columns in P parts (see `Int8Linear`): one part is the column itself, of two the second is what
-rounding has left of the first, magnified. `sizes` [C] bring the product to scale.
+There a frame costs reading every weight once, and calling an operation takes as long as reading a
+quarter of a megabyte. So all blocks are one call, in which the threads of a `Team` share the rows
+of every product. Weights are fp32, bf16 as its bits (uint16), or int8 with a scale for each row.
+
+Shapes: C columns, L layers, D `dim`, H heads and h key/value heads of d, T columns of the cache,
+F `intermediate_size`.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
-from numba import float32, float64, int64, njit, void
+from llvmlite import ir
+from numba import float32, from_dtype, int8, int16, int32, int64, njit, types, uint16
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 
-STEPS = 63  # either way, of an input: 127 * 127 * 2 still fits the 16 bits that CPUs sum pairs in
-MAGNIFIED = 2 * STEPS  # how much what rounding leaves, half a step at most, is magnified
-
-_STEPS, _REST = float32(STEPS), float32(1 / MAGNIFIED)
-_ONE, _TINY, _LEAST = float32(1), float32(1e-12), float32(-3e38)
-_HALVINGS = 32  # of the distance to a threshold
+_ONE, _TINY, LEAST = float32(1), float32(1e-12), float32(-3e38)
 _LOG2_E, _LARGEST = float32(math.log2(math.e)), float32(126)
-_VECTOR, _MATRIX, _CUBE = float32[::1], float32[:, ::1], float32[:, :, ::1]
+_VECTOR, _MATRIX, _CUBE, _CACHE = (
+    float32[::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, :, ::1],
+)  # fmt: skip
 _INLINE = {"inline": "always", "error_model": "numpy"}
+_TILE = 16  # rows, which stay in a core's cache while columns pass
 
 
-def _compiled(*signature):
-    """Compiled when it is first imported, and kept for the next time where that can be written."""
+def compiled(*takes, gives=types.void):
+    """Compiled once, and kept for the next time where that can be written."""
 
     def compile_function(function):
         options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
         try:
-            return njit(*signature, cache=True, **options)(function)
+            return njit(gives(*takes), cache=True, **options)(function)
         except Exception:  # no folder to keep it in, no room there, or what is there is broken
-            return njit(*signature, **options)(function)
+            return njit(gives(*takes), **options)(function)
 
     return compile_function
 
 
-@njit(**_INLINE)
-def _value(out, index, size):
-    """An element of a product."""
-    if len(out) == 1:
-        return out[0, index]
-    return size * (out[0, index] + _REST * out[1, index])
+# Places in `sync`, each on a cache line of its own: how many have come, how often all have, and
+# whether nobody may wait any longer.
+_COME, _TURN, OVER = 0, 16, 32
+SYNC_SIZE = 48
+_SPINS = 2000  # looks, some microseconds, before the processor is offered to others
+
+_SYNC = int64[::1]
+_yield = types.ExternalFunction(
+    "SwitchToThread" if os.name == "nt" else "sched_yield", types.int32()
+)
 
 
-@njit(**_INLINE)
-def _part(rows):
-    """Split the column in the first of two rows."""
-    if len(rows) == 1:
+def _atomic(build: Callable) -> Any:
+    """An operation on an element of `sync` that all threads see in the same order."""
+
+    @intrinsic
+    def operation(context, sync, place, value):
+        def codegen(context, builder, signature, args):
+            array = context.make_array(signature.args[0])(context, builder, args[0])
+            pointer = cgutils.gep(builder, array.data, args[1])
+            return build(builder, pointer, args[2])
+
+        return int64(sync, int64, int64), codegen
+
+    return operation
+
+
+_count = _atomic(lambda builder, at, value: builder.atomic_rmw("add", at, value, "seq_cst"))
+_exchange = _atomic(lambda builder, at, value: builder.atomic_rmw("xchg", at, value, "seq_cst"))
+_load = _atomic(lambda builder, at, _: builder.load_atomic(at, "seq_cst", 8, typ=ir.IntType(64)))
+
+
+@njit
+def meet(sync, size):
+    """Wait until all threads are here; what each wrote before, all may read after."""
+    if size == 1:
+        return
+    turn = _load(sync, _TURN, 0)
+    if _count(sync, _COME, 1) == size - 1:
+        _exchange(sync, _COME, 0)
+        _count(sync, _TURN, 1)
+        return
+    looks = 0
+    while _load(sync, _TURN, 0) == turn and _load(sync, OVER, 0) == 0:
+        looks += 1
+        if looks > _SPINS:
+            _yield()
+
+
+@njit
+def share(count, part):
+    """Which of `count` things are a thread's: the first, and the one behind the last. `part` is
+    its place, and the number of threads."""
+    place, size = part
+    return count * place // size, count * (place + 1) // size
+
+
+def _taken(columns, width, weights):
+    """Room for columns [C, width] as what weights of a kind are multiplied with."""
+
+
+@overload(_taken)
+def _typed_room(columns, width, weights):
+    kind = np.int16 if weights.dtype == int8 else np.float32
+    return lambda columns, width, weights: np.empty((columns, width), kind)
+
+
+def _take(x, row):
+    """x [K] into a row of `_taken`; returns the size of its steps."""
+
+
+@overload(_take)
+def _typed_take(x, row):
+    def steps(x, row):
+        # As many as fit where each product is added to 32 bits: 12 bits of K = 4096, else more.
+        most = float32(min(32767, (2**31 - 1) // (127 * len(x))))
+        size = _TINY
+        for index in range(len(x)):
+            size = max(size, abs(x[index]))
+        scale = most / size
+        for index in range(len(x)):
+            row[index] = int16(np.rint(x[index] * scale))
+        return size / most
+
+    def copy(x, row):
+        for index in range(len(x)):
+            row[index] = x[index]
         return _ONE
-    column, rest = rows[0], rows[1]
-    size = _TINY
-    for index in range(len(column)):
-        size = max(size, abs(column[index]))
-    scale = _STEPS / size
-    for index in range(len(column)):
-        value = column[index] * scale
-        rounded = np.rint(value)
-        column[index] = rounded
-        rest[index] = (value - rounded) * float32(MAGNIFIED)
-    return size
+
+    return steps if row.dtype == int16 else copy
+
+
+def _dot(weights, number, taken, column):
+    """A row of weights [N, K] times a column of `_taken` [C, K]."""
+
+
+@overload(_dot)
+def _typed_dot(weights, number, taken, column):
+    def of_int8(weights, number, taken, column):
+        total = int32(0)
+        for index in range(weights.shape[1]):
+            total = int32(total + int32(weights[number, index]) * int32(taken[column, index]))
+        return float32(total)
+
+    def of_bf16(weights, number, taken, column):
+        total = float32(0)
+        for index in range(weights.shape[1]):
+            bits = np.int32(np.int32(weights[number, index]) << np.int32(16))
+            total += bits.view(np.float32) * taken[column, index]
+        return total
+
+    def of_fp32(weights, number, taken, column):
+        total = float32(0)
+        for index in range(weights.shape[1]):
+            total += weights[number, index] * taken[column, index]
+        return total
+
+    return {int8: of_int8, uint16: of_bf16, float32: of_fp32}[weights.dtype]
+
+
+@njit
+def _product(begin, end, weights, scales, taken, sizes, out):
+    """Those rows of weights [N, K] times columns of `_taken` [C, K], into out [C, N]."""
+    for low in range(begin, end, _TILE):
+        for column in range(len(taken)):
+            for number in range(low, min(end, low + _TILE)):
+                value = _dot(weights, number, taken, column)
+                out[column, number] = value * (scales[number] * sizes[column])
 
 
 @njit(**_INLINE)
-def _exp(x):
+def exp(x):
     """e^x as 2^whole * 2^part: the exponent of a float, and a polynomial (Taylor's). Unlike
     `math.exp` it is computed for many at once."""
     power = min(max(x * _LOG2_E, -_LARGEST), _LARGEST)
@@ -81,138 +192,182 @@ def _exp(x):
     return exponent.view(np.float32) * small
 
 
-@_compiled(void(_MATRIX, _VECTOR, float32, _CUBE, _VECTOR))
-def norm(x, weight, eps, rows, sizes):
-    """RMS norm of x [C, D] into rows."""
+@njit(**_INLINE)
+def silu(x):
+    return x / (_ONE + exp(-x))
+
+
+@njit(**_INLINE)
+def _norm(x, weight, eps, normed):
+    """RMS norm of x [D]."""
+    squares = float32(0)
+    for index in range(len(weight)):
+        squares += x[index] * x[index]
+    scale = _ONE / math.sqrt(squares / float32(len(weight)) + eps)
+    for index in range(len(weight)):
+        normed[index] = x[index] * scale * weight[index]
+
+
+@njit
+def _take_normed(x, weight, eps, taken, sizes):
+    """The norm of every column of x [C, D]."""
+    normed = np.empty(x.shape[1], np.float32)
     for column in range(len(x)):
-        squares = float32(0)
-        for index in range(len(weight)):
-            squares += x[column, index] * x[column, index]
-        scale = _ONE / math.sqrt(squares / float32(len(weight)) + eps)
-        for index in range(len(weight)):
-            rows[column, 0, index] = x[column, index] * scale * weight[index]
-        sizes[column] = _part(rows[column])
+        _norm(x[column], weight, eps, normed)
+        sizes[column] = _take(normed, taken[column])
 
 
-@_compiled(void(_MATRIX, _CUBE, _VECTOR, _MATRIX))
-def add(x, out, sizes, total):
-    """x [C, D] + the product, into total [C, D]."""
-    for column in range(len(x)):
-        for index in range(x.shape[1]):
-            total[column, index] = x[column, index] + _value(out[column], index, sizes[column])
+@njit
+def _turn(head, cos, sin):
+    """Turn a query or key [d] by cos and sin [d] (see `llama.rotate`)."""
+    for index in range(0, len(head), 2):
+        first, second = head[index], head[index + 1]
+        head[index] = first * cos[index] + second * sin[index]
+        head[index + 1] = second * cos[index + 1] + first * sin[index + 1]
 
 
-@_compiled(void(_MATRIX, _CUBE, _VECTOR))
-def take(x, rows, sizes):
-    """x [C, D] into rows."""
-    for column in range(len(x)):
-        rows[column, 0] = x[column]
-        sizes[column] = _part(rows[column])
-
-
-@_compiled(void(_CUBE, _VECTOR, _CUBE))
-def gate(out, sizes, rows):
-    """SwiGLU: the product is a gate and what it lets through, [C, P, 2 D], into rows [C, P, D]."""
-    width = rows.shape[2]
-    for column in range(len(out)):
-        both, size, row = out[column], sizes[column], rows[column, 0]
-        for index in range(width):
-            closed = _value(both, index, size)
-            row[index] = closed / (_ONE + _exp(-closed)) * _value(both, width + index, size)
-        sizes[column] = _part(rows[column])
-
-
-@_compiled(void(_CUBE, _VECTOR, _VECTOR, _MATRIX, _MATRIX, _CUBE, _CUBE, _CUBE, int64))
-def rotate(out, sizes, bias, cos, sin, queries, keys, values, position):
-    """Turn the queries and keys of a product by cos and sin [C, d] (see `llama.rotate`): writes
-    queries [C, H, d], and keys and values [h, T, d] from the position on."""
+@njit
+def _heads(part, out, bias, cos, sin, queries, keys, values, position, linear):
+    """A thread's part of queries [C, H, d], and of keys and values [h, T, d] from position on."""
     columns, heads, width = queries.shape
-    for column in range(columns):
-        place = position + column
-        for head in range(heads + 2 * len(keys)):
+    local = len(keys)
+    begin, end = share(heads + 2 * local, part)
+    _product(begin * width, end * width, *linear, out)
+    for head in range(begin, end):
+        for column in range(columns):
             if head < heads:
-                turned = queries[column, head]
-            elif head < heads + len(keys):
-                turned = keys[head - heads, place]
+                made = queries[column, head]
+            elif head < heads + local:
+                made = keys[head - heads, position + column]
             else:
-                turned = values[head - heads - len(keys), place]
+                made = values[head - heads - local, position + column]
             for index in range(width):
-                turned[index] = _value(out[column], head * width + index, sizes[column])
+                made[index] = out[column, head * width + index]
                 if len(bias):
-                    turned[index] += bias[head * width + index]
-            if head < heads + len(keys):
-                for index in range(0, width, 2):
-                    first, second = turned[index], turned[index + 1]
-                    turned[index] = first * cos[column, index] + second * sin[column, index]
-                    index += 1
-                    turned[index] = second * cos[column, index] + first * sin[column, index]
+                    made[index] += bias[head * width + index]
+            if head < heads + local:
+                _turn(made, cos[column], sin[column])
 
 
-@_compiled(void(_CUBE, _CUBE, _CUBE, int64, _CUBE, _VECTOR))
-def attend(queries, keys, values, position, rows, sizes):
-    """Causal attention of queries [C, H, d] from the position on to keys and values [h, T, d]."""
+@njit
+def _attend(part, queries, keys, values, position, attended):
+    """A thread's heads of the causal attention of queries [C, H, d] from the position on to keys
+    and values [h, T, d]: attended [C, H * d]."""
     columns, heads, width = queries.shape
     shared = heads // len(keys)
     scale = _ONE / math.sqrt(float32(width))
     weights = np.empty(position + columns, np.float32)
-    for column in range(columns):
-        length = position + column + 1
-        for head in range(heads):
-            query, key, value = queries[column, head], keys[head // shared], values[head // shared]
-            largest = _LEAST
+    out = np.empty(width, np.float32)
+    begin, end = share(heads, part)
+    for head in range(begin, end):
+        key, value = keys[head // shared], values[head // shared]
+        for column in range(columns):
+            length = position + column + 1
+            largest = LEAST
             for place in range(length):
                 alike = float32(0)
                 for index in range(width):
-                    alike += query[index] * key[place, index]
+                    alike += queries[column, head, index] * key[place, index]
                 weights[place] = alike * scale
                 largest = max(largest, weights[place])
             total = float32(0)
             for place in range(length):
-                weights[place] = _exp(weights[place] - largest)
+                weights[place] = exp(weights[place] - largest)
                 total += weights[place]
-            out = rows[column, 0, head * width : (head + 1) * width]
             out[:] = float32(0)
             for place in range(length):
-                weight = weights[place] / total
                 for index in range(width):
-                    out[index] += weight * value[place, index]
-        sizes[column] = _part(rows[column])
+                    out[index] += weights[place] * value[place, index]
+            for index in range(width):
+                attended[column, head * width + index] = out[index] / total
 
 
-@_compiled(int64(_VECTOR, int64[::1], float32, float32, float32, float64))
-def draw(logits, previous, penalty, top_p, temperature, number):
-    """The id that a number above 0, at most 1, draws from logits [V] (see `inference.sampling`)."""
-    scores = logits.copy()
-    for index in previous:  # those that repeat are changed once
-        score = logits[index]
-        scores[index] = score * penalty if score < 0 else score / penalty
-    largest = _LEAST
-    for index in range(len(scores)):
-        largest = max(largest, scores[index])
-    weights, total = np.empty_like(scores), float32(0)
-    for index in range(len(scores)):
-        weights[index] = _exp(scores[index] - largest)
-        total += weights[index]
-    # The least weight that stays: of those from it on, the sum is within top-p.
-    least, below = _ONE, float32(0)
-    for _ in range(_HALVINGS if top_p < _ONE else 0):
-        middle = (least + below) / float32(2)
-        above = float32(0)
-        for index in range(len(weights)):
-            above += weights[index] if weights[index] >= middle else float32(0)
-        if above <= top_p * total:
-            least = middle
-        else:
-            below = middle
-    total = float32(0)
-    for index in range(len(weights)):
-        stays = top_p >= _ONE or weights[index] >= least
-        weights[index] = _exp((scores[index] - largest) / temperature) if stays else float32(0)
-        total += weights[index]
-    passed, last = float64(0), 0
-    for index in range(len(weights)):
-        if weights[index] > 0:
-            passed, last = passed + float64(weights[index]), index
-            if passed >= number * float64(total):
-                break
-    return last
+@njit
+def _add(part, out, x, linear):
+    """A thread's rows of a product, added to x [C, D]."""
+    begin, end = share(x.shape[1], part)
+    _product(begin, end, *linear, out)
+    for column in range(len(x)):
+        for index in range(begin, end):
+            x[column, index] += out[column, index]
+
+
+@njit
+def _gate(part, out, hidden, linear):
+    """A thread's part of SwiGLU, hidden [C, F]: of gates, and of what they let through."""
+    width = hidden.shape[1]
+    begin, end = share(width, part)
+    _product(begin, end, *linear, out)
+    _product(width + begin, width + end, *linear, out)
+    for column in range(len(hidden)):
+        for index in range(begin, end):
+            hidden[column, index] = silu(out[column, index]) * out[column, width + index]
+
+
+def _stack(
+    place, size, sync, x, norms, eps, weights, scales, bias, cos, sin, keys, values, position,
+    queries, attended, hidden,
+):  # fmt: skip
+    """x [C, D] through all blocks, in place.
+
+    `norms` [L, 2, D]; `weights` and `scales` of wqkv, wo, w1 with w3, and w2 [L, N, K] and [L, N];
+    `bias` [L, N] of wqkv, or [L, 0]; `cos` and `sin` [C, d]; `keys` and `values` [L, h, T, d],
+    filled up to the position. What the threads share: `queries` [C, H, d], `attended` [C, H * d],
+    `hidden` [C, F].
+    """
+    part, columns = (place, size), len(x)
+    wqkv, wo, w13, w2 = weights
+    sizes = np.empty(columns, np.float32)
+    normed = _taken(columns, x.shape[1], wqkv)
+    heads = _taken(columns, attended.shape[1], wo)
+    gated = _taken(columns, hidden.shape[1], w2)
+    out = np.empty((columns, max(wqkv.shape[1], w13.shape[1])), np.float32)
+    for layer in range(len(wqkv)):
+        _take_normed(x, norms[layer, 0], eps, normed, sizes)
+        _heads(
+            part, out, bias[layer], cos, sin, queries, keys[layer], values[layer], position,
+            (wqkv[layer], scales[0][layer], normed, sizes),
+        )  # fmt: skip
+        meet(sync, size)
+        _attend(part, queries, keys[layer], values[layer], position, attended)
+        meet(sync, size)
+        for column in range(columns):
+            sizes[column] = _take(attended[column], heads[column])
+        _add(part, out, x, (wo[layer], scales[1][layer], heads, sizes))
+        meet(sync, size)
+        _take_normed(x, norms[layer, 1], eps, normed, sizes)
+        _gate(part, out, hidden, (w13[layer], scales[2][layer], normed, sizes))
+        meet(sync, size)
+        for column in range(columns):
+            sizes[column] = _take(hidden[column], gated[column])
+        _add(part, out, x, (w2[layer], scales[3][layer], gated, sizes))
+        meet(sync, size)
+
+
+def _head(place, size, sync, x, norm, eps, weights, scales, logits):
+    """The last norm and a product: x [C, D] -> logits [C, N]."""
+    sizes = np.empty(len(x), np.float32)
+    taken = _taken(len(x), x.shape[1], weights)
+    _take_normed(x, norm, eps, taken, sizes)
+    begin, end = share(len(weights), (place, size))
+    _product(begin, end, weights, scales, taken, sizes, logits)
+    meet(sync, size)
+
+
+@cache
+def stack_of(kind: np.dtype) -> Callable:
+    """`_stack` compiled for weights of a kind."""
+    linears = types.UniTuple(types.Array(from_dtype(kind), 3, "C"), 4)
+    return compiled(
+        int64, int64, _SYNC, _MATRIX, _CUBE, float32, linears, types.UniTuple(_MATRIX, 4), _MATRIX,
+        _MATRIX, _MATRIX, _CACHE, _CACHE, int64, _CUBE, _MATRIX, _MATRIX,
+    )(_stack)  # fmt: skip
+
+
+@cache
+def head_of(kind: np.dtype) -> Callable:
+    """`_head` compiled for weights of a kind."""
+    weights = types.Array(from_dtype(kind), 2, "C")
+    return compiled(
+        int64, int64, _SYNC, _MATRIX, _VECTOR, float32, weights, _VECTOR, _MATRIX
+    )(_head)  # fmt: skip

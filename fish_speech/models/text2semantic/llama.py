@@ -35,32 +35,30 @@ class KeyValueCache:
         """`shape` is (batch, key/value heads, size, head_dim)."""
         self.size = shape[2]
         self.length = 0
-        self._keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
-        self._values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+        self._keys, self._values = (
+            torch.empty(n_layer, *shape, device=device, dtype=dtype) for _ in range(2)
+        )
 
     def start_as(self, other: KeyValueCache, length: int) -> None:
         """Hold the first `length` columns of another cache, and nothing else."""
-        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
-            mine[:, :, :length] = theirs[:, :, :length]
+        self._keys[..., :length, :] = other._keys[..., :length, :]
+        self._values[..., :length, :] = other._values[..., :length, :]
         self.length = length
-
-    def _tensors(self) -> list[Tensor]:
-        return self._keys + self._values
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, heads, T, head_dim] behind `length`; returns all of the layer's so far."""
-        all_keys, all_values = self.room(layer, keys.shape[2])
+        all_keys, all_values = (all_layers[layer] for all_layers in self.room(keys.shape[2]))
         end = self.length + keys.shape[2]
         all_keys[:, :, self.length : end] = keys
         all_values[:, :, self.length : end] = values
         return all_keys[:, :, :end], all_values[:, :, :end]
 
-    def room(self, layer: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, heads, size, head_dim] of a layer, for columns behind `length`."""
+    def room(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [L, B, heads, size, head_dim] with room for columns behind `length`."""
         end = self.length + columns
         if end > self.size:  # some that write there check nothing
             raise IndexError(f"{end} columns, but the cache holds {self.size}")
-        return self._keys[layer], self._values[layer]
+        return self._keys, self._values
 
 
 class RMSNorm(nn.Module):
@@ -149,8 +147,21 @@ class TransformerBlock(nn.Module):
         return h + self.feed_forward(self.ffn_norm(h))
 
 
+class Head(nn.Module):
+    """The last norm, and rows of an output layer: [..., D] -> [..., N]."""
+
+    def __init__(self, norm: RMSNorm, weight: Tensor) -> None:
+        super().__init__()
+        self.norm, self._weight = norm, weight.to(norm.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self._weight)
+
+
 class DualARTransformer(nn.Module):
     """Fish Speech's language model. Parameter names are those of the published checkpoint."""
+
+    head_type = Head  # of what generates
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -6,30 +6,22 @@ import subprocess
 import sys
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fish_speech.devices import multiplies_int8
 from fish_speech.inference.generate import generate
 from fish_speech.inference.sampling import Sampling
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig, column, packed
 from fish_speech.models.text2semantic.llama import RMSNorm
-from fish_speech.models.text2semantic.packed import (
-    FloatLinear,
-    HalfLinear,
-    Int8Linear,
-    PackedBlock,
-    PackedNorm,
-    PortableInt8Linear,
-    pack,
-)
+from fish_speech.models.text2semantic.packed import PackedHead, PackedStack, Rows, pack
+from fish_speech.models.text2semantic.team import Team
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.skipif(not HalfLinear.is_native(), reason="no fbgemm in this torch")
 # How far a layer may be off, as a share of its output.
-KINDS = {FloatLinear: 1e-5, HalfLinear: 1e-3, Int8Linear: 0.01, PortableInt8Linear: 0.02}
+KINDS = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.int8: 0.015}
 
 
 def model_of(seed=0, n_local_heads=2, **sizes):
@@ -52,48 +44,73 @@ def model_of(seed=0, n_local_heads=2, **sizes):
     return model
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("columns", [1, 3, 200])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_layer_gives_nearly_the_same_for_few_columns_and_many(columns, bias, kind):
+def test_a_layer_gives_nearly_the_same(columns, dtype, native, monkeypatch):
+    if native and not multiplies_int8(torch.device("cpu")):
+        pytest.skip("no int8 instructions")
+    monkeypatch.setattr(packed, "multiplies_int8", lambda device: native)
     torch.manual_seed(0)
-    linear, x = nn.Linear(256, 96, bias=bias), torch.randn(2, columns, 256)
+    weight, x = torch.randn(96, 256).bfloat16().float(), torch.randn(2, columns, 256)
     x[:, ::2] *= 100  # a loud column does not spoil a quiet one
     x[..., 7] *= 30  # nor does a loud channel the others
-    wanted, got = linear(x), kind(linear)(x)
+    rows = Rows((3, 96, 256), dtype)
+    rows.fill(weight, 1)
+    wanted, got = F.linear(x, weight), rows.product(x, 1)
     assert got.shape == wanted.shape
     assert got.dtype == torch.float32
-    assert ((got - wanted).norm(dim=-1) < KINDS[kind] * wanted.norm(dim=-1)).all()
+    assert ((got - wanted).norm(dim=-1) < KINDS[dtype] * wanted.norm(dim=-1)).all()
 
 
-def test_int8_loses_what_its_weights_lose_and_no_more():
+@pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="no int8 instructions")
+def test_int8_loses_what_its_weights_lose_and_no_more(monkeypatch):
     torch.manual_seed(0)
-    linear, x = nn.Linear(512, 256, bias=False), torch.randn(1, 64, 512)
+    rows, x = Rows((1, 256, 512), torch.int8), torch.randn(64, 512)
     x[..., 3] *= 10
-    packed = Int8Linear(linear)
-    exact = copy.deepcopy(linear)
-    scale = exact.weight.data.abs().amax(1, keepdim=True) / 127
-    exact.weight.data.div_(scale).round_().mul_(scale)
-    got, rounded_weights, wanted = packed(x), exact(x), linear(x)
-    assert (got - rounded_weights).norm() < 0.1 * (rounded_weights - wanted).norm()
+    rows.fill(torch.randn(256, 512), 0)
+    got = rows.product(x, 0)
+    monkeypatch.setattr(packed, "multiplies_int8", lambda device: False)
+    wanted = rows.product(x, 0)
+    assert (got - wanted).norm() < 1e-4 * wanted.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("columns", [1, 3])
-def test_what_is_zero_stays_zero(kind, columns):
-    linear = nn.Linear(32, 4, bias=False)
-    assert not kind(linear)(torch.zeros(1, columns, 32)).any()
-    nn.init.zeros_(linear.weight)
-    assert not kind(linear)(torch.ones(1, columns, 32)).any()
-
-
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
-def test_a_packed_norm_is_the_norm(size):
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64,), (1, 2, 64), (2, 40, 64)])
+def test_a_packed_head_is_the_norm_and_the_output_layer(shape, dtype):
     torch.manual_seed(0)
-    norm = RMSNorm(64, 1e-6)
+    norm, weight = RMSNorm(64, 1e-6), torch.randn(50, 64).to(dtype)
     nn.init.normal_(norm.weight, 1.0, 0.5)
-    x = size * (torch.randn(2, 5, 64) + 3)  # its mean is not zero
-    torch.testing.assert_close(PackedNorm(norm)(x), norm(x), atol=1e-6, rtol=1e-5)
+    x = torch.randn(shape) + 3  # its mean is not zero
+    got = PackedHead(norm, weight)(x)
+    torch.testing.assert_close(got, F.linear(norm(x), weight.float()), atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_threads_that_share_the_work_give_what_one_gives(size, dtype, monkeypatch):
+    model = pack(model_of().bfloat16(), "int8" if dtype == torch.int8 else None)
+    made = []
+    for team in (Team(1), Team(size)):
+        monkeypatch.setattr("fish_speech.models.text2semantic.team.team_for", lambda _, t=team: t)
+        made.append(torch.stack(frames_of(model)))
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_what_is_zero_stays_zero(columns):
+    """In int8, where both have no scale."""
+    model = pack(model_of(), "int8")
+    x, rotary = torch.zeros(1, columns, 64), torch.ones(2, columns, 16)
+    assert not model.layers[0](x, rotary, None, model.new_cache(columns)).any()
+    model = model_of()
+    for block in model.layers:
+        nn.init.zeros_(block.feed_forward.w2.weight)
+        nn.init.zeros_(block.attention.wo.weight)
+    x = torch.randn(1, columns, 64)
+    assert torch.equal(pack(model, "int8").layers[0](x, rotary, None, model.new_cache(columns)), x)
 
 
 @torch.no_grad()
@@ -105,22 +122,18 @@ def test_a_packed_model_has_the_logits_of_the_model(bias, local_heads):
     tokens[:, 0, 8:] += model.semantic_begin_id
     wanted = model(tokens)
     packed = pack(copy.deepcopy(model))
-    assert all(isinstance(block, PackedBlock) for block in (*packed.layers, *packed.fast_layers))
+    assert all(isinstance(s, PackedStack) for s in (*packed.layers, *packed.fast_layers))
     got = packed(tokens)
     torch.testing.assert_close(got.token_logits, wanted.token_logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got.codebook_logits, wanted.codebook_logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("short", [0, 10, 1000])
 @pytest.mark.parametrize(
     ("dtype", "quantize"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8")]
 )
 @pytest.mark.parametrize(("bias", "local_heads"), [(False, 1), (True, 2), (False, 4)])
-def test_few_columns_at_a_time_are_as_all_at_once(
-    bias, local_heads, dtype, quantize, short, monkeypatch
-):
-    monkeypatch.setattr(packed, "_SHORT", short)
+def test_few_columns_at_a_time_are_as_all_at_once(bias, local_heads, dtype, quantize):
     model = model_of(n_local_heads=local_heads, **biases(bias))
     model = pack(model.to(getattr(torch, dtype)), quantize)
     tokens = torch.randint(0, 256, (1, 9, 20))
@@ -131,8 +144,7 @@ def test_few_columns_at_a_time_are_as_all_at_once(
     parts = [model.hidden_states(tokens[..., :5], cache=cache)]
     parts += [model.hidden_states(tokens[..., a:b], cache=cache) for a, b in pairwise(ends)]
     got = torch.cat(parts, 1)
-    # What is left after rounding in two parts is a hundredth of a hundredth.
-    most = 1e-3 if quantize else 1e-5
+    most = 2e-4 if quantize else 1e-5  # a step of 16 bits is small beside one of the weights' 8
     assert (got - wanted).norm() < most * wanted.norm()
     codes = torch.randn(1, 8, 64)
     wanted, cache = model.fast_logits(codes), model.new_fast_cache()
@@ -146,14 +158,12 @@ def biases(bias):
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 30.0, 1000.0])
 def test_the_gate_is_silu(size):
-    """To where e^x leaves the range of fp32, and for the vector's rest as for its whole part."""
+    """To where e^x leaves the range of fp32."""
     torch.manual_seed(0)
-    both = size * torch.randn(1, 2 * 1003)
-    gate, up = both.double().chunk(2, -1)
-    rows = np.empty((1, 1, 1003), np.float32)
-    column.gate(both.numpy()[None], np.ones(1, np.float32), rows)
-    wanted = F.silu(gate) * up
-    torch.testing.assert_close(torch.from_numpy(rows[0]).double(), wanted, atol=1e-30, rtol=1e-5)
+    x = size * torch.randn(1003)
+    got = [column.silu(value) for value in x.numpy()]
+    wanted = F.silu(x.double()).float()
+    torch.testing.assert_close(torch.tensor(got), wanted, atol=1e-30, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -168,14 +178,6 @@ def test_a_bf16_model_is_packed_to_about_its_own_exactness(quantize, most):
     as_exact = low.float()(tokens).token_logits  # the bf16 weights, multiplied in fp32
     error = (packed(tokens).token_logits - as_exact).norm()
     assert error < most * (unpacked - as_exact).norm() + 0.02 * wanted.norm() * bool(quantize)
-
-
-def test_without_the_kernels_int8_still_works(monkeypatch):
-    monkeypatch.setattr(HalfLinear, "is_native", staticmethod(lambda: False))
-    model = pack(model_of().bfloat16(), "int8")
-    assert isinstance(model.layers[0].wo, PortableInt8Linear)
-    assert pack(model_of()).layers[0].attention.wqkv.weight is not None  # nothing to pack with
-    assert len(frames_of(model)) == 5
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
@@ -204,7 +206,7 @@ def test_int8_is_refused_where_it_brings_nothing():
 @pytest.mark.slow
 def test_kept_kernels_that_are_broken_are_compiled_again(tmp_path):
     """As after a power cut or on a full disk."""
-    code = f"import {column.__name__}"
+    code = "import fish_speech.inference.draw"
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
