@@ -369,7 +369,7 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
     voice = TextToSpeech.from_pretrained(
         model_dir, device=device, dtype=dtype, quantize=args.quantize, compile=args.compile
     )
-    keep_freed_memory()  # not before: the gaps that packing weights leaves would be kept too
+    keep_freed_memory()
     return voice
 
 

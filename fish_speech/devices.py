@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,16 +109,25 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed, for the whole process; does nothing but on glibc.
 
     Large blocks otherwise go back to the kernel, which gives them again page by page, zeroed: a
-    tenth of a training step or of decoding on a CPU. Training and decoding peak where they did;
-    packing weights leaves some hundred megabytes of gaps.
+    tenth of a training step or of decoding on a CPU.
     """
-    import ctypes
-
     mmap_threshold, trim_threshold = -3, -1  # of malloc.h
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(library, "gnu_get_libc_version"):
+    if library := _glibc():
         library.mallopt(mmap_threshold, 1 << 30)
         library.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Return to the kernel what is free by now, where the C library is glibc."""
+    if library := _glibc():
+        library.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    import ctypes
+
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    return library if hasattr(library, "gnu_get_libc_version") else None
 
 
 def free_memory(device: torch.device) -> int:

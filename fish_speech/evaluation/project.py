@@ -34,8 +34,9 @@ from fish_speech.files import (
 )
 from fish_speech.hub import check_model_dir
 from fish_speech.inference import TextToSpeech
+from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
-from fish_speech.models.text2semantic.lora import add_lora, load_lora, remove_lora
+from fish_speech.models.text2semantic.lora import add_lora, load_lora, merge_lora
 from fish_speech.models.vqgan.codec import find_codec
 from fish_speech.preparation.extract import codecs_of_codes
 from fish_speech.preparation.transcribe import Journal
@@ -102,19 +103,10 @@ class Request:
 
 
 class AdaptedBase:
-    """A base model, loaded once, whose adapters are swapped; nothing is merged."""
+    """A base model and what checkpoints add to it: merged in memory, and not written."""
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.directory, self._device, self._dtype = directory, device, dtype
-
-    @cached_property
-    def _voice(self) -> TextToSpeech:
-        suit_threads(self.directory / MODEL_FILE)
-        voice = TextToSpeech.from_pretrained(
-            self.directory, device=self._device, dtype=self._dtype, adaptable=True
-        )
-        voice.forget_speakers()  # the project has its own
-        return voice
 
     @cached_property
     def model_digest(self) -> str:
@@ -122,9 +114,9 @@ class AdaptedBase:
 
     def candidates(self, checkpoints: Sequence[Checkpoint]) -> Iterator[Candidate]:
         """The base and its checkpoints."""
-        loaded_as = f"{self._device.type} {self._dtype}"
+        loaded_as = f"{self._device.type} {self._dtype} merged"
         base = f"{self.model_digest} {file_digest(find_codec(self.directory))} {loaded_as}"
-        yield Candidate("base", self.directory, base, self._plain, 0)
+        yield Candidate("base", self.directory, base, self._voice, 0)
         for checkpoint in checkpoints:
             yield Candidate(
                 checkpoint.path.stem,
@@ -134,18 +126,25 @@ class AdaptedBase:
                 checkpoint.step,
             )
 
-    def _plain(self) -> TextToSpeech:
-        remove_lora(self._voice.model)
-        return self._voice
+    def _voice(self, adapt: Callable[[DualARTransformer], None] | None = None) -> TextToSpeech:
+        suit_threads(self.directory / MODEL_FILE)
+        voice = TextToSpeech.from_pretrained(
+            self.directory, device=self._device, dtype=self._dtype, adapt=adapt
+        )
+        voice.forget_speakers()  # the project has its own
+        return voice
 
     def _adapted(self, checkpoint: Checkpoint) -> TextToSpeech:
         content = checkpoint.read()
         lora = recorded_lora(content["run"])
         check_fits(checkpoint, lora, self.model_digest, self.directory)
-        voice = self._plain()
-        add_lora(voice.model, lora)
-        load_lora(voice.model, content["state_dict"], checkpoint.path)
-        return voice
+
+        def adapt(model: DualARTransformer) -> None:
+            add_lora(model, lora)
+            load_lora(model, content["state_dict"], checkpoint.path)
+            merge_lora(model)
+
+        return self._voice(adapt)
 
 
 def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:

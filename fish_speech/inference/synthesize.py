@@ -6,7 +6,7 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -60,7 +60,7 @@ class Settings:
     max_new_tokens: int | None = None
     retries: int = 2
     context_tokens: int = 1024
-    drawing: int = field(default=3, init=False)
+    drawing: int = field(default=4, init=False)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -124,7 +124,7 @@ class TextToSpeech:
         dtype: torch.dtype | None = None,
         quantize: str | None = None,
         compile: bool = False,
-        adaptable: bool = False,
+        adapt: Callable[[DualARTransformer], None] | None = None,
     ) -> TextToSpeech:
         """Load a model directory. `device` "auto" is CUDA where there is one, else the CPU.
 
@@ -132,17 +132,21 @@ class TextToSpeech:
         `quantize` "int8" stores the weights of the language model's blocks in a byte each (CPU
         only; the others are then bfloat16 where `dtype` is None, and so is the codec's decoder
         where the CPU multiplies that natively): faster, about as exact as bfloat16. `compile`
-        compiles the model when it first speaks, unless it is quantized. `adaptable` leaves the
-        layers as adapters need them; on a CPU they are packed otherwise. Raises
+        compiles the model when it first speaks, unless it is quantized. `adapt` is given the model
+        as it was loaded, to change its weights (adapters must be merged into them). Raises
         `FileNotFoundError` or `ValueError` that says what is wrong.
         """
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize is {quantize!r}; 'int8' and None are known")
         check_model_dir(directory)
         device = resolve_device(str(device))
+        if device.type == "cpu":
+            from fish_speech.inference import draw  # noqa: F401 (compiled now, not while it speaks)
         usual = torch.bfloat16 if quantize else resolve_precision("auto", device)
         model = load_model(directory, device, dtype or usual)
-        if quantize or not (adaptable or compile):
+        if adapt is not None:
+            adapt(model)
+        if quantize or not compile:
             model = pack(model, quantize)
         low = quantize is not None and multiplies_bf16(device)
         if compile and not quantize:
@@ -151,7 +155,7 @@ class TextToSpeech:
             model,
             load_codec(directory, device, torch.bfloat16 if low else torch.float32),
             FishTokenizer.from_pretrained(directory),
-            adaptable=adaptable,
+            adaptable=False,
         )
 
     @property

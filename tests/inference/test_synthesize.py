@@ -4,6 +4,7 @@ import gc
 import logging
 import shutil
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from fish_speech.audio import save_audio
 from fish_speech.conversation import Utterance
 from fish_speech.inference import Settings, TextToSpeech
-from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
+from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, merge_lora
 from fish_speech.text import split_text
 from fish_speech.tokenizer import FishTokenizer
 from tests.random_voice import make_voice
@@ -381,11 +382,21 @@ def test_int8_decodes_in_bf16_where_the_cpu_multiplies_it_and_else_exactly(
         torch.testing.assert_close(waveform, exact, atol=0.02, rtol=0)
 
 
-def test_adapters_can_be_added_to_a_voice_that_is_asked_to_be_adaptable(voice_dir):
-    tts = TextToSpeech.from_pretrained(
-        voice_dir, device="cpu", dtype=torch.bfloat16, adaptable=True
-    )
+def test_what_is_added_to_the_weights_of_a_voice_is_spoken_with(voice_dir):
     options = {"seed": 3, "max_new_tokens": 4, "retries": 0}
-    plain = tts.synthesize(HELLO, **options)
-    add_lora(tts.model, LoRAConfig())  # fresh ones change nothing
-    assert torch.equal(tts.synthesize(HELLO, **options), plain)
+
+    def spoken(adapt=None):
+        voice = TextToSpeech.from_pretrained(voice_dir, device="cpu", adapt=adapt)
+        return voice.synthesize(HELLO, **options)
+
+    def merged(size, model):
+        add_lora(model, LoRAConfig())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("lora_B"):
+                    parameter += size
+        merge_lora(model)
+
+    plain = spoken()
+    assert torch.equal(spoken(partial(merged, 0.0)), plain)
+    assert not torch.equal(spoken(partial(merged, 0.5)), plain)

@@ -14,7 +14,9 @@ import math
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from llvmlite import ir
@@ -31,22 +33,33 @@ _INLINE = {"inline": "always", "error_model": "numpy"}
 _TILE = 16  # rows, which stay in a core's cache while columns pass
 
 
-def compiled(*takes, gives=types.void):
-    """Compiled once, and kept for the next time where that can be written."""
+def compiled(*takes, gives=types.void, kind=""):
+    """Compiled once, and kept for the next time where that can be written.
+
+    What numba keeps it renews when the function's own file changes. So the name says of what
+    content of this file, from which others take functions, and for what `kind` of weights it is.
+    """
+    content = crc32(Path(__file__).read_bytes())
 
     def compile_function(function):
         options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
-        try:
-            return njit(gives(*takes), cache=True, **options)(function)
-        except Exception:  # no folder to keep it in, no room there, or what is there is broken
-            return njit(gives(*takes), **options)(function)
+        name = function.__qualname__
+        for attempt in ("", "_again"):  # the second where what is kept is broken
+            try:
+                function.__qualname__ = f"{name}_{kind}_{content:08x}{attempt}"
+                return njit(gives(*takes), cache=True, **options)(function)
+            except Exception:  # that, or no folder to keep it in, or no room there
+                continue
+            finally:
+                function.__qualname__ = name
+        return njit(gives(*takes), **options)(function)
 
     return compile_function
 
 
 # Places in `sync`, each on a cache line of its own: how many have come, how often all have, and
 # whether nobody may wait any longer.
-_COME, _TURN, OVER = 0, 16, 32
+_COME, _ROUND, OVER = 0, 16, 32
 SYNC_SIZE = 48
 _SPINS = 2000  # looks, some microseconds, before the processor is offered to others
 
@@ -81,13 +94,13 @@ def meet(sync, size):
     """Wait until all threads are here; what each wrote before, all may read after."""
     if size == 1:
         return
-    turn = _load(sync, _TURN, 0)
+    now = _load(sync, _ROUND, 0)
     if _count(sync, _COME, 1) == size - 1:
         _exchange(sync, _COME, 0)
-        _count(sync, _TURN, 1)
+        _count(sync, _ROUND, 1)
         return
     looks = 0
-    while _load(sync, _TURN, 0) == turn and _load(sync, OVER, 0) == 0:
+    while _load(sync, _ROUND, 0) == now and _load(sync, OVER, 0) == 0:
         looks += 1
         if looks > _SPINS:
             _yield()
@@ -321,7 +334,8 @@ def _stack(
     normed = _taken(columns, x.shape[1], wqkv)
     heads = _taken(columns, attended.shape[1], wo)
     gated = _taken(columns, hidden.shape[1], w2)
-    out = np.empty((columns, max(wqkv.shape[1], w13.shape[1])), np.float32)
+    widest = max(wqkv.shape[1], w13.shape[1], x.shape[1])
+    out = np.empty((columns, widest), np.float32)
     for layer in range(len(wqkv)):
         _take_normed(x, norms[layer, 0], eps, normed, sizes)
         _heads(
@@ -360,7 +374,7 @@ def stack_of(kind: np.dtype) -> Callable:
     linears = types.UniTuple(types.Array(from_dtype(kind), 3, "C"), 4)
     return compiled(
         int64, int64, _SYNC, _MATRIX, _CUBE, float32, linears, types.UniTuple(_MATRIX, 4), _MATRIX,
-        _MATRIX, _MATRIX, _CACHE, _CACHE, int64, _CUBE, _MATRIX, _MATRIX,
+        _MATRIX, _MATRIX, _CACHE, _CACHE, int64, _CUBE, _MATRIX, _MATRIX, kind=kind.name,
     )(_stack)  # fmt: skip
 
 
@@ -369,5 +383,6 @@ def head_of(kind: np.dtype) -> Callable:
     """`_head` compiled for weights of a kind."""
     weights = types.Array(from_dtype(kind), 2, "C")
     return compiled(
-        int64, int64, _SYNC, _MATRIX, _VECTOR, float32, weights, _VECTOR, _MATRIX
+        int64, int64, _SYNC, _MATRIX, _VECTOR, float32, weights, _VECTOR, _MATRIX,
+        kind=kind.name,
     )(_head)  # fmt: skip

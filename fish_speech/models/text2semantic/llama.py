@@ -35,30 +35,33 @@ class KeyValueCache:
         """`shape` is (batch, key/value heads, size, head_dim)."""
         self.size = shape[2]
         self.length = 0
+        # A tensor for each layer: a compiler copies all of what it writes a part of.
         self._keys, self._values = (
-            torch.empty(n_layer, *shape, device=device, dtype=dtype) for _ in range(2)
+            [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+            for _ in range(2)
         )
 
     def start_as(self, other: KeyValueCache, length: int) -> None:
         """Hold the first `length` columns of another cache, and nothing else."""
-        self._keys[..., :length, :] = other._keys[..., :length, :]
-        self._values[..., :length, :] = other._values[..., :length, :]
+        mine, theirs = (cache._keys + cache._values for cache in (self, other))
+        for to, source in zip(mine, theirs, strict=True):
+            to[:, :, :length] = source[:, :, :length]
         self.length = length
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, heads, T, head_dim] behind `length`; returns all of the layer's so far."""
-        all_keys, all_values = (all_layers[layer] for all_layers in self.room(keys.shape[2]))
-        end = self.length + keys.shape[2]
+        end = self.end(keys.shape[2])
+        all_keys, all_values = self._keys[layer], self._values[layer]
         all_keys[:, :, self.length : end] = keys
         all_values[:, :, self.length : end] = values
         return all_keys[:, :, :end], all_values[:, :, :end]
 
-    def room(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [L, B, heads, size, head_dim] with room for columns behind `length`."""
+    def end(self, columns: int) -> int:
+        """Where so many columns behind `length` would end. Raises `IndexError` beyond `size`."""
         end = self.length + columns
         if end > self.size:  # some that write there check nothing
             raise IndexError(f"{end} columns, but the cache holds {self.size}")
-        return self._keys, self._values
+        return end
 
 
 class RMSNorm(nn.Module):
@@ -161,7 +164,7 @@ class Head(nn.Module):
 class DualARTransformer(nn.Module):
     """Fish Speech's language model. Parameter names are those of the published checkpoint."""
 
-    head_type = Head  # of what generates
+    head_type, cache_type = Head, KeyValueCache  # of what generates
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -299,13 +302,13 @@ class DualARTransformer(nn.Module):
         """A cache for `size` columns of the slow transformer."""
         c = self.config
         shape = (batch, c.n_local_heads, size, c.head_dim)
-        return KeyValueCache(c.n_layer, shape, device=self.device, dtype=self.dtype)
+        return self.cache_type(c.n_layer, shape, device=self.device, dtype=self.dtype)
 
     def new_fast_cache(self, batch: int = 1) -> KeyValueCache:
         """A cache for one frame; set its `length` to 0 to use it for the next."""
         c = self.config
         shape = (batch, c.fast_n_local_heads, c.num_codebooks, c.fast_head_dim)
-        return KeyValueCache(c.n_fast_layer, shape, device=self.device, dtype=self.dtype)
+        return self.cache_type(c.n_fast_layer, shape, device=self.device, dtype=self.dtype)
 
     def _run(
         self,

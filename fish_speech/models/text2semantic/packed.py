@@ -2,20 +2,21 @@
 
 There a frame costs reading every weight once, so fewer bytes are faster. Activations are fp32
 whatever the weights are: they cost nothing, and casting them does. What is done to one or a few
-columns is compiled (`column.py`, imported only where it is needed: importing compiles).
+columns is compiled (`column.py`, imported only where it is needed, since numba takes a while).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fish_speech.devices import multiplies_int8
+from fish_speech.devices import give_back_freed_memory, multiplies_int8
 from fish_speech.models.text2semantic.llama import (
     DualARTransformer,
-    Head,
     KeyValueCache,
     RMSNorm,
     TransformerBlock,
@@ -54,7 +55,7 @@ class Rows:
         return out.mul_(scales).unflatten(0, x.shape[:-1])
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same memory as `column.stack` takes it."""
+        """The same memory as NumPy has it, bf16 as its bits."""
         bits = self.weights.dtype == torch.bfloat16
         weights = self.weights.view(torch.uint16) if bits else self.weights
         return weights.numpy(), self.scales.numpy()
@@ -101,7 +102,7 @@ class PackedStack(nn.Module):
         self._compiled = column.stack_of(weights[0].dtype)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: StackedCache | None
     ) -> Tensor:  # [B, T, D]
         if cache is not None and len(x) == 1 and x.shape[1] <= _FEW:
             return self._few(x, rotary, cache)
@@ -117,32 +118,42 @@ class PackedStack(nn.Module):
     def _norm(self, x: Tensor, layer: int, which: int) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self._norms[layer, which], self._eps)
 
-    def _few(self, x: Tensor, rotary: Tensor, cache: KeyValueCache) -> Tensor:
+    def _few(self, x: Tensor, rotary: Tensor, cache: StackedCache) -> Tensor:
         """The same for one or a few columns behind those in the cache."""
         from fish_speech.models.text2semantic.team import team_for
 
         attention, (_, columns, _) = self._attention[0], x.shape
-        keys, values = cache.room(columns)
+        cache.end(columns)  # which must be within it
         heads = (columns, attention.n_head, attention.head_dim)
         queries, width = np.empty(heads, np.float32), self._rows[3].weights.shape[-1]
         attended = np.empty((columns, heads[1] * heads[2]), np.float32)
         hidden = np.empty((columns, width), np.float32)
         x = x.clone(memory_format=torch.contiguous_format)
         team_for(self._bytes).run(
-            self._compiled, x[0].numpy(), *self._arrays, *rotary.numpy(), keys[:, 0].numpy(),
-            values[:, 0].numpy(), cache.length, queries, attended, hidden,
+            self._compiled, x[0].numpy(), *self._arrays, *rotary.numpy(), cache.keys[:, 0].numpy(),
+            cache.values[:, 0].numpy(), cache.length, queries, attended, hidden,
         )  # fmt: skip
         return x
 
 
-class PackedHead(Head):
-    """The last norm and an output layer, whose weights stay in the precision that they have."""
+class StackedCache(KeyValueCache):
+    """One whose layers lie one behind the other: `keys` and `values` [L, B, heads, size, d]."""
+
+    def __init__(self, n_layer: int, shape: tuple[int, int, int, int], **kind: Any) -> None:
+        super().__init__(0, shape, **kind)
+        self.keys, self.values = (torch.empty(n_layer, *shape, **kind) for _ in range(2))
+        self._keys, self._values = list(self.keys), list(self.values)
+
+
+class PackedHead(nn.Module):
+    """`llama.Head`, whose weights stay in the precision that they have."""
 
     def __init__(self, norm: RMSNorm, weight: Tensor) -> None:
         from fish_speech.models.text2semantic import column
 
-        super().__init__(norm, weight)
-        self._rows = Rows((1, *weight.shape), weight.dtype)
+        super().__init__()
+        self.norm = norm
+        self._rows = Rows((1, *weight.shape), _packed_dtype(weight.dtype))
         self._rows.fill(weight, 0)
         weights, scales = self._rows.arrays()
         self._arrays = (norm.weight.float().numpy(), norm.eps, weights[0], scales[0])
@@ -155,7 +166,7 @@ class PackedHead(Head):
         from fish_speech.models.text2semantic.team import team_for
 
         logits = np.empty((columns, len(self._arrays[-1])), np.float32)
-        rows, team = x.reshape(columns, -1), team_for(self._arrays[2].nbytes)
+        rows, team = x.detach().reshape(columns, -1).contiguous(), team_for(self._arrays[2].nbytes)
         team.run(self._compiled, rows.numpy(), *self._arrays, logits)
         return torch.from_numpy(logits).view(*x.shape[:-1], -1)
 
@@ -175,9 +186,9 @@ class WideEmbedding(nn.Module):
 def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransformer:
     """Make a model on a CPU faster, in place: for speaking, no adapters can be added any more.
 
-    Weights stay in the precision that they have, those of the blocks with `quantize` "int8" in a
-    byte each; activations are fp32. Returns the model, unchanged where it is not on a CPU. Raises
-    `ValueError` where `quantize` is asked for on another device.
+    Weights stay in the precision that they have (fp16 as fp32), those of the blocks with
+    `quantize` "int8" in a byte each; activations are fp32. Returns the model, unchanged where it is
+    not on a CPU. Raises `ValueError` where `quantize` is asked for on another device.
     """
     if model.device.type != "cpu":
         if quantize is not None:
@@ -185,17 +196,23 @@ def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransfo
                 f"int8 is for the CPU, not for {model.device.type}; leave it out there"
             )
         return model
-    dtype = torch.int8 if quantize else model.dtype
+    dtype = torch.int8 if quantize else _packed_dtype(model.dtype)
     for module in (model.norm, model.fast_norm, model.fast_project_in):
         module.float().requires_grad_(False)
     model.layers = nn.ModuleList([PackedStack(model.layers, dtype)])
     model.fast_layers = nn.ModuleList([PackedStack(model.fast_layers, dtype)])
-    model.head_type = PackedHead
+    model.head_type, model.cache_type = PackedHead, StackedCache
     norm, weight = model.fast_norm, model.fast_output.weight
     model.fast_norm, model.fast_output = nn.Identity(), PackedHead(norm, weight)
     for name in ("embeddings", "codebook_embeddings", "fast_embeddings"):
         setattr(model, name, WideEmbedding(getattr(model, name)))
+    give_back_freed_memory()  # the gaps between the layers
     return model
+
+
+def _packed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What holds all values of another and is read as it is."""
+    return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
 
 
 def _matrices(block: TransformerBlock) -> list[Tensor]:

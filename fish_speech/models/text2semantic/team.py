@@ -17,43 +17,53 @@ _WORTH_SHARING = 1 << 21  # bytes; of fewer, another thread has only just woken 
 
 
 class Team:
-    """`size` threads, of which the one that calls `run` is the first."""
+    """`size` threads, of which the one that calls `run` is the first; begun when first needed."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._sync = np.zeros(SYNC_SIZE, np.int64)
         self._lock = threading.Lock()
-        self._tasks: list[SimpleQueue] = [SimpleQueue() for _ in range(size - 1)]
-        for place, tasks in enumerate(self._tasks, start=1):
-            threading.Thread(target=_serve, args=(place, size, tasks), daemon=True).start()
+        self._tasks: list[SimpleQueue] = []
+        self._failure: BaseException | None = None
 
     def run(self, function: Callable, *args: Any) -> None:
         """Call a compiled `function(place, size, sync, *args)` in every thread.
 
         It has to release the GIL, and to end with `meet`.
         """
+        if self.size == 1:  # which any number of callers may be at once
+            function(0, 1, self._sync, *args)
+            return
         with self._lock:
+            self._begin()
             sync = self._sync
             try:
                 for tasks in self._tasks:
                     tasks.put((function, sync, args))
                 function(0, self.size, sync, *args)
                 if sync[OVER]:
-                    raise MemoryError("no memory for a frame of speech")
+                    raise self._failure
             except BaseException:  # Ctrl+C before all were called: nobody waits for the others
                 sync[OVER] = 1
                 self._sync = np.zeros(SYNC_SIZE, np.int64)
                 raise
 
+    def _begin(self) -> None:
+        while len(self._tasks) < self.size - 1:
+            tasks = SimpleQueue()
+            place = len(self._tasks) + 1
+            threading.Thread(target=self._serve, args=(place, tasks), daemon=True).start()
+            self._tasks.append(tasks)
 
-def _serve(place: int, size: int, tasks: SimpleQueue) -> None:
-    while True:
-        function, sync, args = tasks.get()
-        try:
-            function(place, size, sync, *args)
-        except BaseException:  # of memory there is none; the caller says so
-            sync[OVER] = 1
-        del function, sync, args  # a model's weights, which may be gone before the next task
+    def _serve(self, place: int, tasks: SimpleQueue) -> None:
+        while True:
+            function, sync, args = tasks.get()
+            try:
+                function(place, self.size, sync, *args)
+            except BaseException as error:  # no memory, say; the caller raises it
+                self._failure = error
+                sync[OVER] = 1
+            del function, sync, args  # a model's weights, which may be gone before the next task
 
 
 _alone = Team(1)
@@ -62,9 +72,7 @@ _teams: dict[tuple[int, int], Team] = {}  # of a process, which a fork leaves wi
 
 def team_for(work: int) -> Team:
     """Who does what reads `work` bytes: this thread alone, or as many as torch would take."""
-    if work < _WORTH_SHARING:
+    size = torch.get_num_threads()
+    if work < _WORTH_SHARING or size == 1:
         return _alone
-    key = os.getpid(), torch.get_num_threads()
-    if key not in _teams:
-        _teams[key] = Team(key[1])
-    return _teams[key]
+    return _teams.setdefault((os.getpid(), size), Team(size))

@@ -25,16 +25,8 @@ KINDS = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.int8: 0.015}
 
 
 def model_of(seed=0, n_local_heads=2, **sizes):
-    config = ModelConfig(
-        vocab_size=1300,
-        dim=64,
-        n_layer=3,
-        n_head=4,
-        n_local_heads=n_local_heads,
-        head_dim=16,
-        n_fast_layer=2,
-        **sizes,
-    )
+    usual = {"dim": 64, "head_dim": 16, "n_layer": 3, "n_head": 4, "n_fast_layer": 2}
+    config = ModelConfig(vocab_size=1300, n_local_heads=n_local_heads, **(usual | sizes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DualARTransformer(config).eval()
@@ -164,6 +156,33 @@ def test_the_gate_is_silu(size):
     got = [column.silu(value) for value in x.numpy()]
     wanted = F.silu(x.double()).float()
     torch.testing.assert_close(torch.tensor(got), wanted, atol=1e-30, rtol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"dim": 96, "head_dim": 6, "intermediate_size": 7},  # wider than all between
+        {"dim": 33, "head_dim": 10, "intermediate_size": 101},
+        {"dim": 16, "head_dim": 32, "intermediate_size": 48},
+    ],
+)
+def test_odd_sizes_are_as_good_as_others(sizes, quantize):
+    model = pack(model_of(n_local_heads=1, **sizes), quantize)
+    tokens = torch.randint(0, 256, (1, 9, 12))
+    wanted, cache = model.hidden_states(tokens), model.new_cache(12)
+    got = torch.cat(
+        [model.hidden_states(tokens[..., t : t + 2], cache=cache) for t in range(0, 12, 2)], 1
+    )
+    assert (got - wanted).norm() < (1e-3 if quantize else 1e-5) * wanted.norm()
+
+
+@torch.inference_mode()
+def test_fp16_is_packed_as_fp32_which_holds_it():
+    model = model_of().half()
+    got, wanted = frames_of(pack(copy.deepcopy(model))), frames_of(pack(model.float()))
+    assert torch.equal(torch.stack(got), torch.stack(wanted))
 
 
 @torch.no_grad()
