@@ -73,20 +73,20 @@ def multiplies_bf16(device: torch.device) -> bool:
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    has = torch.cpu.get_capabilities()
-    instructions = ("avx512_bf16", "amx_bf16", "bf16")  # the last on ARM
-    library = torch.backends.mkldnn.is_available()
-    return device.type == "cpu" and library and any(map(has.get, instructions))
+    return device.type == "cpu" and _has_any("avx512_bf16", "amx_bf16", "bf16")  # the last on ARM
 
 
 def multiplies_int8(device: torch.device) -> bool:
     """The same of int8, whose sums are not exact either without such instructions."""
+    return device.type == "cpu" and _has_any("avx512_vnni", "avx_vnni", "amx_int8")
+
+
+def _has_any(*instructions: str) -> bool:
+    """Whether the CPU has one of these, and torch the library that uses them."""
     import torch
 
     has = torch.cpu.get_capabilities()
-    instructions = ("avx512_vnni", "avx_vnni", "amx_int8")
-    library = torch.backends.mkldnn.is_available()
-    return device.type == "cpu" and library and any(map(has.get, instructions))
+    return torch.backends.mkldnn.is_available() and any(map(has.get, instructions))
 
 
 def set_threads(count: int) -> None:

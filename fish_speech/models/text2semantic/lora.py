@@ -180,15 +180,9 @@ def adapted_targets(adapters: dict[str, Tensor]) -> tuple[str, ...]:
 
 def merge_lora(model: nn.Module) -> None:
     """Add the adapters to the base weights, in fp32, and make the modules plain again."""
-    for _, module in lora_modules(model):
+    for name, module in list(lora_modules(model)):
         merged = (module.weight.float() + module.update()).to(module.weight.dtype)
         module.weight = nn.Parameter(merged, requires_grad=False)
-    remove_lora(model)
-
-
-def remove_lora(model: nn.Module) -> None:
-    """Make the modules plain again, around the weights that they have: the base as it was."""
-    for name, module in list(lora_modules(model)):
         parent_name, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child, module.plain())
 

@@ -75,4 +75,5 @@ def team_for(work: int) -> Team:
     size = torch.get_num_threads()
     if work < _WORTH_SHARING or size == 1:
         return _alone
-    return _teams.setdefault((os.getpid(), size), Team(size))
+    key = os.getpid(), size
+    return _teams.get(key) or _teams.setdefault(key, Team(size))  # one, for callers at once too
