@@ -150,8 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     machine.add_argument(
         "--compile",
-        action="store_true",
-        help="compile the model first, a minute: for long texts on CUDA (no gain on a CPU)",
+        action=argparse.BooleanOptionalAction,
+        help="each frame as one CUDA graph, compiled once and kept (default: where CUDA is)",
     )
     machine.add_argument(
         "--threads",
@@ -362,12 +362,13 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
     if args.threads is None:
         suit_threads(model_dir / "model.pth")
     device, dtype = machine_of(args)
-    if args.compile and args.quantize:
-        say("--compile brings nothing to --quantize int8: left out")
-    elif args.compile:
-        say("Compiling: the first sentence takes about a minute longer")
+    compiles = args.compile if device.type == "cuda" else None
+    if args.compile and not compiles:
+        say("--compile is for CUDA: left out")
+    elif device.type == "cuda" and compiles is not False:
+        say("Compiling (some seconds, the first time)")
     voice = TextToSpeech.from_pretrained(
-        model_dir, device=device, dtype=dtype, quantize=args.quantize, compile=args.compile
+        model_dir, device=device, dtype=dtype, quantize=args.quantize, compile=compiles
     )
     keep_freed_memory()
     return voice

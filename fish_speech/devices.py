@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 _SMALL_MODEL = 100_000_000  # bytes of weights
+_LEAST_CAPABILITY = (7, 0)  # of a CUDA card, for Triton
 _ASSUMED_MEMORY = 4 << 30  # bytes, where the system does not say
 
 
@@ -87,6 +89,27 @@ def _has_any(*instructions: str) -> bool:
 
     has = torch.cpu.get_capabilities()
     return torch.backends.mkldnn.is_available() and any(map(has.get, instructions))
+
+
+@cache
+def compile_problem(device: torch.device) -> str | None:
+    """Why Triton can't compile kernels for a device, in a line; None where it can."""
+    import torch
+
+    if device.type != "cuda":
+        return f"Triton is not for {device.type}"
+    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return "the card is too old for Triton"
+    try:
+        from triton.runtime import driver
+
+        driver.active  # noqa: B018 (builds what Triton needs in C)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return (
+            f"{reason}; on Linux Triton needs a C compiler and Python's headers: gcc, python3-dev"
+        )
+    return None
 
 
 def set_threads(count: int) -> None:

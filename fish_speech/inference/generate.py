@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fish_speech.inference.sampling import Sampling, sample
 from fish_speech.models.text2semantic import DualARTransformer
@@ -21,7 +21,7 @@ class Past:
 
     def __init__(self, model: DualARTransformer) -> None:
         self._model = model
-        self._cache = model.new_cache(0)
+        self.cache = model.new_cache(0)
         self._columns = torch.zeros(model.config.num_codebooks + 1, 0, dtype=torch.long)
         self._made: list[Tensor] = []  # [K+1] each, behind those
 
@@ -29,19 +29,24 @@ class Past:
     def read(self, prompt: Tensor, room: int = 0) -> Tensor:
         """Hidden state [D] of the last column of prompt [K+1, T]; `room` columns may follow it."""
         known = min(self._alike(prompt), prompt.shape[1] - 1)
-        if self._cache.size < prompt.shape[1] + room:
-            before = self._cache
-            self._cache = self._model.new_cache(prompt.shape[1] + room)
-            self._cache.start_as(before, known)
-        self._cache.length = known
+        if self.cache.size < prompt.shape[1] + room:
+            before = self.cache
+            self.cache = self._model.new_cache(prompt.shape[1] + room)
+            self.cache.start_as(before, known)
+        self.cache.length = known
         self._columns, self._made = prompt, []
         rest = prompt[None, :, known:].to(self._model.device)
-        return self._model.hidden_states(rest, cache=self._cache)[0, -1]
+        return self._model.hidden_states(rest, cache=self.cache)[0, -1]
 
     def make(self, column: Tensor) -> Tensor:
         """Hidden state [D] of one more column [K+1], on the model's device."""
         self._made.append(column)
-        return self._model.hidden_states(column[None, :, None], cache=self._cache)[0, -1]
+        return self._model.hidden_states(column[None, :, None], cache=self.cache)[0, -1]
+
+    def add(self, column: Tensor) -> None:
+        """Count one more column [K+1] that was written into the cache."""
+        self._made.append(column)
+        self.cache.length += 1
 
     def holds(self, prompt: Tensor) -> bool:
         """Whether it is of this prompt [K+1, T] and nothing else."""
@@ -50,8 +55,8 @@ class Past:
     @torch.inference_mode()
     def copy(self) -> Past:
         past = Past(self._model)
-        past._cache = self._model.new_cache(self._cache.length)
-        past._cache.start_as(self._cache, self._cache.length)
+        past.cache = self._model.new_cache(self.cache.length)
+        past.cache.start_as(self.cache, self.cache.length)
         past._columns, past._made = self._columns, list(self._made)
         return past
 
@@ -90,28 +95,78 @@ def generate(
             "use a shorter text or reference"
         )
     frames = min(max_new_tokens, room)
-    decoder = _FrameDecoder(model, im_end_id, sampling, generator)
     past = past or Past(model)
     hidden = past.read(prompt, frames)
-    for made in range(1, frames + 1):
-        codes = decoder.decode(hidden)
+    if model.frame_graphs is None:
+        made = _one_by_one(model, past, hidden, frames, im_end_id, sampling, generator)
+    else:
+        made = _by_graph(model, past, hidden, frames, sampling, generator)
+    for codes in made:
         if codes is None:
             return True
         yield codes
-        if made < frames:
-            hidden = past.make(torch.cat([codes[:1] + model.semantic_begin_id, codes]))
     return False
 
 
-def compile_steps(model: DualARTransformer) -> None:
-    """Compile both transformers for generation; the first prompt then takes a minute longer.
+def _one_by_one(
+    model: DualARTransformer,
+    past: Past,
+    hidden: Tensor,
+    frames: int,
+    im_end_id: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor | None]:
+    """Codes [K] of at most so many frames behind a hidden state [D]; None at the end of speech."""
+    decoder = _FrameDecoder(model, im_end_id, sampling, generator)
+    for made in range(1, frames + 1):
+        codes = decoder.decode(hidden)
+        yield codes
+        if codes is None:
+            return
+        if made < frames:
+            hidden = past.make(_column(model, codes))
 
-    Saves the launches of small kernels on a GPU. On a CPU, where it needs a C++ compiler, it was
-    measured to gain nothing.
-    """
-    # One graph for every length of the cache, so that no later frame is compiled anew.
-    model.hidden_states = torch.compile(model.hidden_states, dynamic=True)
-    model.fast_logits = torch.compile(model.fast_logits, dynamic=True)
+
+def _by_graph(
+    model: DualARTransformer,
+    past: Past,
+    hidden: Tensor,
+    frames: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor | None]:
+    """The same from a graph, on the CPU: each frame while the next is being made."""
+    with model.frame_graphs.one(sampling.window) as graph:
+        for codes in graph.frames(past.cache, hidden, frames, sampling, generator):
+            if codes is not None:
+                past.add(_column(model, codes))
+            yield codes
+
+
+def _column(model: DualARTransformer, codes: Tensor) -> Tensor:
+    """A frame's codes [K] as the slow transformer reads them [K+1]."""
+    return torch.cat([codes[:1] + model.semantic_begin_id, codes])
+
+
+def row_0_head(model: DualARTransformer, im_end_id: int) -> nn.Module:
+    """Row 0's logits, [D] -> [1 + C]: only `<|im_end|>` or a semantic token may be drawn there, so
+    only those rows of the output layer are ever computed."""
+    begin = model.semantic_begin_id
+    rows = torch.arange(begin - 1, begin + model.config.codebook_size, device=model.device)
+    rows[0] = im_end_id
+    output = model.embeddings if model.config.tie_word_embeddings else model.output
+    return model.head_type(model.norm, weight_rows(output, rows))
+
+
+@torch.inference_mode()
+def use_graphs(model: DualARTransformer, im_end_id: int) -> None:
+    """Make every frame one CUDA graph from now on, where nothing is in the way of compiling it."""
+    from fish_speech.inference.graph import FrameGraphs
+
+    graphs = FrameGraphs(model, row_0_head(model, im_end_id))
+    with graphs.one(Sampling.window):
+        model.frame_graphs = graphs
 
 
 class Take:
@@ -146,11 +201,7 @@ class Take:
 
 
 class _FrameDecoder:
-    """Samples the frame that follows a hidden state of the slow transformer.
-
-    Row 0 may only be `<|im_end|>` or a semantic token, so only those rows of the output layer are
-    ever computed.
-    """
+    """Samples the frame that follows a hidden state of the slow transformer."""
 
     def __init__(
         self,
@@ -159,13 +210,8 @@ class _FrameDecoder:
         sampling: Sampling,
         generator: torch.Generator | None,
     ) -> None:
-        config = model.config
         self.model, self.sampling, self.generator = model, sampling, generator
-        begin = model.semantic_begin_id
-        rows = torch.arange(begin - 1, begin + config.codebook_size, device=model.device)
-        rows[0] = im_end_id
-        output = model.embeddings if config.tie_word_embeddings else model.output
-        self.head = model.head_type(model.norm, weight_rows(output, rows))  # [D] -> [1 + C]
+        self.head = row_0_head(model, im_end_id)
         self.cache = model.new_fast_cache()
         # Of the last frames: row 0's sampled row, then the codes. None before the first frame,
         # which the reference never remembers; its penalty, and so its speech, depends on that.

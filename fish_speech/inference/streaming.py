@@ -39,7 +39,8 @@ def decode_stream(codec: Codec, frames: Iterable[Tensor]) -> Iterator[tuple[Tens
 
 def _decode(codec: Codec, frames: list[Tensor], memory: Memory) -> Tensor:
     """Waveform [1, n] of the frames [K] that come next, float32 on the CPU."""
-    waveforms, _ = codec.decode(torch.stack(frames, dim=1)[None], memory=memory)
+    codes = torch.stack(frames, dim=1)[None].to(codec.device)
+    waveforms, _ = codec.decode(codes, memory=memory)
     return waveforms[0].float().cpu()
 
 

@@ -16,11 +16,16 @@ from torch import Tensor
 
 from fish_speech.audio import load_audio
 from fish_speech.conversation import Utterance
-from fish_speech.devices import multiplies_bf16, resolve_device, resolve_precision
+from fish_speech.devices import (
+    compile_problem,
+    multiplies_bf16,
+    resolve_device,
+    resolve_precision,
+)
 from fish_speech.files import file_digest
 from fish_speech.hub import check_model_dir
 from fish_speech.inference.context import Context
-from fish_speech.inference.generate import Past, Take, compile_steps, generate
+from fish_speech.inference.generate import Past, Take, generate, use_graphs
 from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.streaming import SILENCE, decode_stream
 from fish_speech.inference.voices import check_reference, check_speaker, speaker_or_first
@@ -60,7 +65,7 @@ class Settings:
     max_new_tokens: int | None = None
     retries: int = 2
     context_tokens: int = 1024
-    drawing: int = field(default=4, init=False)
+    drawing: int = field(default=5, init=False)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -123,7 +128,7 @@ class TextToSpeech:
         device: str | torch.device = "auto",
         dtype: torch.dtype | None = None,
         quantize: str | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
         adapt: Callable[[DualARTransformer], None] | None = None,
     ) -> TextToSpeech:
         """Load a model directory. `device` "auto" is CUDA where there is one, else the CPU.
@@ -131,8 +136,9 @@ class TextToSpeech:
         `dtype` None is bfloat16 on CUDA that has it, else float32; the codec is float32.
         `quantize` "int8" stores the weights of the language model's blocks in a byte each (CPU
         only; the others are then bfloat16 where `dtype` is None, and so is the codec's decoder
-        where the CPU multiplies that natively): faster, about as exact as bfloat16. `compile`
-        compiles the model when it first speaks, unless it is quantized. `adapt` is given the model
+        where the CPU multiplies that natively): faster, about as exact as bfloat16. `compile` makes
+        each frame one CUDA graph, compiled when first needed (some seconds) and kept: None where
+        that is possible, else it is logged as a warning. `adapt` is given the model
         as it was loaded, to change its weights (adapters must be merged into them). Raises
         `FileNotFoundError` or `ValueError` that says what is wrong.
         """
@@ -146,17 +152,13 @@ class TextToSpeech:
         model = load_model(directory, device, dtype or usual)
         if adapt is not None:
             adapt(model)
-        if quantize or not compile:
-            model = pack(model, quantize)
+        model = pack(model, quantize)
+        tokenizer = FishTokenizer.from_pretrained(directory)
+        if compile or (compile is None and device.type == "cuda"):
+            _compile(model, tokenizer, required=bool(compile))
         low = quantize is not None and multiplies_bf16(device)
-        if compile and not quantize:
-            compile_steps(model)
-        return cls(
-            model,
-            load_codec(directory, device, torch.bfloat16 if low else torch.float32),
-            FishTokenizer.from_pretrained(directory),
-            adaptable=False,
-        )
+        codec = load_codec(directory, device, torch.bfloat16 if low else torch.float32)
+        return cls(model, codec, tokenizer, adaptable=False)
 
     @property
     def model(self) -> DualARTransformer:
@@ -412,6 +414,17 @@ class TextToSpeech:
             return None
         after = f", after {tries} tries" if tries > 1 else ""
         return f"{_named(chunk.text, chunk.index, chunk.count)}: {what}{after}"
+
+
+def _compile(model: DualARTransformer, tokenizer: FishTokenizer, required: bool) -> None:
+    """Make frames fast on a GPU. Raises `ValueError` where that is `required`, but not possible."""
+    problem = compile_problem(model.device)
+    if problem is None:
+        use_graphs(model, tokenizer.im_end_id)
+    elif required:
+        raise ValueError(f"frames can't be compiled: {problem}; leave --compile out")
+    else:
+        logger.warning(f"frames can't be compiled, so speaking takes many times as long: {problem}")
 
 
 @dataclass(frozen=True)

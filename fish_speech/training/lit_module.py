@@ -89,7 +89,6 @@ class TextToSemantic(L.LightningModule):
         self._step = sums.totals() + (self._step if micro else 0)
         if micro + 1 == self.trainer.accumulate_grad_batches:
             self._log_figures("train", self.trainer.strategy.reduce(self._step, reduce_op="sum"))
-        self._refuse_unless_finite(loss.detach(), "loss")
         return loss
 
     def configure_gradient_clipping(
@@ -98,7 +97,11 @@ class TextToSemantic(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm; a norm that is not finite would make every adapter NaN."""
+        """Clip the norm; a norm that is not finite would make every adapter NaN.
+
+        The loss is looked at here too, not before its gradient: a GPU would wait for that.
+        """
+        self._refuse_unless_finite(self._step[0] + self._step[1], "loss")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
         self._refuse_unless_finite(norm, "gradient")
 
@@ -147,6 +150,7 @@ class TextToSemantic(L.LightningModule):
             lr=config.learning_rate,
             betas=config.betas,
             eps=config.eps,
+            fused=self.device.type in ("cpu", "cuda"),
         )
 
     def on_train_start(self) -> None:

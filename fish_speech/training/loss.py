@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from fish_speech.conversation import IGNORED
 from fish_speech.models.text2semantic import DualARTransformer
+from fish_speech.models.text2semantic.llama import fused_for
 
 LABELS_AT_ONCE = 256  # of row 0, whose logits take 0.4 MB a label at the published size
 
@@ -53,8 +53,7 @@ def loss_figures(totals: Tensor) -> dict[str, Tensor]:
 def loss_sums(model: DualARTransformer, tokens: Tensor, labels: Tensor) -> LossSums:
     """Losses of tokens and labels [B, K+1, T], padded on the right.
 
-    The output layer runs only on positions with a label, the fast transformer only on frames. Of
-    many labels a part at a time has logits; for the gradient they are computed once more.
+    The output layer runs only on positions with a label, the fast transformer only on frames.
     """
     x = model.hidden_states(tokens)  # [B, T, D]
     spoken = labels[:, 0] != IGNORED  # [B, T]
@@ -74,24 +73,56 @@ def loss_sums(model: DualARTransformer, tokens: Tensor, labels: Tensor) -> LossS
 
 
 def token_loss(model: DualARTransformer, x: Tensor, targets: Tensor) -> Tensor:
-    """Summed loss of row 0: hidden states [N, D], labels [N] -> scalar."""
+    """Summed loss of row 0: hidden states [N, D], labels [N] -> scalar.
 
-    def part(x: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(model.token_logits(x).float(), targets)
-
+    Of many labels a part at a time has logits. Their gradients are taken at once, so that none are
+    kept, or computed twice.
+    """
     if len(targets) <= LABELS_AT_ONCE:
-        return part(x, targets)
-    pieces = zip(x.split(LABELS_AT_ONCE), targets.split(LABELS_AT_ONCE), strict=True)
-    return torch.stack([checkpoint(part, *piece, use_reentrant=False) for piece in pieces]).sum()
+        return cross_entropy(model.token_logits(x), targets)
+    output = model.embeddings if model.config.tie_word_embeddings else model.output
+    trained = [p for m in (model.norm, output) for p in m.parameters() if p.requires_grad]
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *trained))
+    return _TokenLoss.apply(model, targets, wanted, x, *trained)
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, model: DualARTransformer, targets: Tensor, wanted: bool, x: Tensor, *trained: Tensor
+    ) -> Tensor:
+        total, to_x = x.new_zeros((), dtype=torch.float32), []
+        to_trained = [torch.zeros_like(parameter) for parameter in trained]
+        pieces = zip(x.split(LABELS_AT_ONCE), targets.split(LABELS_AT_ONCE), strict=True)
+        for piece, labels in pieces:
+            with torch.set_grad_enabled(wanted):
+                piece = piece.detach().requires_grad_(wanted)
+                loss = cross_entropy(model.token_logits(piece), labels)
+            total += loss.detach()
+            if wanted:
+                slope, *slopes = torch.autograd.grad(loss, (piece, *trained))
+                to_x.append(slope)
+                for sum_, more in zip(to_trained, slopes, strict=True):
+                    sum_ += more
+        if wanted:
+            ctx.save_for_backward(torch.cat(to_x), *to_trained)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return None, None, None, *(slope * gradient for slope in ctx.saved_tensors)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy of logits [N, V] (fp32) and targets [N].
+    """Summed cross entropy of logits [N, V] and targets [N], in fp32.
 
     The gradient, asked for once, takes the place of the logits, which nobody else may need;
     torch's function makes three more tensors of that size.
     """
-    return _CrossEntropy.apply(logits, targets)
+    if fused := fused_for(logits):
+        return _FusedCrossEntropy.apply(logits, targets, fused)
+    return _CrossEntropy.apply(logits.float(), targets)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -109,3 +140,19 @@ class _CrossEntropy(torch.autograd.Function):
         logits.sub_(sizes).exp_()
         logits.scatter_add_(1, targets, -torch.ones_like(sizes))
         return logits.mul_(gradient), None
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, fused) -> Tensor:
+        losses, sizes = fused.entropy(logits, targets)
+        ctx.save_for_backward(logits, targets, sizes)
+        ctx.fused = fused
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, sizes = ctx.saved_tensors
+        ctx.fused.entropy_slope(logits, targets, sizes, gradient.contiguous())
+        return logits, None, None

@@ -137,7 +137,7 @@ def _train(
     try:
         with _quiet_lightning():
             own = [checkpoints, Progress(max_steps), stop]
-            trainer = _trainer(config, run, device, dtype, data, [*own, *callbacks])
+            trainer = _trainer(config, run, device, data, [*own, *callbacks])
             trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.exact else None)
     except SystemExit as error:  # Lightning's answer to a second Ctrl+C
         raise KeyboardInterrupt from error
@@ -331,7 +331,6 @@ def _trainer(
     config: RunConfig,
     run: Run,
     device: torch.device,
-    dtype: torch.dtype,
     data: SemanticDataModule,
     callbacks: Sequence[L.Callback],
 ) -> L.Trainer:
@@ -347,7 +346,6 @@ def _trainer(
         devices=devices,
         num_nodes=settings.num_nodes,
         strategy=settings.strategy,
-        precision="bf16-mixed" if dtype == torch.bfloat16 else "32-true",
         max_steps=settings.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.gradient_accumulation_steps,

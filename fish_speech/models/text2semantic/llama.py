@@ -6,13 +6,18 @@ Shapes: B batch, T columns, K codebooks, D `dim`, V `vocab_size`, C `codebook_si
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fish_speech.devices import compile_problem
 from fish_speech.models.text2semantic.config import ModelConfig
+
+
+_SHORT, _TOGETHER = 16, 64  # columns: of the rows that share a kernel's, and of one
 
 
 @dataclass
@@ -26,7 +31,8 @@ class DualAROutput:
 class KeyValueCache:
     """Keys and values of the columns seen so far, for every layer of one transformer.
 
-    Room for `size` columns is taken once; attention reads a view of the `length` filled ones.
+    Room for `size` columns is taken once, `keys` and `values` [L, B, heads, size, head_dim];
+    attention reads a view of the `length` filled ones.
     """
 
     def __init__(
@@ -35,23 +41,20 @@ class KeyValueCache:
         """`shape` is (batch, key/value heads, size, head_dim)."""
         self.size = shape[2]
         self.length = 0
-        # A tensor for each layer: a compiler copies all of what it writes a part of.
-        self._keys, self._values = (
-            [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
-            for _ in range(2)
+        self.keys, self.values = (
+            torch.empty(n_layer, *shape, device=device, dtype=dtype) for _ in range(2)
         )
 
     def start_as(self, other: KeyValueCache, length: int) -> None:
         """Hold the first `length` columns of another cache, and nothing else."""
-        mine, theirs = (cache._keys + cache._values for cache in (self, other))
-        for to, source in zip(mine, theirs, strict=True):
-            to[:, :, :length] = source[:, :, :length]
+        self.keys[..., :length, :] = other.keys[..., :length, :]
+        self.values[..., :length, :] = other.values[..., :length, :]
         self.length = length
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, heads, T, head_dim] behind `length`; returns all of the layer's so far."""
         end = self.end(keys.shape[2])
-        all_keys, all_values = self._keys[layer], self._values[layer]
+        all_keys, all_values = self.keys[layer], self.values[layer]
         all_keys[:, :, self.length : end] = keys
         all_values[:, :, self.length : end] = values
         return all_keys[:, :, :end], all_values[:, :, :end]
@@ -73,6 +76,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D]
+        if (
+            (fused := fused_for(x))
+            and x.dtype == self.weight.dtype
+            and not self.weight.requires_grad
+        ):
+            return fused.norm(x, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
 
 
@@ -86,6 +95,8 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(intermediate_size, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D]
+        if fused := fused_for(x):
+            return self.w2(fused.gated(self.w1(x), self.w3(x)))
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -113,14 +124,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Queries, keys and values [B, T, (heads + 2 local heads) * head_dim] -> [B, T, D]."""
         length = qkv.shape[1]
-        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        qk, v = heads.tensor_split([self.n_head + self.n_local_heads], dim=1)
-        q, k = rotate(qk, rotary).tensor_split([self.n_head], dim=1)
+        q, k, v = self._turned(qkv, rotary)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if length == 1 and mask is None:
             # Heads that share a key and sit on one column are as good as columns of one head.
             q = q.view(*k.shape[:2], -1, self.head_dim)
+        if cache is None and mask is None and 1 < length <= _SHORT and fused_for(qkv):
+            return self._attend_together(q, k, v)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -131,6 +142,35 @@ class Attention(nn.Module):
             enable_gqa=q.shape[1] != k.shape[1],
         ).reshape(len(qkv), self.n_head, length, self.head_dim)  # some kernels answer transposed
         return out.transpose(1, 2).flatten(2)
+
+    def _turned(self, qkv: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, heads, T, head_dim] with their rotary positions."""
+        if fused := fused_for(qkv):
+            parts = fused.turned(qkv, rotary, self.n_head, self.n_local_heads)
+            return tuple(part.transpose(1, 2) for part in parts)
+        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        qk, v = heads.tensor_split([self.n_head + self.n_local_heads], dim=1)
+        return *rotate(qk, rotary).tensor_split([self.n_head], dim=1), v
+
+    def _attend_together(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of many short rows q, k, v [B, heads, T, head_dim] -> [B, T, D].
+
+        A GPU's kernels take some 64 columns at once, so several rows share them, masked.
+        """
+        rows, _, length, _ = q.shape
+        share = _TOGETHER // length
+
+        def joined(part: Tensor) -> Tensor:  # [B, heads, T, d] -> [B / share, heads, share * T, d]
+            part = F.pad(part.transpose(1, 2), (0, 0) * 3 + (0, -rows % share))
+            return part.unflatten(0, (-1, share)).flatten(1, 2).transpose(1, 2)
+
+        at = torch.arange(share * length, device=q.device)
+        mask = (at[:, None] >= at) & (at[:, None] // length == at // length)
+        groups = q.shape[1] // k.shape[1]
+        k, v = (part.repeat_interleave(groups, 1) for part in (joined(k), joined(v)))
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(joined(q), k, v, attn_mask=mask, dropout_p=dropout)
+        return out.transpose(1, 2).unflatten(1, (share, length)).flatten(0, 1)[:rows].flatten(2)
 
 
 class TransformerBlock(nn.Module):
@@ -155,16 +195,18 @@ class Head(nn.Module):
 
     def __init__(self, norm: RMSNorm, weight: Tensor) -> None:
         super().__init__()
-        self.norm, self._weight = norm, weight.to(norm.weight.dtype)
+        self.norm, self.weight = norm, weight.to(norm.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.norm(x), self._weight)
+        return F.linear(self.norm(x), self.weight)
 
 
 class DualARTransformer(nn.Module):
     """Fish Speech's language model. Parameter names are those of the published checkpoint."""
 
-    head_type, cache_type = Head, KeyValueCache  # of what generates
+    # Of what generates: the last layers, and what makes whole frames on a GPU (`inference.graph`).
+    head_type: type[nn.Module] = Head
+    frame_graphs: Any = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -265,7 +307,7 @@ class DualARTransformer(nn.Module):
             raise ValueError("a padding mask and a cache exclude each other")
         x = self.embed(tokens)
         start = cache.length if cache is not None else 0
-        rotary = self._rotary_table(start + x.shape[1], self.config.head_dim)[:, start:]
+        rotary = self.rotary_table(start + x.shape[1], self.config.head_dim)[:, start:]
         mask = _attention_mask(start, x.shape[1], key_padding_mask, x.device)
         return self._run(self.layers, x, rotary, mask, cache)
 
@@ -293,7 +335,7 @@ class DualARTransformer(nn.Module):
     def fast_logits(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """The fast transformer: x [N, k, fast D], continuing the cache -> [N, k, C]."""
         start = cache.length if cache is not None else 0
-        rotary = self._rotary_table(self.config.num_codebooks, self.config.fast_head_dim)
+        rotary = self.rotary_table(self.config.num_codebooks, self.config.fast_head_dim)
         rotary = rotary[:, start : start + x.shape[1]]
         x = self._run(self.fast_layers, x, rotary, None, cache)
         return self.fast_output(self.fast_norm(x))
@@ -302,13 +344,13 @@ class DualARTransformer(nn.Module):
         """A cache for `size` columns of the slow transformer."""
         c = self.config
         shape = (batch, c.n_local_heads, size, c.head_dim)
-        return self.cache_type(c.n_layer, shape, device=self.device, dtype=self.dtype)
+        return KeyValueCache(c.n_layer, shape, device=self.device, dtype=self.dtype)
 
     def new_fast_cache(self, batch: int = 1) -> KeyValueCache:
         """A cache for one frame; set its `length` to 0 to use it for the next."""
         c = self.config
         shape = (batch, c.fast_n_local_heads, c.num_codebooks, c.fast_head_dim)
-        return self.cache_type(c.n_fast_layer, shape, device=self.device, dtype=self.dtype)
+        return KeyValueCache(c.n_fast_layer, shape, device=self.device, dtype=self.dtype)
 
     def _run(
         self,
@@ -327,7 +369,7 @@ class DualARTransformer(nn.Module):
             cache.length += x.shape[1]
         return x
 
-    def _rotary_table(self, length: int, head_dim: int) -> Tensor:
+    def rotary_table(self, length: int, head_dim: int) -> Tensor:
         key = (head_dim, self.device)
         table = self._rotary.get(key)
         if table is None or table.shape[1] < length:
@@ -357,6 +399,15 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     wide = x.float()
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(wide * rotary[0], swapped, rotary[1]).type_as(x)
+
+
+def fused_for(x: Tensor) -> Any:
+    """Kernels for what lies between the products (`fused.py`), where they can be compiled."""
+    if not x.is_cuda or compile_problem(x.device):
+        return None
+    from fish_speech.models.text2semantic import fused
+
+    return fused
 
 
 def _attention_mask(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 LINEAR_TARGETS = ("wqkv", "wo", "w1", "w2", "w3", "output", "fast_output")
 EMBEDDING_TARGETS = ("embeddings", "codebook_embeddings", "fast_embeddings")
@@ -48,16 +49,44 @@ class LoRAConfig:
         return mine == theirs
 
 
-def thinned(x: Tensor, p: float) -> Tensor:
-    """Dropout without its scale, for a small `p`: zeros at random places of x, a share `p` of them.
+def kept(size: int, p: float, device: torch.device) -> Tensor:
+    """Dropout of inputs [size]: 0 for a share `p` of them, 1 / (1 - p) for the others.
 
-    The places are drawn, not a mask of all: on a CPU that takes a tenth of a training step.
+    The same for all columns of a step (variational dropout): so it is applied to the adapter, not
+    to every column, which would take a tenth of a training step.
     """
-    draws = round(-x.numel() * math.log1p(-p))  # places may be drawn twice
     # What is computed again for a gradient draws again; PyTorch restores no other state on MPS.
-    source = "cpu" if x.device.type == "mps" else x.device
-    places = torch.randint(x.numel(), (draws,), device=source).to(x.device)
-    return x.flatten().index_fill(0, places, 0.0).view_as(x)
+    source = "cpu" if device.type == "mps" else device
+    return F.dropout(torch.ones(size, device=source), p).to(device)
+
+
+class _Adapted(torch.autograd.Function):
+    """x [N, in] -> x W^T + bias + x A^T B^T [N, out], where W and the bias are frozen, and A [r, in]
+    and B [out, r] in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, keep, scaling):
+        down = (lora_A if keep is None else lora_A * keep).to(weight.dtype)
+        # In this order in memory the gradient is a product of a quick shape.
+        up = (lora_B.T * scaling).to(weight.dtype).contiguous()
+        inner = x @ down.T
+        out = inner @ up
+        if bias is not None:
+            out += bias
+        ctx.save_for_backward(x, weight, down, up, inner, keep)
+        ctx.scaling = scaling
+        # Rounded once: in bf16 a small update of what is rounded already would be lost.
+        return out.addmm_(x, weight.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, weight, down, up, inner, keep = ctx.saved_tensors
+        inwards = gradient @ up.T
+        to_x = (inwards @ down).addmm_(gradient, weight) if ctx.needs_input_grad[0] else None
+        to_A = (inwards.T @ x).float()
+        to_B = (inner.T @ gradient).float().T * ctx.scaling
+        return to_x, None, None, to_A if keep is None else to_A * keep, to_B, None, None
 
 
 class LoRALinear(nn.Linear):
@@ -77,17 +106,13 @@ class LoRALinear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        flat, scaling = x.flatten(0, -2), self.scaling
-        thin = flat
+        keep = None
         if self.training and self.dropout:
-            thin, scaling = thinned(flat, self.dropout), scaling / (1 - self.dropout)
-        inner = F.linear(thin, self.lora_A.to(self.weight.dtype)) * scaling
-        # In this order in memory the gradient is a product of a quick shape.
-        update = inner @ self.lora_B.T.to(self.weight.dtype).contiguous()
-        if self.bias is not None:
-            update = update + self.bias
-        # Rounded once: in bf16 a small update of what is rounded already would be lost.
-        return torch.addmm(update, flat, self.weight.T).unflatten(0, x.shape[:-1])
+            keep = kept(self.in_features, self.dropout, x.device)
+        out = _Adapted.apply(
+            x.flatten(0, -2), self.weight, self.bias, self.lora_A, self.lora_B, keep, self.scaling
+        )
+        return out.unflatten(0, x.shape[:-1])
 
     def plain(self) -> nn.Linear:
         """A layer without adapters, around the same base weight."""

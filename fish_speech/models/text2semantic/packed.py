@@ -7,8 +7,6 @@ columns is compiled (`column.py`, imported only where it is needed, since numba 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -102,7 +100,7 @@ class PackedStack(nn.Module):
         self._compiled = column.stack_of(weights[0].dtype)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: StackedCache | None
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:  # [B, T, D]
         if cache is not None and len(x) == 1 and x.shape[1] <= _FEW:
             return self._few(x, rotary, cache)
@@ -118,7 +116,7 @@ class PackedStack(nn.Module):
     def _norm(self, x: Tensor, layer: int, which: int) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self._norms[layer, which], self._eps)
 
-    def _few(self, x: Tensor, rotary: Tensor, cache: StackedCache) -> Tensor:
+    def _few(self, x: Tensor, rotary: Tensor, cache: KeyValueCache) -> Tensor:
         """The same for one or a few columns behind those in the cache."""
         from fish_speech.models.text2semantic.team import team_for
 
@@ -134,15 +132,6 @@ class PackedStack(nn.Module):
             cache.values[:, 0].numpy(), cache.length, queries, attended, hidden,
         )  # fmt: skip
         return x
-
-
-class StackedCache(KeyValueCache):
-    """One whose layers lie one behind the other: `keys` and `values` [L, B, heads, size, d]."""
-
-    def __init__(self, n_layer: int, shape: tuple[int, int, int, int], **kind: Any) -> None:
-        super().__init__(0, shape, **kind)
-        self.keys, self.values = (torch.empty(n_layer, *shape, **kind) for _ in range(2))
-        self._keys, self._values = list(self.keys), list(self.values)
 
 
 class PackedHead(nn.Module):
@@ -201,7 +190,7 @@ def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransfo
         module.float().requires_grad_(False)
     model.layers = nn.ModuleList([PackedStack(model.layers, dtype)])
     model.fast_layers = nn.ModuleList([PackedStack(model.fast_layers, dtype)])
-    model.head_type, model.cache_type = PackedHead, StackedCache
+    model.head_type = PackedHead
     norm, weight = model.fast_norm, model.fast_output.weight
     model.fast_norm, model.fast_output = nn.Identity(), PackedHead(norm, weight)
     for name in ("embeddings", "codebook_embeddings", "fast_embeddings"):

@@ -1,0 +1,212 @@
+"""Frames by one CUDA graph; without a card Triton interprets its kernels, one after the other."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from fish_speech.inference import TextToSpeech
+from fish_speech.inference.draw import draw
+from fish_speech.inference.generate import Past, _FrameDecoder, generate, use_graphs
+from fish_speech.inference.sampling import Sampling, probabilities
+from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
+from tests.conftest import golden_tensors
+
+kernels = pytest.importorskip(
+    "fish_speech.models.text2semantic.kernels", reason="Triton is not there", exc_type=ImportError
+)
+from fish_speech.inference import graph  # noqa: E402
+
+# Lanes that are masked may divide nothing by nothing.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IM_END = 404
+SMALL = {
+    "vocab_size": 60, "dim": 24, "n_layer": 2, "n_head": 3, "n_local_heads": 1, "head_dim": 8,
+    "intermediate_size": 40, "codebook_size": 20, "num_codebooks": 3, "n_fast_layer": 1,
+    "max_seq_len": 256, "rope_base": 1000.0,
+}  # fmt: skip
+GREEDY = Sampling(temperature=0, top_p=1, repetition_penalty=1.3)
+HOT = Sampling(temperature=1.5, top_p=0.95)
+
+
+def small_model(dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    model = DualARTransformer(ModelConfig(**{**SMALL, **changes}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.3)
+    return model.to(DEVICE, dtype).eval()
+
+
+def prompt_of(columns):
+    prompt = torch.zeros(4, columns, dtype=torch.long)
+    prompt[0] = torch.arange(columns) % 30
+    return prompt
+
+
+def frames(model, prompt, count=4, seed=1, im_end_id=0, **options):
+    """All frames [K, T] on the CPU, and whether the speech ended by itself."""
+    options = {"im_end_id": im_end_id, "max_new_tokens": count, "sampling": GREEDY, **options}
+    generation = generate(model, prompt, generator=torch.Generator(DEVICE).manual_seed(seed), **options)  # fmt: skip
+    made = []
+    while True:
+        try:
+            made.append(next(generation).cpu())
+        except StopIteration as end:
+            return torch.stack(made, 1) if made else torch.zeros(0), end.value
+
+
+@pytest.mark.slow
+def test_the_reference_is_continued(model):
+    golden = golden_tensors("generate.pt")
+    case, start = golden["gen"]["greedy_rep"], golden["prompt"].shape[1]
+    sampling = Sampling(temperature=0, top_p=1, repetition_penalty=case["repetition_penalty"])
+    model = model.to(DEVICE)
+    use_graphs(model, IM_END)
+    got, _ = frames(model, golden["prompt"].long(), 6, im_end_id=IM_END, sampling=sampling)
+    assert torch.equal(got, case["sequence"][1:, start : start + 6].long())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_qkv_bias": True, "fast_dim": 16, "fast_n_head": 2, "fast_head_dim": 10},
+        {"n_local_heads": 3, "tie_word_embeddings": True, "dim": 40},
+    ],
+    ids=["plain", "biases", "ties"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_graph_makes_the_frames_that_the_model_makes(changes, dtype):
+    """What a model in bf16 rounds on its way is not rounded here, so its weights are the measure."""
+    exact, model = small_model(dtype, **changes).float(), small_model(dtype, **changes)
+    use_graphs(model, 33)
+    prompt = prompt_of(9)
+    with torch.inference_mode():
+        wanted, past = Past(exact), Past(model)
+        hidden, read = wanted.read(prompt, 9), past.read(prompt, 9)
+        # From the same hidden state and past: the prompt is read in the model's own format.
+        past.cache.start_as(wanted.cache, 9)
+        decoder = _FrameDecoder(exact, 33, GREEDY, None)
+        with model.frame_graphs.one(16) as made:
+            for frame in made.frames(past.cache, hidden, 3, GREEDY, None):
+                expected = decoder.decode(hidden)
+                assert torch.equal(frame, expected.cpu())
+                column = torch.cat([expected[:1] + exact.semantic_begin_id, expected])
+                hidden = wanted.make(column)
+            off = (made.hidden - hidden).norm() / hidden.norm()
+    assert off < (1e-5 if dtype == torch.float32 else 0.01)
+    assert read.dtype == dtype
+
+
+def test_a_long_past_is_attended_to_in_parts(monkeypatch):
+    monkeypatch.setattr(kernels, "PARTS", 4)
+    monkeypatch.setattr(kernels, "PLACES", 16)
+    model, prompt = small_model(), prompt_of(150)  # two rounds in three parts, a piece in the last
+    expected, _ = frames(model, prompt)
+    use_graphs(model, 0)
+    assert torch.equal(frames(model, prompt)[0], expected)
+
+
+def test_the_end_of_speech_and_the_limit():
+    model = small_model(n_layer=1)
+    use_graphs(model, 5)
+    ends, seed = {}, 0
+    while len(ends) < 2:
+        made, ended = frames(model, prompt_of(5), 3, seed, im_end_id=5, sampling=HOT)
+        assert ended == (made.shape[-1] < 3)
+        ends[ended], seed = made, seed + 1
+    assert ends[False].max() < 20
+    assert frames(model, prompt_of(254), 100, sampling=HOT)[0].shape[-1] <= 2  # the context's end
+
+
+def test_what_was_said_is_not_read_again(monkeypatch):
+    model, past, prompt = small_model(), None, prompt_of(12)
+    use_graphs(model, 0)
+    said, _ = frames(model, prompt)
+    later = torch.cat([prompt, torch.cat([said[:1] + model.semantic_begin_id, said]), prompt], 1)
+    expected, _ = frames(model, later)
+    read, plain = [], model.hidden_states
+    monkeypatch.setattr(
+        model, "hidden_states", lambda x, **options: read.append(x.shape[2]) or plain(x, **options)
+    )
+    past = Past(model)
+    frames(model, prompt, past=past)
+    assert torch.equal(frames(model, later, past=past.copy())[0], expected)
+    assert torch.equal(frames(model, prompt, past=past)[0], said)
+    assert read == [12, 12, 1]
+
+
+def test_speeches_at_a_time_do_not_meet():
+    model = small_model()
+    use_graphs(model, 0)
+    options = {"im_end_id": 0, "max_new_tokens": 3, "sampling": HOT}
+    alone = [frames(model, prompt_of(7 + n), 3, n, sampling=HOT)[0] for n in range(2)]
+    both = [
+        generate(model, prompt_of(7 + n), generator=torch.Generator(DEVICE).manual_seed(n), **options)
+        for n in range(2)
+    ]  # fmt: skip
+    turns = [[next(one).cpu() for one in both] for _ in range(3)]
+    for one, expected in enumerate(alone):
+        assert torch.equal(torch.stack([turn[one] for turn in turns], 1), expected)
+    both[0].close()
+    assert torch.equal(frames(model, prompt_of(7), 3, 0, sampling=HOT)[0], alone[0])
+
+
+@pytest.mark.parametrize("count", [50, 1025])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(1, 1, 1),
+        Sampling(0, 0.9, 1.5),
+        Sampling(0.5, 0.2, 1.1, window=3),
+        Sampling(1.5, 0.95, 2.0),
+    ],
+)
+def test_it_draws_as_the_cpu_does(sampling, count):
+    random = torch.Generator().manual_seed(count)
+    logits = 3 * torch.randn(count, generator=random)
+    codes = torch.randint(0, count, (20,), generator=random)
+    codes[-1], codes[0] = logits.argmax(), logits.argsort()[-2]  # the first: never remembered
+    before = codes[1:][-sampling.window :]
+    for number in (1e-6, 0.2, 0.5, 0.9, 1.0):
+        if sampling.temperature:
+            settings = sampling.repetition_penalty, sampling.top_p, sampling.temperature
+            expected = draw(logits.numpy(), before.numpy(), *map(np.float32, settings[:2]), settings[2], number)  # fmt: skip
+        else:
+            expected = probabilities(logits, before, sampling).argmax()
+        assert drawn(logits, codes, sampling, number) == expected
+
+
+def drawn(logits, codes, sampling, number):
+    """What the kernel draws for the second of two codebooks, behind frames that had these codes."""
+    count, frame = len(logits), len(codes)
+    made = torch.zeros(frame + 1, 2, dtype=torch.int64)
+    made[:frame, 1] = codes
+    settings = [sampling.repetition_penalty, sampling.top_p, sampling.temperature, sampling.window]
+    table = torch.arange(float(count))[:, None].expand(count, 3).contiguous()
+    given = [
+        logits, made, torch.full((frame + 1, 2), float(number)),
+        torch.tensor(settings, dtype=torch.float32), torch.tensor([frame]), table,
+    ]  # fmt: skip
+    logits, made, *given = (x.to(DEVICE) for x in given)
+    x = torch.zeros(2, 3, device=DEVICE)
+    graph.launch_draw(logits, made, *given, x[0], x, row=1, codebooks=2, window=16)
+    code = int(made[frame, 1])
+    assert x[0].tolist() == [code] * 3  # what the fast transformer reads next
+    return code
+
+
+def test_where_nothing_can_be_compiled_it_says_so_and_speaks(voice_dir, monkeypatch, caplog):
+    monkeypatch.setattr(
+        "fish_speech.inference.synthesize.compile_problem", lambda device: "no C compiler"
+    )
+    with pytest.raises(ValueError, match="can't be compiled: no C compiler; leave --compile out"):
+        TextToSpeech.from_pretrained(voice_dir, device=DEVICE, compile=True)
+    caplog.set_level(logging.WARNING)
+    tts = TextToSpeech.from_pretrained(voice_dir, device=DEVICE)
+    assert ("no C compiler" in caplog.text) == (DEVICE == "cuda")
+    waveform = tts.synthesize("Hello.", max_new_tokens=3, retries=0, temperature=100, top_p=1)
+    assert waveform.numel()
