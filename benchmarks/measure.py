@@ -19,7 +19,8 @@ class Row:
     """A figure beside the limit that the same run measured on the same machine.
 
     `figure` and `limit` are in `unit`: seconds (less is better) or a rate such as frames/s (more is
-    better). `peak_memory_gb` is the resident memory of the process that did the work, in 1e9 bytes.
+    better). `peak_memory_gb`, in 1e9 bytes, is the resident memory of the process that did the
+    work, or what it allocated on a CUDA card.
     """
 
     name: str
@@ -50,6 +51,9 @@ def _with_peak(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any
     import resource
 
     result = function(*args)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return result, torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return result, max(resource.getrusage(who).ru_maxrss for who in processes) * unit / 1e9

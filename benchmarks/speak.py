@@ -1,4 +1,4 @@
-"""Row `synthesis_int8`: text to sound, as `cli_tts.py --quantize int8` makes it."""
+"""Row `synthesis_int8`: text to sound, as `cli_tts.py` makes it (on a CPU with int8)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from time import perf_counter
 
 from benchmarks.codec import SECONDS, decode_limit
 from benchmarks.full_size import full_size_voice
-from benchmarks.generate import frames_limit
+from benchmarks.generate import fastest_kind, frames_limit
 from benchmarks.measure import Row, fresh
 
 _FRAMES = 108  # five seconds
@@ -15,19 +15,20 @@ _TEXT = "The ferry leaves at ten past four, and whoever is late waits for the mo
 
 
 def synthesis_int8_row(device: str) -> Row:
-    directory = full_size_voice()
+    directory, kind = full_size_voice(), fastest_kind(device)
     (seconds, audio_seconds), peak = fresh(_speak, directory, device)
-    (frames, _), _ = fresh(frames_limit, directory, "int8", device)
-    (decoding, *_), _ = fresh(decode_limit, directory, "bfloat16", device)
+    (frames, _), _ = fresh(frames_limit, directory, kind, device)
+    low = "bfloat16" if kind == "int8" else "float32"
+    (decoding, *_), _ = fresh(decode_limit, directory, low, device)
     rate = _FRAMES / audio_seconds
     return Row(
-        name="synthesis_int8",
+        name=f"synthesis_{kind}",
         figure=seconds / audio_seconds,
         unit="s/s",
         limit=rate / frames + decoding / SECONDS,
         peak_memory_gb=peak,
         workload=f"a sentence of {audio_seconds:.1f} s with its prompt: seconds for one of speech; "
-        "limit: those of generation and of decoding in bf16, one after the other",
+        f"limit: those of generation in {kind} and of decoding in {low}, one after the other",
     )
 
 
@@ -36,7 +37,8 @@ def _speak(directory: Path, device: str) -> tuple[float, float]:
     from fish_speech.devices import keep_freed_memory
     from fish_speech.inference import Settings, TextToSpeech
 
-    tts = TextToSpeech.from_pretrained(directory, device=device, quantize="int8")
+    quantize = "int8" if fastest_kind(device) == "int8" else None
+    tts = TextToSpeech.from_pretrained(directory, device=device, quantize=quantize)
     keep_freed_memory()  # as cli_tts.py does
     for seed in range(1, 100):
         # Random weights neither end well nor need to: what counts is a speech of this length.

@@ -1,4 +1,4 @@
-"""Rows `train_fp32` and `train_auto`: a step of LoRA training at the published size."""
+"""Rows `train_*`: a step of LoRA training at the published size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.limits import matrix_rate, wait_for
 from benchmarks.measure import Row, fresh
 from benchmarks.work import training_flops, training_shapes
 
-COLUMNS = 256
+SHORT, LONG = (1, 256), (4, 1024)  # items and columns of a batch
 _TEXT = (
     "The ferry leaves at ten past four, and whoever is late waits for the morning, "
     "with a book and a flask of tea, in the small room behind the harbour office."
@@ -23,30 +23,38 @@ _STEPS, _WARM_UP = 8, 2
 
 
 def train_fp32_row(device: str) -> Row:
-    return _row("train_fp32", "fp32", device)
+    return _row("train_fp32", "fp32", device, SHORT)
 
 
 def train_auto_row(device: str) -> Row:
     """The precision that the package chooses for the device."""
-    return _row("train_auto", "auto", device)
+    return _row("train_auto", "auto", device, SHORT)
 
 
-def _row(name: str, precision: str, device: str) -> Row:
-    directory = full_size_model()
-    (seconds, frames, rank, dtype), peak = fresh(_train, directory, precision, device)
-    (flops, rate), _ = fresh(_limit, directory, frames, rank, dtype, device)
+def train_long_row(device: str) -> Row:
+    """The same for a batch that fills a GPU."""
+    return _row("train_long", "auto", device, LONG)
+
+
+def _row(name: str, precision: str, device: str, batch: tuple[int, int]) -> Row:
+    directory, (items, columns) = full_size_model(), batch
+    (seconds, frames, rank, dtype), peak = fresh(_train, directory, precision, device, batch)
+    (flops, rate), _ = fresh(_limit, directory, batch, frames, rank, dtype, device)
     return Row(
         name=name,
         figure=seconds,
         unit="s/step",
         limit=flops / rate,
         peak_memory_gb=peak,
-        workload=f"LoRA step of 1 x {COLUMNS} columns, {frames} of them frames, base in {dtype}, "
-        f"{flops / 1e12:.2f} TFLOP; limit: {rate / 1e9:.0f} GFLOP/s, the fastest of its products",
+        workload=f"LoRA step of {items} x {columns} columns, {frames} of them frames, base in "
+        f"{dtype}, {flops / 1e12:.2f} TFLOP; limit: {rate / 1e9:.0f} GFLOP/s, the fastest of its "
+        "products",
     )
 
 
-def _train(directory: Path, precision: str, device: str) -> tuple[float, int, int, str]:
+def _train(
+    directory: Path, precision: str, device: str, batch: tuple[int, int]
+) -> tuple[float, int, int, str]:
     """Train as `finetune_tts.py` does: seconds a step, frames, rank, and the base's dtype."""
     import lightning as L
 
@@ -67,12 +75,14 @@ def _train(directory: Path, precision: str, device: str) -> tuple[float, int, in
             wait_for(device)
             self.ends.append(perf_counter())
 
-    data, watch = Path("data"), Watch()
+    (items, columns), data, watch = batch, Path("data"), Watch()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        frames = _write_clip(data, directory)
+        for item in range(items + (items > 1)):  # one of several is held out
+            frames = _write_clip(data, f"clip{item}", columns, directory)
         settings = (f"train.max_steps={_STEPS}", f"precision={precision}", f"device={device}")
-        config = compose_config(["project=bench", "data.batch_size=1", *settings])
+        kind = ("project=bench", f"data.batch_size={items}", "data.reference_share=0")
+        config = compose_config([*kind, *settings])
         config.data.dir = str(data)
         train(
             config,
@@ -88,8 +98,8 @@ def _train(directory: Path, precision: str, device: str) -> tuple[float, int, in
     return median(steps[_WARM_UP:]), frames, config.lora.r, dtype
 
 
-def _write_clip(data: Path, directory: Path) -> int:
-    """A data set of one clip that makes an item of `COLUMNS` columns; returns its frames."""
+def _write_clip(data: Path, name: str, columns: int, directory: Path) -> int:
+    """A clip that makes an item of so many columns, into a data set; returns its frames."""
     import numpy as np
     import soundfile
     import torch
@@ -99,9 +109,9 @@ def _write_clip(data: Path, directory: Path) -> int:
 
     nothing = Utterance(_TEXT, torch.zeros(8, 0, dtype=torch.long))
     text = build_item(FishTokenizer.from_pretrained(directory), nothing)[0].shape[1]
-    frames = COLUMNS - text
-    clip = data / "Ann" / "clip"
-    clip.parent.mkdir(parents=True)
+    frames = columns - text
+    clip = data / "Ann" / name
+    clip.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(clip.with_suffix(".wav"), np.zeros(800), 8000)  # nobody listens to it
     clip.with_suffix(".lab").write_text(_TEXT)
     codes = np.random.default_rng(0).integers(0, 1000, (8, frames), dtype=np.int16)
@@ -109,9 +119,12 @@ def _write_clip(data: Path, directory: Path) -> int:
     return frames
 
 
-def _limit(directory: Path, frames: int, rank: int, dtype: str, device: str) -> tuple[float, float]:
+def _limit(
+    directory: Path, batch: tuple[int, int], frames: int, rank: int, dtype: str, device: str
+) -> tuple[float, float]:
     from fish_speech.models.text2semantic import ModelConfig
 
-    config = ModelConfig.from_pretrained(directory)
-    shapes = training_shapes(config, COLUMNS, frames)
-    return training_flops(config, COLUMNS, frames, rank), matrix_rate(shapes, dtype, device)
+    (items, columns), config = batch, ModelConfig.from_pretrained(directory)
+    shapes = training_shapes(config, columns, frames)
+    flops = items * training_flops(config, columns, frames, rank)
+    return flops, matrix_rate([(items * rows, *sizes) for rows, *sizes in shapes], dtype, device)

@@ -504,10 +504,10 @@ def test_ctrl_c_while_the_end_is_heard_falls_silent_and_leaves_the_whole_file(
     assert files() == ["a.wav"]
 
 
-def test_compiling_is_left_out_of_what_is_quantized_and_said(run, capsys):
-    assert run("Hello.", "-o", "a.wav", "--quantize", "int8", "--compile") == 0
+def test_compiling_is_left_out_where_there_is_no_card_and_said(run, capsys):
+    assert run("Hello.", "-o", "a.wav", "--device", "cpu", "--compile") == 0
     said = capsys.readouterr().err
-    assert "--compile brings nothing to --quantize int8: left out" in said
+    assert "--compile is for CUDA: left out" in said
     assert "Compiling" not in said
     assert files() == ["a.wav"]
 

@@ -24,16 +24,15 @@ from fish_speech.models.text2semantic.kernels import (
 )
 from fish_speech.models.text2semantic.llama import KeyValueCache
 
-_DIVISIONS, _WAYS = 6, 16  # of the distance to a threshold: to 24 bits
+_HALVINGS = 24  # of the distance to a threshold
 _DRAW_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["ROW"])
 def _draw(
     logits, made, numbers, settings, counter, table, hidden, x, ROW, D, N: tl.constexpr,
-    FIRST: tl.constexpr, COPIES: tl.constexpr, CODEBOOKS: tl.constexpr, DIVISIONS: tl.constexpr,
-    WAYS: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
+    FIRST: tl.constexpr, COPIES: tl.constexpr, CODEBOOKS: tl.constexpr, HALVINGS: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Draw a code from logits [N] as `draw.draw` does, into made [frames, K], and look up what the
     fast transformer reads next: its row of `table`, into the last column of x."""
@@ -56,13 +55,10 @@ def _draw(
     weights = tl.exp(scores - largest)
     # The least weight that stays: of those from it on, the sum is within top-p.
     most, least, below = top_p * tl.sum(weights, 0), 1.0, 0.0
-    for _ in range(DIVISIONS):
-        step = (least - below) / WAYS
-        tries = below + step * (tl.arange(0, WAYS) + 1)
-        above = tl.where(weights[None, :] >= tries[:, None], weights[None, :], 0.0)
-        passes = tl.sum((tl.sum(above, 1) > most).to(tl.float32), 0)
-        below += step * tl.minimum(passes, WAYS - 1)  # the largest always stays
-        least = below + step
+    for _ in range(HALVINGS):
+        middle = (least + below) * 0.5
+        fits = tl.sum(tl.where(weights >= middle, weights, 0.0), 0) <= most
+        least, below = tl.where(fits, middle, least), tl.where(fits, below, middle)
     stays = (v < N) & (weights >= tl.where(top_p < 1, least, 0.0))
     weights = tl.where(stays, tl.exp((scores - largest) / tl.maximum(temperature, 1e-5)), 0.0)
     passed = tl.cumsum(weights, 0)
@@ -154,11 +150,8 @@ class FrameGraph:
         ]
         rotary = model.rotary_table(c.max_seq_len, c.head_dim)
         fast_rotary = model.rotary_table(c.num_codebooks, c.fast_head_dim)
-        self._slow = Stack(model.layers, rotary)
-        self._fast_two, self._fast = (
-            Stack(model.fast_layers, fast_rotary, columns, few=c.num_codebooks)
-            for columns in (2, 1)
-        )
+        self._slow = Stack(model.layers, rotary, columns=1)
+        self._fast = Stack(model.fast_layers, fast_rotary, columns=2)
         scratch = model.new_cache(1)
         self._place = place_of(scratch, 0).to(device)
         self._play = _captured(self._launch, device, self._rewind)
@@ -211,10 +204,9 @@ class FrameGraph:
                 self._codes_x[0] = model.fast_project_in(self.hidden.to(model.dtype))
         self._launch_draw(0, c.codebook_size + 1, copies)
         for row in range(1, c.num_codebooks):
-            first = row == 1  # the hidden state and the first code are known together
-            columns = self._codes_x if first else self._codes_x[:1]
-            stack = self._fast_two if first else self._fast
-            stack.launch(columns, self._fast_places[0 if first else row])
+            # The hidden state and the first code are known together: one pass takes both.
+            columns = self._codes_x if row == 1 else self._codes_x[:1]
+            self._fast.launch(columns, self._fast_places[row + 1 - len(columns)], few=row + 1)
             launch_head(columns[-1], model.fast_norm, model.fast_output.weight, self._logits)
             self._launch_draw(row, c.codebook_size)
         _embed[(1,)](
@@ -241,7 +233,7 @@ def launch_draw(
     table = given[4]
     _draw[(1,)](
         logits, *given, row, table.shape[1], N=len(logits), FIRST=row == 0, COPIES=copies,
-        CODEBOOKS=codebooks, DIVISIONS=_DIVISIONS, WAYS=_WAYS, WINDOW=window,
+        CODEBOOKS=codebooks, HALVINGS=_HALVINGS, WINDOW=window,
         BLOCK=triton.next_power_of_2(len(logits)), BLOCK_D=triton.next_power_of_2(table.shape[1]),
         **launch_options(logits.device, _DRAW_WARPS),
     )  # fmt: skip

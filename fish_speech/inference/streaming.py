@@ -14,34 +14,42 @@ from fish_speech.models.vqgan.firefly import Memory
 # calls.
 FIRST_BLOCK, LONGEST_BLOCK = 6, 48
 _GROWTH = 1.2  # no faster: while a block plays, the next has to be made
+_GROWTH_ON_A_CARD = 2.0  # which makes them much sooner, but plans every length that is new to it
 
 SILENCE = 10 ** (-50 / 20)  # amplitude, -50 dBFS
 _MARGIN = 0.05  # seconds that stay before the first and after the last sound
 
 
-def decode_stream(codec: Codec, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
+def decode_stream(
+    codec: Codec, frames: Iterable[Tensor], few_lengths: bool | None = None
+) -> Iterator[tuple[Tensor, int]]:
     """Decode frames [K] in blocks: yields waveforms [1, n] on the CPU with their number of frames.
 
     The codec is causal and remembers what a block depends on: every block equals the same stretch
     of the whole. Blocks do not depend on time, so that the same frames always give the same blocks.
+    `few_lengths` decodes blocks of a few lengths only (None: on a CUDA card).
     """
     memory: Memory = {}
     block: list[Tensor] = []
-    size = float(FIRST_BLOCK)
+    if few_lengths is None:
+        few_lengths = codec.device.type == "cuda"
+    size, growth = float(FIRST_BLOCK), _GROWTH_ON_A_CARD if few_lengths else _GROWTH
     for frame in frames:
         block.append(frame)
         if len(block) >= int(size):
-            yield _decode(codec, block, memory), len(block)
-            block, size = [], min(size * _GROWTH, LONGEST_BLOCK)
+            yield _decode(codec, block, memory, len(block)), len(block)
+            block, size = [], min(size * growth, LONGEST_BLOCK)
     if block:
-        yield _decode(codec, block, memory), len(block)
+        length = int(size) if few_lengths else len(block)
+        yield _decode(codec, block, memory, length), len(block)
 
 
-def _decode(codec: Codec, frames: list[Tensor], memory: Memory) -> Tensor:
-    """Waveform [1, n] of the frames [K] that come next, float32 on the CPU."""
-    codes = torch.stack(frames, dim=1)[None].to(codec.device)
-    waveforms, _ = codec.decode(codes, memory=memory)
-    return waveforms[0].float().cpu()
+def _decode(codec: Codec, frames: list[Tensor], memory: Memory, length: int) -> Tensor:
+    """Waveform [1, n] of the frames [K] that come next, float32 on the CPU; decoded as `length`
+    frames, which changes nothing in those before."""
+    codes = torch.stack(frames + frames[-1:] * (length - len(frames)), dim=1)
+    waveforms, _ = codec.decode(codes[None].to(codec.device), memory=memory)
+    return waveforms[0, :, : len(frames) * codec.frame_length].float().cpu()
 
 
 class SilenceTrimmer:

@@ -48,7 +48,8 @@ def prompt_of(columns):
 def frames(model, prompt, count=4, seed=1, im_end_id=0, **options):
     """All frames [K, T] on the CPU, and whether the speech ended by itself."""
     options = {"im_end_id": im_end_id, "max_new_tokens": count, "sampling": GREEDY, **options}
-    generation = generate(model, prompt, generator=torch.Generator(DEVICE).manual_seed(seed), **options)  # fmt: skip
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    generation = generate(model, prompt, generator=generator, **options)
     made = []
     while True:
         try:
@@ -79,25 +80,27 @@ def test_the_reference_is_continued(model):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_graph_makes_the_frames_that_the_model_makes(changes, dtype):
-    """What a model in bf16 rounds on its way is not rounded here, so its weights are the measure."""
-    exact, model = small_model(dtype, **changes).float(), small_model(dtype, **changes)
+    """A model in bf16 rounds on its way, a graph does not: its weights are the measure."""
+    exact, model, plain = (small_model(dtype, **changes) for _ in range(3))
+    exact.float()
     use_graphs(model, 33)
     prompt = prompt_of(9)
     with torch.inference_mode():
-        wanted, past = Past(exact), Past(model)
-        hidden, read = wanted.read(prompt, 9), past.read(prompt, 9)
+        wanted, past, low = (Past(each) for each in (exact, model, plain))
+        hidden, _ = wanted.read(prompt, 9), past.read(prompt, 9)
+        low.read(prompt, 9)
         # From the same hidden state and past: the prompt is read in the model's own format.
-        past.cache.start_as(wanted.cache, 9)
+        for each in (past, low):
+            each.cache.start_as(wanted.cache, 9)
         decoder = _FrameDecoder(exact, 33, GREEDY, None)
         with model.frame_graphs.one(16) as made:
             for frame in made.frames(past.cache, hidden, 3, GREEDY, None):
                 expected = decoder.decode(hidden)
                 assert torch.equal(frame, expected.cpu())
                 column = torch.cat([expected[:1] + exact.semantic_begin_id, expected])
-                hidden = wanted.make(column)
-            off = (made.hidden - hidden).norm() / hidden.norm()
-    assert off < (1e-5 if dtype == torch.float32 else 0.01)
-    assert read.dtype == dtype
+                hidden, rounded = wanted.make(column), low.make(column)
+            off, most = (((x - hidden).norm() / hidden.norm()) for x in (made.hidden, rounded))
+    assert off < (1e-5 if dtype == torch.float32 else most)
 
 
 def test_a_long_past_is_attended_to_in_parts(monkeypatch):
@@ -143,10 +146,11 @@ def test_speeches_at_a_time_do_not_meet():
     use_graphs(model, 0)
     options = {"im_end_id": 0, "max_new_tokens": 3, "sampling": HOT}
     alone = [frames(model, prompt_of(7 + n), 3, n, sampling=HOT)[0] for n in range(2)]
+    seeded = [torch.Generator(DEVICE).manual_seed(n) for n in range(2)]
     both = [
-        generate(model, prompt_of(7 + n), generator=torch.Generator(DEVICE).manual_seed(n), **options)
-        for n in range(2)
-    ]  # fmt: skip
+        generate(model, prompt_of(7 + n), generator=generator, **options)
+        for n, generator in enumerate(seeded)
+    ]
     turns = [[next(one).cpu() for one in both] for _ in range(3)]
     for one, expected in enumerate(alone):
         assert torch.equal(torch.stack([turn[one] for turn in turns], 1), expected)
@@ -174,7 +178,8 @@ def test_it_draws_as_the_cpu_does(sampling, count):
     for number in (1e-6, 0.2, 0.5, 0.9, 1.0):
         if sampling.temperature:
             settings = sampling.repetition_penalty, sampling.top_p, sampling.temperature
-            expected = draw(logits.numpy(), before.numpy(), *map(np.float32, settings[:2]), settings[2], number)  # fmt: skip
+            settings = map(np.float32, settings)
+            expected = draw(logits.numpy(), before.numpy(), *settings, number)
         else:
             expected = probabilities(logits, before, sampling).argmax()
         assert drawn(logits, codes, sampling, number) == expected

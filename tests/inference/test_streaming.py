@@ -24,6 +24,19 @@ def test_blocks_join_to_the_whole_decoded_at_once(tts):
     assert sum(sizes) == 403
 
 
+def test_blocks_of_few_lengths_join_to_the_whole_too(tts, monkeypatch):
+    codec, plain, lengths = tts._codec, tts._codec.decode, []
+    codes = torch.randint(0, 1000, (8, 200), generator=torch.Generator().manual_seed(0))  # [K, T]
+    whole, _ = plain(codes[None])
+    monkeypatch.setattr(
+        codec, "decode", lambda x, **more: lengths.append(x.shape[2]) or plain(x, **more)
+    )
+    blocks = list(decode_stream(codec, codes.T, few_lengths=True))
+    assert torch.allclose(torch.cat([block for block, _ in blocks], dim=1), whole[0], atol=1e-4)
+    assert sum(size for _, size in blocks) == 200
+    assert lengths == [6, 12, 24, 48, 48, 48, 48]
+
+
 def test_two_streams_of_one_codec_do_not_mix(tts):
     codec, generator = tts._codec, torch.Generator().manual_seed(0)
     codes = [torch.randint(0, 1000, (8, 20), generator=generator) for _ in range(2)]  # [K, T]

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import shutil
 import threading
 from functools import partial
 
@@ -350,21 +349,6 @@ def test_memory_stays_flat_over_200_calls(tts, recording, caplog):
 
     before = tensors_after(5)
     assert tensors_after(200) <= before
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("c++") is None, reason="compiling for the CPU needs a C++ compiler"
-)
-@pytest.mark.filterwarnings("ignore")  # the compiler's own deprecations
-def test_a_compiled_model_says_the_same(voice_dir, tts):
-    compiled = TextToSpeech.from_pretrained(voice_dir, device="cpu", compile=True)
-    options = {"seed": 3, "max_new_tokens": 24, "retries": 0}
-    for text in ("Hello there.", "Another sentence, and a longer one."):
-        expected = tts.synthesize(text, **options)
-        torch.testing.assert_close(
-            compiled.synthesize(text, **options), expected, atol=1e-4, rtol=1e-3
-        )
 
 
 def test_int8_decodes_in_bf16_where_the_cpu_multiplies_it_and_else_exactly(

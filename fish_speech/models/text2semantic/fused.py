@@ -111,43 +111,39 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 @triton.jit
 def _turn(
-    qkv, queries, keys, values, rotary, LENGTH, ROWS, HEADS: tl.constexpr, LOCAL: tl.constexpr,
+    qkv, queries, keys, values, rotary, LENGTH, TURNS, HEADS: tl.constexpr, LOCAL: tl.constexpr,
     WIDTH: tl.constexpr, BACK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A column's queries [H, d], keys and values [h, d] out of qkv [H + 2h, d], turned by rotary
     [2, T, d]; `BACK` puts their gradients together, turned back."""
-    row = tl.program_id(0).to(tl.int64)
-    head, pair = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK)[None, :]
-    real = (head < HEADS + 2 * LOCAL) & (2 * pair < WIDTH)
-    joined = qkv + (row * (HEADS + 2 * LOCAL) + head) * WIDTH + 2 * pair
-    query = queries + (row * HEADS + head) * WIDTH + 2 * pair
-    local = (row * LOCAL + (head - HEADS) % LOCAL) * WIDTH + 2 * pair
-    asks, turned = real & (head < HEADS), real & (head < HEADS + LOCAL)
-    key, value = turned & (head >= HEADS), real & (head >= HEADS + LOCAL)
-    at = rotary + (row % LENGTH) * WIDTH + 2 * pair
-    cos = tl.load(at, mask=turned, other=1.0)
-    sin = tl.load(at + ROWS * WIDTH + 1, mask=turned, other=0.0)
+    column = tl.program_id(0).to(tl.int64)
+    head, i = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK)
+    real = (head < HEADS + 2 * LOCAL) & (i < WIDTH)[None, :]
+    asks, value = real & (head < HEADS), real & (head >= HEADS + LOCAL)
+    key = real & (head >= HEADS) & (head < HEADS + LOCAL)
+    joined = qkv + (column * (HEADS + 2 * LOCAL) + head) * WIDTH + i[None, :]
+    query = queries + (column * HEADS + head) * WIDTH + i[None, :]
+    local = (column * LOCAL + (head - HEADS) % LOCAL) * WIDTH + i[None, :]
     if BACK:
-        first = tl.load(query, mask=asks, other=0.0).to(tl.float32)
-        first += tl.load(keys + local, mask=key, other=0.0).to(tl.float32)
-        first += tl.load(values + local, mask=value, other=0.0).to(tl.float32)
-        second = tl.load(query + 1, mask=asks, other=0.0).to(tl.float32)
-        second += tl.load(keys + local + 1, mask=key, other=0.0).to(tl.float32)
-        second += tl.load(values + local + 1, mask=value, other=0.0).to(tl.float32)
-        first, second = first * cos + second * sin, second * cos - first * sin
-        tl.store(joined, first.to(qkv.dtype.element_ty), mask=real)
-        tl.store(joined + 1, second.to(qkv.dtype.element_ty), mask=real)
+        x = tl.load(query, mask=asks, other=0.0)
+        x = tl.where(key, tl.load(keys + local, mask=key, other=0.0), x)
+        x = tl.where(value, tl.load(values + local, mask=value, other=0.0), x)
     else:
-        first = tl.load(joined, mask=real, other=0.0).to(tl.float32)
-        second = tl.load(joined + 1, mask=real, other=0.0).to(tl.float32)
-        first, second = first * cos - second * sin, second * cos + first * sin
-        first, second = first.to(qkv.dtype.element_ty), second.to(qkv.dtype.element_ty)
-        tl.store(query, first, mask=asks)
-        tl.store(query + 1, second, mask=asks)
-        tl.store(keys + local, first, mask=key)
-        tl.store(keys + local + 1, second, mask=key)
-        tl.store(values + local, first, mask=value)
-        tl.store(values + local + 1, second, mask=value)
+        x = tl.load(joined, mask=real, other=0.0)
+    at = rotary + (column % LENGTH) * WIDTH + i
+    cos, sin = tl.load(at, mask=i < WIDTH, other=1.0), tl.load(at + TURNS * WIDTH, mask=i < WIDTH)
+    if BACK:
+        sin = -sin
+    first, second = tl.split(tl.reshape(x.to(tl.float32), [BLOCK_H, BLOCK // 2, 2]))
+    swapped = tl.reshape(tl.join(second, first), [BLOCK_H, BLOCK])
+    turned = (x.to(tl.float32) * cos[None, :] + swapped * sin[None, :]).to(qkv.dtype.element_ty)
+    x = tl.where(value, x, turned)
+    if BACK:
+        tl.store(joined, x, mask=real)
+    else:
+        tl.store(query, x, mask=asks)
+        tl.store(keys + local, x, mask=key)
+        tl.store(values + local, x, mask=value)
 
 
 def _launch_turn(
@@ -158,7 +154,7 @@ def _launch_turn(
     _turn[(batch * length,)](
         qkv, *parts, rotary, length, rotary.shape[1], HEADS=heads, LOCAL=local, WIDTH=size,
         BACK=back, BLOCK_H=triton.next_power_of_2(heads + 2 * local),
-        BLOCK=triton.next_power_of_2(size // 2),
+        BLOCK=triton.next_power_of_2(size), num_warps=2,
     )  # fmt: skip
 
 

@@ -23,8 +23,7 @@ from fish_speech.models.text2semantic.llama import KeyValueCache, RMSNorm
 
 PARTS = 8  # of the columns that a long speech attends to, each a program by itself
 PLACES, ATTEND_WARPS = 128, 8  # columns attended to at once
-AHEAD = {"_heads", "_project", "_gate"}
-_LINE = 128  # bytes
+AHEAD = {"_heads", "_project", "_gate"}  # kernels that ask for another's weights as well
 # Bytes of weights that a program asks for at once (of the first of two), and its warps.
 TILES = {
     "_heads": (8 << 10, 8),
@@ -51,15 +50,30 @@ def wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def _ask(ahead, LINES: tl.constexpr, SHARE: tl.constexpr):
-    """Ask for a program's share of so many lines of weights that a later kernel needs: they come
-    into the card's cache while vectors go round."""
-    if LINES:
-        line = tl.minimum(tl.program_id(0) * SHARE + tl.arange(0, SHARE), LINES - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ahead.to(tl.int64) + line * 128],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+def _ask(ahead, BYTES: tl.constexpr, SHARE: tl.constexpr):
+    """Ask for a program's share of so many bytes of weights that a later kernel needs: they come
+    into the card's cache while vectors go round. One thread asks for all of it."""
+    if BYTES:
+        start = tl.program_id(0) * SHARE
+        if start < BYTES:
+            lanes = tl.arange(0, 32) * 0
+            tl.inline_asm_elementwise(
+                """
+                {
+                .reg .pred first;
+                .reg .u32 thread;
+                mov.u32 thread, %tid.x;
+                setp.eq.u32 first, thread, 0;
+                @first cp.async.bulk.prefetch.L2.global [$1], $2;
+                mov.u32 $0, 0;
+                }
+                """,
+                "=r,l,r",
+                [ahead.to(tl.int64) + start + lanes, tl.minimum(SHARE, BYTES - start) + lanes],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 @triton.jit
@@ -93,7 +107,7 @@ def _heads(
     ahead, x, norm, weight, bias, rotary, queries, place, layer, eps, TURNS, D: tl.constexpr,
     HEADS: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr, BIASED: tl.constexpr,
     CACHE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    LINES: tl.constexpr, SHARE: tl.constexpr,
+    BYTES: tl.constexpr, SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm, queries [C, H, d], and keys and values into the cache, turned by `rotary` [2, T, d]."""
@@ -102,7 +116,7 @@ def _heads(
     row = tl.program_id(0) * ROWS + 2 * tl.arange(0, ROWS // 2)
     even, odd = _rows(weight, row, N, D, BLOCK), _rows(weight, row + 1, N, D, BLOCK)
     gain = _vector(norm, D, BLOCK)
-    _ask(ahead, LINES, SHARE)
+    _ask(ahead, BYTES, SHARE)
     head, index = row // WIDTH, row % WIDTH
     turned = head < HEADS + LOCAL
     asks, key, value = head < HEADS, turned & (head >= HEADS), ~turned & (row < N)
@@ -220,11 +234,11 @@ def _attended(
 
 @triton.jit(do_not_specialize=["layer"])
 def _project(
-    ahead, x, weight, queries, place, sums, sizes, layer, scale, D: tl.constexpr, HEADS: tl.constexpr,
-    LOCAL: tl.constexpr, WIDTH: tl.constexpr, CACHE: tl.constexpr, COLUMNS: tl.constexpr,
-    FEW: tl.constexpr, PARTS: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, SHARE: tl.constexpr,
-    PDL: tl.constexpr,
+    ahead, x, weight, queries, place, sums, sizes, layer, scale, D: tl.constexpr,
+    HEADS: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr, CACHE: tl.constexpr,
+    COLUMNS: tl.constexpr, FEW: tl.constexpr, PARTS: tl.constexpr, PLACES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
+    SHARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What was attended to, times weights [D, H * d], added to x [C, D]. Of `FEW` columns each
     program attends itself, else it joins the parts of `_attend`."""
@@ -235,7 +249,7 @@ def _project(
     where = row[:, None, None] * (HEADS * WIDTH) + (head[:, None] * WIDTH + i[None, :])[None, :, :]
     inside = (row < D)[:, None, None] & within[None, :, :]
     weights = tl.load(weight + where, mask=inside, other=0.0)
-    _ask(ahead, LINES, SHARE)
+    _ask(ahead, BYTES, SHARE)
     keys = tl.load(place).to(tl.pointer_type(CACHE))
     values = tl.load(place + 1).to(tl.pointer_type(CACHE))
     size, length = tl.load(place + 2), tl.load(place + 3) + 1
@@ -258,15 +272,15 @@ def _project(
 @triton.jit
 def _gate(
     ahead, x, norm, weight1, weight3, hidden, eps, D: tl.constexpr, F: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, SHARE: tl.constexpr,
-    PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
+    SHARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm and the first half of SwiGLU: hidden [C, F]."""
     begin(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     gates, ups = _rows(weight1, row, F, D, BLOCK), _rows(weight3, row, F, D, BLOCK)
     gain = _vector(norm, D, BLOCK)
-    _ask(ahead, LINES, SHARE)
+    _ask(ahead, BYTES, SHARE)
     wait(PDL)
     for column in tl.static_range(COLUMNS):
         vector = _vector(x + column * D, D, BLOCK)
@@ -279,14 +293,14 @@ def _gate(
 @triton.jit
 def _down(
     ahead, x, weight, hidden, D: tl.constexpr, F: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, SHARE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr, SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The second half, added to x [C, D]."""
     begin(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weights = _rows(weight, row, D, F, BLOCK)
-    _ask(ahead, LINES, SHARE)
+    _ask(ahead, BYTES, SHARE)
     wait(PDL)
     for column in tl.static_range(COLUMNS):
         to = x + column * D + row
@@ -329,65 +343,48 @@ def place_of(cache: KeyValueCache, position: int) -> Tensor:
 
 
 class Stack:
-    """All blocks of a transformer, for `columns` at a time. `rotary` is [2, T, d] in fp32; with
-    `few` no more columns than that are ever attended to."""
+    """All blocks of a transformer, for up to `columns` at a time; `rotary` is [2, T, d] in fp32."""
 
-    def __init__(
-        self, blocks: nn.ModuleList, rotary: Tensor, columns: int = 1, few: int | None = None
-    ) -> None:
-        attention, feed_forward = blocks[0].attention, blocks[0].feed_forward
-        weight = feed_forward.w2.weight  # [D, F]
-        device = weight.device
-        self._blocks, self._rotary, self._few = blocks, rotary.contiguous(), few
+    def __init__(self, blocks: nn.ModuleList, rotary: Tensor, columns: int) -> None:
+        attention, weight = blocks[0].attention, blocks[0].feed_forward.w2.weight  # [D, F]
+        self._blocks, self._rotary, device = blocks, rotary.contiguous(), weight.device
         heads, width = attention.n_head, attention.head_dim
-        self._queries, self._hidden, self._sums, self._sizes = (
-            torch.empty(shape, device=device)
-            for shape in (
-                (columns, heads, width),
-                (columns, weight.shape[1]),
-                (PARTS, heads, width),
-                (PARTS, 2, heads),
-            )
+        self._queries = torch.empty(columns, heads, width, device=device)
+        self._hidden = torch.empty(columns, weight.shape[1], device=device)
+        self._parts = (
+            torch.empty(PARTS, heads, width, device=device),
+            torch.empty(PARTS, 2, heads, device=device),
         )
-        self._shape = {"HEADS": heads, "LOCAL": attention.n_local_heads, "WIDTH": width}
-        self._cache = {"CACHE": {torch.bfloat16: tl.bfloat16}.get(weight.dtype, tl.float32)}
+        cached = tl.bfloat16 if weight.dtype == torch.bfloat16 else tl.float32
+        local = attention.n_local_heads
+        self._heads = {"HEADS": heads, "LOCAL": local, "WIDTH": width, "CACHE": cached}
 
-    def launch(self, x: Tensor, place: Tensor) -> None:
-        """x [C, D] (fp32) through all blocks, in place; `place` as `place_of` makes it."""
-        columns, dim = x.shape
-        width = self._shape["WIDTH"]
-        few = self._few is not None
-        shared = {**self._shape, **self._cache, "PARTS": PARTS, "PLACES": PLACES}
-        if few:
-            shared["PLACES"] = triton.next_power_of_2(self._few)
-        sizes = {"D": dim, "COLUMNS": columns}
-        both = {**sizes, "F": self._hidden.shape[1]}
-        scale = width**-0.5
+    def launch(self, x: Tensor, place: Tensor, few: int | None = None) -> None:
+        """x [C, D] (fp32) through all blocks, in place, to `place` (see `place_of`). `few` are the
+        columns that are attended to then, where they are a handful."""
+        heads, width = self._heads, self._heads["WIDTH"]
+        places = triton.next_power_of_2(few) if few else PLACES
+        attends = {**heads, "PARTS": PARTS, "PLACES": places}
+        sizes = {"COLUMNS": len(x), "D": x.shape[1]}
+        wide = {**sizes, "F": self._hidden.shape[1]}
         for layer, block in enumerate(self._blocks):
-            attention, feed_forward = block.attention, block.feed_forward
-            wqkv, w1, w2, w3 = (
-                attention.wqkv,
-                *(getattr(feed_forward, name).weight for name in ("w1", "w2", "w3")),
-            )
-            norm = block.attention_norm
+            attention, feed_forward, norm = block.attention, block.feed_forward, block.ffn_norm
+            wqkv, wo = attention.wqkv, attention.wo.weight
+            w1, w2, w3 = (getattr(feed_forward, name).weight for name in ("w1", "w2", "w3"))
             _launch(
-                _heads, wqkv.weight, x, norm.weight, wqkv.weight, wqkv.bias, self._rotary,
-                self._queries, place, layer, norm.eps, self._rotary.shape[1], **sizes,
-                **self._shape, **self._cache, BIASED=wqkv.bias is not None, ahead=w1,
+                _heads, wqkv.weight, x, block.attention_norm.weight, wqkv.weight, wqkv.bias,
+                self._rotary, self._queries, place, layer, norm.eps, self._rotary.shape[1],
+                **sizes, **heads, BIASED=wqkv.bias is not None, ahead=w1,
             )  # fmt: skip
-            parts = self._sums, self._sizes
+            seen = self._queries, place, *self._parts, layer, width**-0.5
             if not few:
-                _attend[self._shape["HEADS"], PARTS](
-                    self._queries, place, *parts, layer, scale, **shared,
-                    BLOCK=triton.next_power_of_2(width), **launch_options(x.device, ATTEND_WARPS),
+                _attend[heads["HEADS"], PARTS](
+                    *seen, **attends, BLOCK=triton.next_power_of_2(width),
+                    **launch_options(x.device, ATTEND_WARPS),
                 )  # fmt: skip
-            _launch(
-                _project, attention.wo.weight, x, attention.wo.weight, self._queries, place,
-                *parts, layer, scale, **sizes, **shared, FEW=few, ahead=w3,
-            )  # fmt: skip
-            norm = block.ffn_norm
-            _launch(_gate, w1, x, norm.weight, w1, w3, self._hidden, norm.eps, **both, ahead=w2)
-            _launch(_down, w2, x, w2, self._hidden, **both, ahead=wqkv.weight)
+            _launch(_project, wo, x, wo, *seen, **sizes, **attends, FEW=bool(few), ahead=w3)
+            _launch(_gate, w1, x, norm.weight, w1, w3, self._hidden, norm.eps, **wide, ahead=w2)
+            _launch(_down, w2, x, w2, self._hidden, **wide, ahead=wqkv.weight)
 
 
 def launch_head(x: Tensor, norm: RMSNorm, weight: Tensor, logits: Tensor) -> None:
@@ -412,11 +409,9 @@ def _launch(
     programs = triton.cdiv(count, sizes["ROWS"])
     options = launch_options(weight.device, warps)
     if ahead is not None:
-        lines = (
-            ahead.numel() * ahead.element_size() // _LINE
-            if options["PDL"] and kernel.__name__ in AHEAD
-            else 0
-        )
-        sizes |= {"LINES": lines, "SHARE": triton.next_power_of_2(triton.cdiv(lines, programs))}
+        size = ahead.numel() * ahead.element_size()
+        asks = options["PDL"] and kernel.__name__ in AHEAD and size % 16 == 0
+        share = triton.cdiv(size, programs * 128) * 128
+        sizes |= {"BYTES": size if asks else 0, "SHARE": share}
         args = (ahead, *args)
     kernel[(programs,)](*args, **sizes, **options)

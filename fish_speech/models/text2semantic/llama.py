@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from fish_speech.devices import compile_problem
 from fish_speech.models.text2semantic.config import ModelConfig
 
-
 _SHORT, _TOGETHER = 16, 64  # columns: of the rows that share a kernel's, and of one
 
 

@@ -49,32 +49,33 @@ class LoRAConfig:
         return mine == theirs
 
 
-def kept(size: int, p: float, device: torch.device) -> Tensor:
-    """Dropout of inputs [size]: 0 for a share `p` of them, 1 / (1 - p) for the others.
+def kept(layer: LoRALinear) -> Tensor:
+    """The scale of every input [in] of a layer's adapters, 0 for those that dropout takes.
 
-    The same for all columns of a step (variational dropout): so it is applied to the adapter, not
-    to every column, which would take a tenth of a training step.
+    The same ones for all columns of a step (variational dropout): applied to the adapter that
+    costs nothing, to every column a tenth of a training step.
     """
+    device = layer.lora_A.device
     # What is computed again for a gradient draws again; PyTorch restores no other state on MPS.
     source = "cpu" if device.type == "mps" else device
-    return F.dropout(torch.ones(size, device=source), p).to(device)
+    scales = torch.full((layer.in_features,), layer.scaling, device=source)
+    return F.dropout(scales, layer.dropout, layer.training).to(device)
 
 
 class _Adapted(torch.autograd.Function):
-    """x [N, in] -> x W^T + bias + x A^T B^T [N, out], where W and the bias are frozen, and A [r, in]
-    and B [out, r] in fp32."""
+    """x [N, in] -> x W^T + bias + (x * keep) A^T B^T [N, out], where W and the bias are frozen, and
+    A [r, in], B [out, r] and keep [in] in fp32."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, keep, scaling):
-        down = (lora_A if keep is None else lora_A * keep).to(weight.dtype)
+    def forward(ctx, x, weight, bias, lora_A, lora_B, keep):
+        down = (lora_A * keep).to(weight.dtype)
         # In this order in memory the gradient is a product of a quick shape.
-        up = (lora_B.T * scaling).to(weight.dtype).contiguous()
+        up = lora_B.T.contiguous().to(weight.dtype)
         inner = x @ down.T
         out = inner @ up
         if bias is not None:
             out += bias
         ctx.save_for_backward(x, weight, down, up, inner, keep)
-        ctx.scaling = scaling
         # Rounded once: in bf16 a small update of what is rounded already would be lost.
         return out.addmm_(x, weight.T)
 
@@ -84,9 +85,7 @@ class _Adapted(torch.autograd.Function):
         x, weight, down, up, inner, keep = ctx.saved_tensors
         inwards = gradient @ up.T
         to_x = (inwards @ down).addmm_(gradient, weight) if ctx.needs_input_grad[0] else None
-        to_A = (inwards.T @ x).float()
-        to_B = (inner.T @ gradient).float().T * ctx.scaling
-        return to_x, None, None, to_A if keep is None else to_A * keep, to_B, None, None
+        return to_x, None, None, (inwards.T @ x) * keep, (inner.T @ gradient).to(keep.dtype).T, None
 
 
 class LoRALinear(nn.Linear):
@@ -106,11 +105,8 @@ class LoRALinear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        keep = None
-        if self.training and self.dropout:
-            keep = kept(self.in_features, self.dropout, x.device)
         out = _Adapted.apply(
-            x.flatten(0, -2), self.weight, self.bias, self.lora_A, self.lora_B, keep, self.scaling
+            x.flatten(0, -2), self.weight, self.bias, self.lora_A, self.lora_B, kept(self)
         )
         return out.unflatten(0, x.shape[:-1])
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fish_speech.models.text2semantic import llama
-from fish_speech.models.text2semantic.llama import RMSNorm, rotate, rotary_table
+from fish_speech.models.text2semantic.llama import RMSNorm, rotary_table, rotate
 from fish_speech.training.loss import cross_entropy, loss_sums
 from tests.conftest import golden_tensors
 
@@ -72,7 +72,8 @@ def test_a_cross_entropy(monkeypatch):
 
 def test_a_training_step_with_all_of_it(model, monkeypatch):
     """Short rows that are attended to together included."""
-    batch = [golden_tensors("train_step.pt")["batch"][name] for name in ("inputs", "labels")]
+    golden = golden_tensors("train_step.pt")["batch"]
+    batch = [golden[name][1:2, :, 90:] for name in ("inputs", "labels")]
     codes = model.requires_grad_(False).codebook_embeddings.requires_grad_(True)
 
     def step():
