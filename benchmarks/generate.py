@@ -78,7 +78,7 @@ def _generate(directory: Path, kind: str, device: str, columns: int) -> float:
     import torch
 
     from fish_speech.devices import keep_freed_memory
-    from fish_speech.inference.generate import generate, use_graphs
+    from fish_speech.inference.generate import generate, graphs_of
     from fish_speech.inference.sampling import Sampling
     from fish_speech.models.text2semantic import load_model
     from fish_speech.models.text2semantic.packed import pack
@@ -88,8 +88,7 @@ def _generate(directory: Path, kind: str, device: str, columns: int) -> float:
     model = pack(load_model(directory, device, dtype), "int8" if kind == "int8" else None)
     keep_freed_memory()  # as cli_tts.py does
     tokenizer = FishTokenizer.from_pretrained(directory)
-    if device != "cpu":
-        use_graphs(model, tokenizer.im_end_id)  # so does TextToSpeech
+    graphs = None if device == "cpu" else graphs_of(model, tokenizer.im_end_id)
     random = torch.Generator().manual_seed(0)
     prompt = torch.zeros(model.config.num_codebooks + 1, columns, dtype=torch.long)
     prompt[0] = torch.randint(0, 256, (columns,), generator=random)
@@ -102,6 +101,7 @@ def _generate(directory: Path, kind: str, device: str, columns: int) -> float:
             max_new_tokens=_FRAMES + 1,
             sampling=Sampling(),
             generator=torch.Generator(device).manual_seed(seed),
+            graphs=graphs,
         )
         next(frames, None)
         start = perf_counter()

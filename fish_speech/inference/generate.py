@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from fish_speech.inference.sampling import Sampling, sample
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.lora import weight_rows
+
+if TYPE_CHECKING:
+    from fish_speech.inference.graph import FrameGraphs
 
 
 class Past:
@@ -80,12 +84,14 @@ def generate(
     sampling: Sampling,
     generator: torch.Generator | None = None,
     past: Past | None = None,
+    graphs: FrameGraphs | None = None,
 ) -> Generator[Tensor, None, bool]:
     """Continue prompt [K+1, T] (int64, on the CPU). Yields the codes [K] of one frame at a time.
 
     The return value is True where the model ended its speech with `<|im_end|>`, False where
     `max_new_tokens` or the context cut it. Raises `ValueError` where the prompt leaves no room.
     `generator` must live on the model's device. What `past` holds of the prompt isn't read again.
+    `graphs` are those of the model, with which a GPU makes frames many times faster.
     """
     context = model.config.max_seq_len
     room = context - prompt.shape[1]
@@ -97,10 +103,10 @@ def generate(
     frames = min(max_new_tokens, room)
     past = past or Past(model)
     hidden = past.read(prompt, frames)
-    if model.frame_graphs is None:
+    if graphs is None:
         made = _one_by_one(model, past, hidden, frames, im_end_id, sampling, generator)
     else:
-        made = _by_graph(model, past, hidden, frames, sampling, generator)
+        made = _by_graph(model, graphs, past, hidden, frames, sampling, generator)
     for codes in made:
         if codes is None:
             return True
@@ -130,6 +136,7 @@ def _one_by_one(
 
 def _by_graph(
     model: DualARTransformer,
+    graphs: FrameGraphs,
     past: Past,
     hidden: Tensor,
     frames: int,
@@ -137,7 +144,7 @@ def _by_graph(
     generator: torch.Generator | None,
 ) -> Iterator[Tensor | None]:
     """The same from a graph, on the CPU: each frame while the next is being made."""
-    with model.frame_graphs.one(sampling.window) as graph:
+    with graphs.one(sampling.window) as graph:
         for codes in graph.frames(past.cache, hidden, frames, sampling, generator):
             if codes is not None:
                 past.add(_column(model, codes))
@@ -160,13 +167,16 @@ def row_0_head(model: DualARTransformer, im_end_id: int) -> nn.Module:
 
 
 @torch.inference_mode()
-def use_graphs(model: DualARTransformer, im_end_id: int) -> None:
-    """Make every frame one CUDA graph from now on, where nothing is in the way of compiling it."""
+def graphs_of(model: DualARTransformer, im_end_id: int) -> FrameGraphs:
+    """What makes every frame one CUDA graph, compiled here (see `devices.compile_problem`).
+
+    The model may not be changed any more.
+    """
     from fish_speech.inference.graph import FrameGraphs
 
     graphs = FrameGraphs(model, row_0_head(model, im_end_id))
     with graphs.one(Sampling.window):
-        model.frame_graphs = graphs
+        return graphs
 
 
 class Take:

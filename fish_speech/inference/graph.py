@@ -200,13 +200,13 @@ class FrameGraph:
         launch_head(self.hidden, self._head.norm, self._head.weight, self._logits)
         copies = isinstance(model.fast_project_in, nn.Identity)
         if not copies:
-            with torch.inference_mode():
-                self._codes_x[0] = model.fast_project_in(self.hidden.to(model.dtype))
+            self._codes_x[0] = model.fast_project_in(self.hidden.to(model.dtype))
         self._launch_draw(0, c.codebook_size + 1, copies)
         for row in range(1, c.num_codebooks):
             # The hidden state and the first code are known together: one pass takes both.
             columns = self._codes_x if row == 1 else self._codes_x[:1]
-            self._fast.launch(columns, self._fast_places[row + 1 - len(columns)], few=row + 1)
+            place = self._fast_places[row + 1 - len(columns)]
+            self._fast.launch(columns, place, few=c.num_codebooks)
             launch_head(columns[-1], model.fast_norm, model.fast_output.weight, self._logits)
             self._launch_draw(row, c.codebook_size)
         _embed[(1,)](
@@ -245,12 +245,14 @@ def _captured(
     """The launches as a graph, which is asked for at once."""
     if device.type != "cuda":  # Triton's interpreter, in tests
         return launch
-    launch()  # compiles
-    rewind()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        launch()
+    with torch.cuda.device(device):
+        launch()  # compiles
+        rewind()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Of this thread only: others may be speaking.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            launch()
     return graph.replay
 
 
@@ -260,7 +262,7 @@ def _sent(row: Tensor) -> Callable[[], Tensor]:
         return row.clone
     arrived, there = torch.cuda.Event(), torch.empty_like(row, device="cpu", pin_memory=True)
     there.copy_(row, non_blocking=True)
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(row.device))
 
     def wait_for() -> Tensor:
         arrived.synchronize()

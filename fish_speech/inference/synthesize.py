@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from fish_speech.devices import (
 from fish_speech.files import file_digest
 from fish_speech.hub import check_model_dir
 from fish_speech.inference.context import Context
-from fish_speech.inference.generate import Past, Take, generate, use_graphs
+from fish_speech.inference.generate import Past, Take, generate, graphs_of
 from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.streaming import SILENCE, decode_stream
 from fish_speech.inference.voices import check_reference, check_speaker, speaker_or_first
@@ -40,6 +41,9 @@ from fish_speech.text import (
     spoken_text,
 )
 from fish_speech.tokenizer import FishTokenizer
+
+if TYPE_CHECKING:
+    from fish_speech.inference.graph import FrameGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +112,7 @@ class TextToSpeech:
         tokenizer: FishTokenizer,
         *,
         adaptable: bool = True,
+        graphs: FrameGraphs | None = None,
     ) -> None:
         if codec.num_codebooks != model.config.num_codebooks:
             raise ValueError(
@@ -115,6 +120,7 @@ class TextToSpeech:
                 f" {model.config.num_codebooks}; use the codec that the model was trained with"
             )
         self._model, self._codec, self._tokenizer = model, codec, tokenizer
+        self._graphs = graphs
         self._references: OrderedDict[str, Utterance] = OrderedDict()  # by the file's digest
         self._voice: Past | None = None  # the references of the last text, read
         self._adaptable = adaptable
@@ -154,11 +160,12 @@ class TextToSpeech:
             adapt(model)
         model = pack(model, quantize)
         tokenizer = FishTokenizer.from_pretrained(directory)
+        graphs = None
         if compile or (compile is None and device.type == "cuda"):
-            _compile(model, tokenizer, required=bool(compile))
+            graphs = _compiled(model, tokenizer, required=bool(compile))
         low = quantize is not None and multiplies_bf16(device)
         codec = load_codec(directory, device, torch.bfloat16 if low else torch.float32)
-        return cls(model, codec, tokenizer, adaptable=False)
+        return cls(model, codec, tokenizer, adaptable=False, graphs=graphs)
 
     @property
     def model(self) -> DualARTransformer:
@@ -385,6 +392,7 @@ class TextToSpeech:
                     sampling=settings.sampling,
                     generator=_generator(self._model.device, settings.seed, chunk.index, tries),
                     past=chunk.past,
+                    graphs=self._graphs,
                 )
             )
             last_try = tries > settings.retries
@@ -416,15 +424,17 @@ class TextToSpeech:
         return f"{_named(chunk.text, chunk.index, chunk.count)}: {what}{after}"
 
 
-def _compile(model: DualARTransformer, tokenizer: FishTokenizer, required: bool) -> None:
-    """Make frames fast on a GPU. Raises `ValueError` where that is `required`, but not possible."""
+def _compiled(
+    model: DualARTransformer, tokenizer: FishTokenizer, required: bool
+) -> FrameGraphs | None:
+    """What makes frames fast on a GPU. Raises `ValueError` where `required`, but not possible."""
     problem = compile_problem(model.device)
     if problem is None:
-        use_graphs(model, tokenizer.im_end_id)
-    elif required:
+        return graphs_of(model, tokenizer.im_end_id)
+    if required:
         raise ValueError(f"frames can't be compiled: {problem}; leave --compile out")
-    else:
-        logger.warning(f"frames can't be compiled, so speaking takes many times as long: {problem}")
+    logger.warning(f"frames can't be compiled, so speaking takes many times as long: {problem}")
+    return None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from fish_speech.inference import TextToSpeech
 from fish_speech.inference.draw import draw
-from fish_speech.inference.generate import Past, _FrameDecoder, generate, use_graphs
+from fish_speech.inference.generate import Past, _FrameDecoder, generate, graphs_of
 from fish_speech.inference.sampling import Sampling, probabilities
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
 from tests.conftest import golden_tensors
@@ -64,8 +64,8 @@ def test_the_reference_is_continued(model):
     case, start = golden["gen"]["greedy_rep"], golden["prompt"].shape[1]
     sampling = Sampling(temperature=0, top_p=1, repetition_penalty=case["repetition_penalty"])
     model = model.to(DEVICE)
-    use_graphs(model, IM_END)
-    got, _ = frames(model, golden["prompt"].long(), 6, im_end_id=IM_END, sampling=sampling)
+    options = {"sampling": sampling, "graphs": graphs_of(model, IM_END)}
+    got, _ = frames(model, golden["prompt"].long(), 6, im_end_id=IM_END, **options)
     assert torch.equal(got, case["sequence"][1:, start : start + 6].long())
 
 
@@ -83,7 +83,7 @@ def test_a_graph_makes_the_frames_that_the_model_makes(changes, dtype):
     """A model in bf16 rounds on its way, a graph does not: its weights are the measure."""
     exact, model, plain = (small_model(dtype, **changes) for _ in range(3))
     exact.float()
-    use_graphs(model, 33)
+    graphs = graphs_of(model, 33)
     prompt = prompt_of(9)
     with torch.inference_mode():
         wanted, past, low = (Past(each) for each in (exact, model, plain))
@@ -93,7 +93,7 @@ def test_a_graph_makes_the_frames_that_the_model_makes(changes, dtype):
         for each in (past, low):
             each.cache.start_as(wanted.cache, 9)
         decoder = _FrameDecoder(exact, 33, GREEDY, None)
-        with model.frame_graphs.one(16) as made:
+        with graphs.one(16) as made:
             for frame in made.frames(past.cache, hidden, 3, GREEDY, None):
                 expected = decoder.decode(hidden)
                 assert torch.equal(frame, expected.cpu())
@@ -108,44 +108,48 @@ def test_a_long_past_is_attended_to_in_parts(monkeypatch):
     monkeypatch.setattr(kernels, "PLACES", 16)
     model, prompt = small_model(), prompt_of(150)  # two rounds in three parts, a piece in the last
     expected, _ = frames(model, prompt)
-    use_graphs(model, 0)
-    assert torch.equal(frames(model, prompt)[0], expected)
+    graphs = graphs_of(model, 0)
+    assert torch.equal(frames(model, prompt, graphs=graphs)[0], expected)
 
 
 def test_the_end_of_speech_and_the_limit():
     model = small_model(n_layer=1)
-    use_graphs(model, 5)
+    graphs = graphs_of(model, 5)
     ends, seed = {}, 0
     while len(ends) < 2:
-        made, ended = frames(model, prompt_of(5), 3, seed, im_end_id=5, sampling=HOT)
+        made, ended = frames(model, prompt_of(5), 3, seed, im_end_id=5, sampling=HOT, graphs=graphs)
         assert ended == (made.shape[-1] < 3)
         ends[ended], seed = made, seed + 1
     assert ends[False].max() < 20
-    assert frames(model, prompt_of(254), 100, sampling=HOT)[0].shape[-1] <= 2  # the context's end
+    assert (
+        frames(model, prompt_of(254), 100, sampling=HOT, graphs=graphs)[0].shape[-1] <= 2
+    )  # the context's end
 
 
 def test_what_was_said_is_not_read_again(monkeypatch):
     model, past, prompt = small_model(), None, prompt_of(12)
-    use_graphs(model, 0)
-    said, _ = frames(model, prompt)
+    graphs = graphs_of(model, 0)
+    said, _ = frames(model, prompt, graphs=graphs)
     later = torch.cat([prompt, torch.cat([said[:1] + model.semantic_begin_id, said]), prompt], 1)
-    expected, _ = frames(model, later)
+    expected, _ = frames(model, later, graphs=graphs)
     read, plain = [], model.hidden_states
     monkeypatch.setattr(
         model, "hidden_states", lambda x, **options: read.append(x.shape[2]) or plain(x, **options)
     )
     past = Past(model)
-    frames(model, prompt, past=past)
-    assert torch.equal(frames(model, later, past=past.copy())[0], expected)
-    assert torch.equal(frames(model, prompt, past=past)[0], said)
+    frames(model, prompt, past=past, graphs=graphs)
+    assert torch.equal(frames(model, later, past=past.copy(), graphs=graphs)[0], expected)
+    assert torch.equal(frames(model, prompt, past=past, graphs=graphs)[0], said)
     assert read == [12, 12, 1]
 
 
 def test_speeches_at_a_time_do_not_meet():
     model = small_model()
-    use_graphs(model, 0)
-    options = {"im_end_id": 0, "max_new_tokens": 3, "sampling": HOT}
-    alone = [frames(model, prompt_of(7 + n), 3, n, sampling=HOT)[0] for n in range(2)]
+    graphs = graphs_of(model, 0)
+    options = {"im_end_id": 0, "max_new_tokens": 3, "sampling": HOT, "graphs": graphs}
+    alone = [
+        frames(model, prompt_of(7 + n), 3, n, sampling=HOT, graphs=graphs)[0] for n in range(2)
+    ]
     seeded = [torch.Generator(DEVICE).manual_seed(n) for n in range(2)]
     both = [
         generate(model, prompt_of(7 + n), generator=generator, **options)
@@ -155,7 +159,7 @@ def test_speeches_at_a_time_do_not_meet():
     for one, expected in enumerate(alone):
         assert torch.equal(torch.stack([turn[one] for turn in turns], 1), expected)
     both[0].close()
-    assert torch.equal(frames(model, prompt_of(7), 3, 0, sampling=HOT)[0], alone[0])
+    assert torch.equal(frames(model, prompt_of(7), 3, 0, sampling=HOT, graphs=graphs)[0], alone[0])
 
 
 @pytest.mark.parametrize("count", [50, 1025])

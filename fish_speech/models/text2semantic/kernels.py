@@ -23,7 +23,6 @@ from fish_speech.models.text2semantic.llama import KeyValueCache, RMSNorm
 
 PARTS = 8  # of the columns that a long speech attends to, each a program by itself
 PLACES, ATTEND_WARPS = 128, 8  # columns attended to at once
-AHEAD = {"_heads", "_project", "_gate"}  # kernels that ask for another's weights as well
 # Bytes of weights that a program asks for at once (of the first of two), and its warps.
 TILES = {
     "_heads": (8 << 10, 8),
@@ -47,33 +46,6 @@ def wait(PDL: tl.constexpr):
     writes may be read, and nothing written."""
     if PDL:
         gdc_wait()
-
-
-@triton.jit
-def _ask(ahead, BYTES: tl.constexpr, SHARE: tl.constexpr):
-    """Ask for a program's share of so many bytes of weights that a later kernel needs: they come
-    into the card's cache while vectors go round. One thread asks for all of it."""
-    if BYTES:
-        start = tl.program_id(0) * SHARE
-        if start < BYTES:
-            lanes = tl.arange(0, 32) * 0
-            tl.inline_asm_elementwise(
-                """
-                {
-                .reg .pred first;
-                .reg .u32 thread;
-                mov.u32 thread, %tid.x;
-                setp.eq.u32 first, thread, 0;
-                @first cp.async.bulk.prefetch.L2.global [$1], $2;
-                mov.u32 $0, 0;
-                }
-                """,
-                "=r,l,r",
-                [ahead.to(tl.int64) + start + lanes, tl.minimum(SHARE, BYTES - start) + lanes],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
 
 
 @triton.jit
@@ -104,10 +76,9 @@ def _scale(x, eps, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["layer"])
 def _heads(
-    ahead, x, norm, weight, bias, rotary, queries, place, layer, eps, TURNS, D: tl.constexpr,
+    x, norm, weight, bias, rotary, queries, place, layer, eps, TURNS, D: tl.constexpr,
     HEADS: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr, BIASED: tl.constexpr,
     CACHE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    BYTES: tl.constexpr, SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm, queries [C, H, d], and keys and values into the cache, turned by `rotary` [2, T, d]."""
@@ -116,7 +87,6 @@ def _heads(
     row = tl.program_id(0) * ROWS + 2 * tl.arange(0, ROWS // 2)
     even, odd = _rows(weight, row, N, D, BLOCK), _rows(weight, row + 1, N, D, BLOCK)
     gain = _vector(norm, D, BLOCK)
-    _ask(ahead, BYTES, SHARE)
     head, index = row // WIDTH, row % WIDTH
     turned = head < HEADS + LOCAL
     asks, key, value = head < HEADS, turned & (head >= HEADS), ~turned & (row < N)
@@ -234,11 +204,10 @@ def _attended(
 
 @triton.jit(do_not_specialize=["layer"])
 def _project(
-    ahead, x, weight, queries, place, sums, sizes, layer, scale, D: tl.constexpr,
+    x, weight, queries, place, sums, sizes, layer, scale, D: tl.constexpr,
     HEADS: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr, CACHE: tl.constexpr,
     COLUMNS: tl.constexpr, FEW: tl.constexpr, PARTS: tl.constexpr, PLACES: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
-    SHARE: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What was attended to, times weights [D, H * d], added to x [C, D]. Of `FEW` columns each
     program attends itself, else it joins the parts of `_attend`."""
@@ -249,7 +218,6 @@ def _project(
     where = row[:, None, None] * (HEADS * WIDTH) + (head[:, None] * WIDTH + i[None, :])[None, :, :]
     inside = (row < D)[:, None, None] & within[None, :, :]
     weights = tl.load(weight + where, mask=inside, other=0.0)
-    _ask(ahead, BYTES, SHARE)
     keys = tl.load(place).to(tl.pointer_type(CACHE))
     values = tl.load(place + 1).to(tl.pointer_type(CACHE))
     size, length = tl.load(place + 2), tl.load(place + 3) + 1
@@ -271,16 +239,14 @@ def _project(
 
 @triton.jit
 def _gate(
-    ahead, x, norm, weight1, weight3, hidden, eps, D: tl.constexpr, F: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
-    SHARE: tl.constexpr, PDL: tl.constexpr,
+    x, norm, weight1, weight3, hidden, eps, D: tl.constexpr, F: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm and the first half of SwiGLU: hidden [C, F]."""
     begin(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     gates, ups = _rows(weight1, row, F, D, BLOCK), _rows(weight3, row, F, D, BLOCK)
     gain = _vector(norm, D, BLOCK)
-    _ask(ahead, BYTES, SHARE)
     wait(PDL)
     for column in tl.static_range(COLUMNS):
         vector = _vector(x + column * D, D, BLOCK)
@@ -292,15 +258,14 @@ def _gate(
 
 @triton.jit
 def _down(
-    ahead, x, weight, hidden, D: tl.constexpr, F: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr, SHARE: tl.constexpr,
+    x, weight, hidden, D: tl.constexpr, F: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The second half, added to x [C, D]."""
     begin(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weights = _rows(weight, row, D, F, BLOCK)
-    _ask(ahead, BYTES, SHARE)
     wait(PDL)
     for column in tl.static_range(COLUMNS):
         to = x + column * D + row
@@ -374,7 +339,7 @@ class Stack:
             _launch(
                 _heads, wqkv.weight, x, block.attention_norm.weight, wqkv.weight, wqkv.bias,
                 self._rotary, self._queries, place, layer, norm.eps, self._rotary.shape[1],
-                **sizes, **heads, BIASED=wqkv.bias is not None, ahead=w1,
+                **sizes, **heads, BIASED=wqkv.bias is not None,
             )  # fmt: skip
             seen = self._queries, place, *self._parts, layer, width**-0.5
             if not few:
@@ -382,9 +347,9 @@ class Stack:
                     *seen, **attends, BLOCK=triton.next_power_of_2(width),
                     **launch_options(x.device, ATTEND_WARPS),
                 )  # fmt: skip
-            _launch(_project, wo, x, wo, *seen, **sizes, **attends, FEW=bool(few), ahead=w3)
-            _launch(_gate, w1, x, norm.weight, w1, w3, self._hidden, norm.eps, **wide, ahead=w2)
-            _launch(_down, w2, x, w2, self._hidden, **wide, ahead=wqkv.weight)
+            _launch(_project, wo, x, wo, *seen, **sizes, **attends, FEW=bool(few))
+            _launch(_gate, w1, x, norm.weight, w1, w3, self._hidden, norm.eps, **wide)
+            _launch(_down, w2, x, w2, self._hidden, **wide)
 
 
 def launch_head(x: Tensor, norm: RMSNorm, weight: Tensor, logits: Tensor) -> None:
@@ -392,11 +357,8 @@ def launch_head(x: Tensor, norm: RMSNorm, weight: Tensor, logits: Tensor) -> Non
     _launch(_head, weight, x, norm.weight, weight, logits, norm.eps, len(weight), D=weight.shape[1])
 
 
-def _launch(
-    kernel: Any, weight: Tensor, *args: Any, ahead: Tensor | None = None, **sizes: Any
-) -> None:
-    """Launch a kernel whose programs share the rows of a weight [N, K], and ask for the weight
-    `ahead`."""
+def _launch(kernel: Any, weight: Tensor, *args: Any, **sizes: Any) -> None:
+    """Launch a kernel whose programs share the rows of a weight [N, K]."""
     count, width = weight.shape
     tile, warps = TILES[kernel.__name__]
     if kernel is _project:
@@ -406,12 +368,5 @@ def _launch(
         block = sizes["BLOCK"] = triton.next_power_of_2(width)
     rows = max(1 + (kernel is _heads), tile // (block * weight.element_size()))  # it takes pairs
     sizes["ROWS"] = 1 << (rows.bit_length() - 1)
-    programs = triton.cdiv(count, sizes["ROWS"])
-    options = launch_options(weight.device, warps)
-    if ahead is not None:
-        size = ahead.numel() * ahead.element_size()
-        asks = options["PDL"] and kernel.__name__ in AHEAD and size % 16 == 0
-        share = triton.cdiv(size, programs * 128) * 128
-        sizes |= {"BYTES": size if asks else 0, "SHARE": share}
-        args = (ahead, *args)
-    kernel[(programs,)](*args, **sizes, **options)
+    grid = (triton.cdiv(count, sizes["ROWS"]),)
+    kernel[grid](*args, **sizes, **launch_options(weight.device, warps))

@@ -203,9 +203,7 @@ class Head(nn.Module):
 class DualARTransformer(nn.Module):
     """Fish Speech's language model. Parameter names are those of the published checkpoint."""
 
-    # Of what generates: the last layers, and what makes whole frames on a GPU (`inference.graph`).
-    head_type: type[nn.Module] = Head
-    frame_graphs: Any = None
+    head_type: type[nn.Module] = Head  # of what generates
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -401,8 +399,9 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 def fused_for(x: Tensor) -> Any:
-    """Kernels for what lies between the products (`fused.py`), where they can be compiled."""
-    if not x.is_cuda or compile_problem(x.device):
+    """Kernels for what lies between the products (`fused.py`), where they can be compiled: on a
+    CUDA card, the current one."""
+    if not x.is_cuda or x.get_device() != torch.cuda.current_device() or compile_problem(x.device):
         return None
     from fish_speech.models.text2semantic import fused
 

@@ -73,8 +73,8 @@ def test_a_cross_entropy(monkeypatch):
 def test_a_training_step_with_all_of_it(model, monkeypatch):
     """Short rows that are attended to together included."""
     golden = golden_tensors("train_step.pt")["batch"]
-    batch = [golden[name][1:2, :, 90:] for name in ("inputs", "labels")]
-    codes = model.requires_grad_(False).codebook_embeddings.requires_grad_(True)
+    batch = [golden[name][1:2, :, 90:].to(DEVICE) for name in ("inputs", "labels")]
+    codes = model.to(DEVICE).requires_grad_(False).codebook_embeddings.requires_grad_(True)
 
     def step():
         model.zero_grad()
