@@ -105,7 +105,7 @@ def compile_problem(device: torch.device) -> str | None:
 
         driver.active  # noqa: B018 (builds what Triton needs in C)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         return (
             f"{reason}; on Linux Triton needs a C compiler and Python's headers: gcc, python3-dev"
         )

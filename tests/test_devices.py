@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fish_speech.devices import resolve_device, resolve_precision
+from fish_speech.devices import compile_problem, resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -70,3 +70,22 @@ bytearray(1 << 26)
 sys.exit(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before > 1000)
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_what_keeps_kernels_from_being_compiled_is_named(monkeypatch):
+    assert compile_problem(torch.device("cpu")) == "Triton is not for cpu"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert "too old" in compile_problem(torch.device("cuda:6"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+
+    pytest.importorskip("triton")
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
+
+    monkeypatch.setattr("triton.runtime.driver", Driver())
+    problem = compile_problem(torch.device("cuda:7"))
+    assert problem.startswith("Failed to find C compiler;")
+    assert problem.endswith("gcc, python3-dev")

@@ -78,7 +78,7 @@ def test_the_reference_is_continued(model):
     ],
     ids=["plain", "biases", "ties"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_graph_makes_the_frames_that_the_model_makes(changes, dtype):
     """A model in bf16 rounds on its way, a graph does not: its weights are the measure."""
     exact, model, plain = (small_model(dtype, **changes) for _ in range(3))

@@ -320,8 +320,8 @@ class Stack:
             torch.empty(PARTS, heads, width, device=device),
             torch.empty(PARTS, 2, heads, device=device),
         )
-        cached = tl.bfloat16 if weight.dtype == torch.bfloat16 else tl.float32
-        local = attention.n_local_heads
+        kinds = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+        local, cached = attention.n_local_heads, kinds[weight.dtype]
         self._heads = {"HEADS": heads, "LOCAL": local, "WIDTH": width, "CACHE": cached}
 
     def launch(self, x: Tensor, place: Tensor, few: int | None = None) -> None:
