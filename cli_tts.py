@@ -274,7 +274,7 @@ def compare_models(args: argparse.Namespace) -> int:
     from fish_speech.hub import find_model
     from fish_speech.inference.voices import choose_speaker, pair_references
 
-    machine_of(args)
+    device, _ = machine_of(args)
     texts = read_texts(args.texts)
     references = pair_references(args.reference_audio, args.reference_text)
     models = [find_model(path, Path(__file__).resolve().parent) for path in args.compare]
@@ -286,7 +286,10 @@ def compare_models(args: argparse.Namespace) -> int:
     board = compare(
         *(models, texts, folder),
         load=lambda model_dir: load(args, model_dir),
-        loaded_as=[args.device, args.precision, args.quantize],
+        loaded_as=[
+            *(args.device, args.precision, args.quantize),
+            *(["graphs"] if compiles(args, device) else []),
+        ],
         settings=settings_of(args),
         takes=args.num_samples,
         speaker=args.speaker,
@@ -338,6 +341,7 @@ def all_but_text_and_seed(
     from fish_speech.inference.jobs import model_digests
 
     machine = [tts.model.device.type, str(tts.model.stored_dtype), args.quantize]
+    machine += ["graphs"] if tts.compiled else []
     cloned = [(file_digest(file), words) for file, words in references]
     voice = [args.speaker, cloned, args.trim_silence]
     return [model_digests(model_dir), machine, voice, asdict(replace(settings, seed=0))]
@@ -362,16 +366,23 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
     if args.threads is None:
         suit_threads(model_dir / "model.pth")
     device, dtype = machine_of(args)
-    compiles = args.compile if device.type == "cuda" else None
-    if args.compile and not compiles:
+    wanted = args.compile if device.type == "cuda" else None
+    if args.compile and not wanted:
         say("--compile is for CUDA: left out")
-    elif device.type == "cuda" and compiles is not False:
+    elif compiles(args, device):
         say("Compiling (some seconds, the first time)")
     voice = TextToSpeech.from_pretrained(
-        model_dir, device=device, dtype=dtype, quantize=args.quantize, compile=compiles
+        model_dir, device=device, dtype=dtype, quantize=args.quantize, compile=wanted
     )
     keep_freed_memory()
     return voice
+
+
+def compiles(args: argparse.Namespace, device: Any) -> bool:
+    """Whether each frame will be one CUDA graph, which draws otherwise."""
+    from fish_speech.devices import compile_problem
+
+    return args.compile is not False and compile_problem(device) is None
 
 
 def machine_of(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -98,6 +98,8 @@ def compile_problem(device: torch.device) -> str | None:
 
     if device.type != "cuda":
         return f"Triton is not for {device.type}"
+    if torch.version.hip:
+        return "these kernels are for NVIDIA's cards"
     if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return "the card is too old for Triton"
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fish_speech.devices import resolve_device, resolve_precision, suit_threads
+from fish_speech.devices import compile_problem, resolve_device, resolve_precision, suit_threads
 from fish_speech.evaluation.figures import figure
 from fish_speech.evaluation.held_out import HeldOut
 from fish_speech.evaluation.leaderboard import Figure, Leaderboard
@@ -114,7 +114,8 @@ class AdaptedBase:
 
     def candidates(self, checkpoints: Sequence[Checkpoint]) -> Iterator[Candidate]:
         """The base and its checkpoints."""
-        loaded_as = f"{self._device.type} {self._dtype} merged"
+        graphs = "" if compile_problem(self._device) else " graphs"  # which draw otherwise
+        loaded_as = f"{self._device.type} {self._dtype} merged{graphs}"
         base = f"{self.model_digest} {file_digest(find_codec(self.directory))} {loaded_as}"
         yield Candidate("base", self.directory, base, self._voice, 0)
         for checkpoint in checkpoints:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fish_speech.inference.sampling import Sampling, sample
 from fish_speech.models.text2semantic import DualARTransformer
-from fish_speech.models.text2semantic.lora import weight_rows
+from fish_speech.models.text2semantic.lora import lora_modules, weight_rows
 
 if TYPE_CHECKING:
     from fish_speech.inference.graph import FrameGraphs
@@ -170,9 +170,12 @@ def row_0_head(model: DualARTransformer, im_end_id: int) -> nn.Module:
 def graphs_of(model: DualARTransformer, im_end_id: int) -> FrameGraphs:
     """What makes every frame one CUDA graph, compiled here (see `devices.compile_problem`).
 
-    The model may not be changed any more.
+    The model may not be changed any more. Raises `ValueError` where it has adapters.
     """
     from fish_speech.inference.graph import FrameGraphs
+
+    if any(lora_modules(model)):
+        raise ValueError("a graph knows no adapters: merge them first (`merge_lora`)")
 
     graphs = FrameGraphs(model, row_0_head(model, im_end_id))
     with graphs.one(Sampling.window):
@@ -246,8 +249,8 @@ class _FrameDecoder:
         if self.history is None:
             self.history = []
         else:
-            column = torch.cat([row[None], frame])
-            self.history = [*self.history, column][-self.sampling.window :]
+            column, window = torch.cat([row[None], frame]), self.sampling.window
+            self.history = [*self.history, column][-window:] if window else []
         return frame
 
     def _sample(self, logits: Tensor, window: Tensor | None, row: int) -> Tensor:

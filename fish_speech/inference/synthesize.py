@@ -19,6 +19,7 @@ from fish_speech.audio import load_audio
 from fish_speech.conversation import Utterance
 from fish_speech.devices import (
     compile_problem,
+    is_out_of_memory,
     multiplies_bf16,
     resolve_device,
     resolve_precision,
@@ -69,7 +70,7 @@ class Settings:
     max_new_tokens: int | None = None
     retries: int = 2
     context_tokens: int = 1024
-    drawing: int = field(default=5, init=False)
+    drawing: int = field(default=4, init=False)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -143,8 +144,8 @@ class TextToSpeech:
         `quantize` "int8" stores the weights of the language model's blocks in a byte each (CPU
         only; the others are then bfloat16 where `dtype` is None, and so is the codec's decoder
         where the CPU multiplies that natively): faster, about as exact as bfloat16. `compile` makes
-        each frame one CUDA graph, compiled when first needed (some seconds) and kept: None where
-        that is possible, else it is logged as a warning. `adapt` is given the model
+        each frame one CUDA graph, compiled when first needed (some seconds) and kept: None does so
+        on CUDA where it is possible, else it is logged as a warning. `adapt` is given the model
         as it was loaded, to change its weights (adapters must be merged into them). Raises
         `FileNotFoundError` or `ValueError` that says what is wrong.
         """
@@ -152,6 +153,8 @@ class TextToSpeech:
             raise ValueError(f"quantize is {quantize!r}; 'int8' and None are known")
         check_model_dir(directory)
         device = resolve_device(str(device))
+        if compile and (problem := compile_problem(device)):
+            raise ValueError(f"compile=True: frames can't be compiled: {problem}")
         if device.type == "cpu":
             from fish_speech.inference import draw  # noqa: F401 (compiled now, not while it speaks)
         usual = torch.bfloat16 if quantize else resolve_precision("auto", device)
@@ -160,9 +163,8 @@ class TextToSpeech:
             adapt(model)
         model = pack(model, quantize)
         tokenizer = FishTokenizer.from_pretrained(directory)
-        graphs = None
-        if compile or (compile is None and device.type == "cuda"):
-            graphs = _compiled(model, tokenizer, required=bool(compile))
+        wanted = compile or (compile is None and device.type == "cuda")
+        graphs = _compiled(model, tokenizer, required=bool(compile)) if wanted else None
         low = quantize is not None and multiplies_bf16(device)
         codec = load_codec(directory, device, torch.bfloat16 if low else torch.float32)
         return cls(model, codec, tokenizer, adaptable=False, graphs=graphs)
@@ -170,6 +172,11 @@ class TextToSpeech:
     @property
     def model(self) -> DualARTransformer:
         return self._model
+
+    @property
+    def compiled(self) -> bool:
+        """Whether each frame is one CUDA graph."""
+        return self._graphs is not None
 
     @property
     def speakers(self) -> list[str]:
@@ -427,12 +434,16 @@ class TextToSpeech:
 def _compiled(
     model: DualARTransformer, tokenizer: FishTokenizer, required: bool
 ) -> FrameGraphs | None:
-    """What makes frames fast on a GPU. Raises `ValueError` where `required`, but not possible."""
+    """What makes frames fast on a GPU; None, with a warning, where that isn't possible and not
+    `required`."""
     problem = compile_problem(model.device)
-    if problem is None:
-        return graphs_of(model, tokenizer.im_end_id)
-    if required:
-        raise ValueError(f"frames can't be compiled: {problem}; leave --compile out")
+    try:
+        if problem is None:
+            return graphs_of(model, tokenizer.im_end_id)
+    except Exception as error:  # what Triton can't do on this card
+        if required or is_out_of_memory(error):
+            raise
+        problem = " ".join(str(error).split()) or type(error).__name__
     logger.warning(f"frames can't be compiled, so speaking takes many times as long: {problem}")
     return None
 

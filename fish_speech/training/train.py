@@ -313,10 +313,10 @@ def expected_memory(model: DualARTransformer, columns: int, checkpointing: bool)
     )
     n_layer = c.n_layer if slow_learns else 0  # whose activations are kept
     # The shares were measured: what a block keeps for its backward, adapters included.
-    slow = columns * size * (10 * c.dim + 7 * c.intermediate_size)
-    fast = columns * c.num_codebooks * size * (10 * c.fast_dim + 7 * c.fast_intermediate_size)
-    if checkpointing:  # the inputs of all blocks, which autocast may keep in fp32, and one block
-        inputs = columns * 4 * (n_layer * c.dim + c.n_fast_layer * c.num_codebooks * c.fast_dim)
+    slow = columns * size * (8 * c.dim + 4 * c.intermediate_size)
+    fast = columns * c.num_codebooks * size * (8 * c.fast_dim + 4 * c.fast_intermediate_size)
+    if checkpointing:  # the inputs of all blocks, and one block
+        inputs = columns * size * (n_layer * c.dim + c.n_fast_layer * c.num_codebooks * c.fast_dim)
         blocks = inputs + max(slow, fast)
     else:
         blocks = n_layer * slow + c.n_fast_layer * fast

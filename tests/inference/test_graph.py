@@ -11,6 +11,7 @@ from fish_speech.inference.draw import draw
 from fish_speech.inference.generate import Past, _FrameDecoder, generate, graphs_of
 from fish_speech.inference.sampling import Sampling, probabilities
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
+from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
 from tests.conftest import golden_tensors
 
 kernels = pytest.importorskip(
@@ -208,14 +209,22 @@ def drawn(logits, codes, sampling, number):
     return code
 
 
+def test_a_model_with_adapters_is_refused():
+    model = small_model()
+    add_lora(model, LoRAConfig())
+    with pytest.raises(ValueError, match="merge them first"):
+        graphs_of(model, 0)
+
+
 def test_where_nothing_can_be_compiled_it_says_so_and_speaks(voice_dir, monkeypatch, caplog):
     monkeypatch.setattr(
         "fish_speech.inference.synthesize.compile_problem", lambda device: "no C compiler"
     )
-    with pytest.raises(ValueError, match="can't be compiled: no C compiler; leave --compile out"):
+    with pytest.raises(ValueError, match="compile=True: frames can't be compiled: no C compiler"):
         TextToSpeech.from_pretrained(voice_dir, device=DEVICE, compile=True)
     caplog.set_level(logging.WARNING)
     tts = TextToSpeech.from_pretrained(voice_dir, device=DEVICE)
     assert ("no C compiler" in caplog.text) == (DEVICE == "cuda")
+    assert not tts.compiled
     waveform = tts.synthesize("Hello.", max_new_tokens=3, retries=0, temperature=100, top_p=1)
     assert waveform.numel()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
+from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
+from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, merge_lora
 from fish_speech.training import loss
 from tests.conftest import golden_tensors
 
@@ -45,6 +46,26 @@ def test_labels_in_parts_are_as_all_at_once(model, low, monkeypatch):
         assert off < (0.02 if low else 1e-5), name
     with torch.no_grad():
         assert not loss.loss_sums(model, *batch()).token.requires_grad
+
+
+def test_tied_embeddings_learn_from_labels_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    tied = ModelConfig(
+        vocab_size=1436, dim=16, n_layer=1, n_head=2, n_local_heads=1, head_dim=8,
+        intermediate_size=24, n_fast_layer=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = DualARTransformer(tied)
+    add_lora(model, LoRAConfig(dropout=0))
+    torch.nn.init.normal_(model.embeddings.lora_A, std=0.1)
+    whole, wanted = gradients(model)
+    monkeypatch.setattr(loss, "LABELS_AT_ONCE", 5)
+    parts, got = gradients(model)
+    torch.testing.assert_close(parts.token, whole.token)
+    torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        merge_lora(model)
+        merged = loss.loss_sums(model, *batch())
+    torch.testing.assert_close(merged.token, whole.token.detach(), rtol=1e-4, atol=0)
 
 
 def to_bf16(model):

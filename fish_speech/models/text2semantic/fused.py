@@ -20,8 +20,9 @@ def _norm_forward(x, weight, out, scales, eps, D: tl.constexpr, BLOCK: tl.conste
     value = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
     gain = tl.load(weight + d, mask=d < D, other=0.0)
-    normed = (value * scale).to(gain.dtype) * gain  # rounded before the weight, as it was trained
-    tl.store(out + row * D + d, normed, mask=d < D)
+    # Rounded before the weight, as it was trained.
+    normed = (value * scale).to(gain.dtype).to(tl.float32) * gain.to(tl.float32)
+    tl.store(out + row * D + d, normed.to(out.dtype.element_ty), mask=d < D)
     tl.store(scales + row, scale)
 
 

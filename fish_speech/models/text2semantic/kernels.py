@@ -327,6 +327,7 @@ class Stack:
     def launch(self, x: Tensor, place: Tensor, few: int | None = None) -> None:
         """x [C, D] (fp32) through all blocks, in place, to `place` (see `place_of`). `few` are the
         columns that are attended to then, where they are a handful."""
+        assert few or len(x) == 1  # what is attended to in parts is joined for one column
         heads, width = self._heads, self._heads["WIDTH"]
         places = triton.next_power_of_2(few) if few else PLACES
         attends = {**heads, "PARTS": PARTS, "PLACES": places}

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fish_speech.devices import compile_problem
 from fish_speech.models.text2semantic.config import ModelConfig
+from fish_speech.models.text2semantic.lora import LoRAEmbedding
 
 _SHORT, _TOGETHER = 16, 64  # columns: of the rows that share a kernel's, and of one
 
@@ -318,9 +319,11 @@ class DualARTransformer(nn.Module):
     def token_logits(self, x: Tensor) -> Tensor:
         """Row-0 logits of hidden states: [..., D] -> [..., V]."""
         x = self.norm(x).to(self.stored_dtype)
-        if self.config.tie_word_embeddings:
-            return F.linear(x, self.embeddings.weight)
-        return self.output(x)
+        if not self.config.tie_word_embeddings:
+            return self.output(x)
+        if isinstance(self.embeddings, LoRAEmbedding):
+            return self.embeddings.logits(x)
+        return F.linear(x, self.embeddings.weight)
 
     def codebook_logits(self, x: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced logits of frames: x [N, D] before each, its codes [N, K] -> [N, K, C]."""

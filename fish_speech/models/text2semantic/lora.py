@@ -52,7 +52,7 @@ class LoRAConfig:
 def kept(layer: LoRALinear) -> Tensor:
     """The scale of every input [in] of a layer's adapters, 0 for those that dropout takes.
 
-    The same ones for all columns of a step (variational dropout): applied to the adapter that
+    The same ones for all columns of a batch (variational dropout): applied to the adapter that
     costs nothing, to every column a tenth of a training step.
     """
     device = layer.lora_A.device
@@ -148,6 +148,11 @@ class LoRAEmbedding(nn.Embedding):
     def update(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """What the adapters add to those rows of the weight, in fp32."""
         return (self.lora_B.float() @ self.lora_A.float()[:, rows]).T * self.scaling
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x times the weight as it acts, where it is the output layer too: [..., D] -> [..., V]."""
+        inner = F.linear(x.float(), self.lora_B.T * self.scaling)
+        return F.linear(x, self.weight) + F.linear(inner, self.lora_A.T).to(x.dtype)
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> None:

@@ -1,5 +1,7 @@
 """Kernels for CUDA between the products; without a card Triton interprets them."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,8 @@ def test_a_norm(dim):
         lambda x: F.rms_norm(x, (dim,), norm.weight, norm.eps),
         3 * randn(2, 3, dim),
     )
+    low, x = norm.bfloat16(), (3 * randn(2, 3, dim)).bfloat16()
+    torch.testing.assert_close(fused.norm(x, low.weight, low.eps), low(x))
 
 
 def test_a_gate():
@@ -70,19 +74,26 @@ def test_a_cross_entropy(monkeypatch):
     )
 
 
-def test_a_training_step_with_all_of_it(model, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_step_with_all_of_it(model, dtype, monkeypatch):
     """Short rows that are attended to together included."""
     golden = golden_tensors("train_step.pt")["batch"]
     batch = [golden[name][1:2, :, 90:].to(DEVICE) for name in ("inputs", "labels")]
-    codes = model.to(DEVICE).requires_grad_(False).codebook_embeddings.requires_grad_(True)
+    model = model.to(DEVICE, dtype).requires_grad_(False)
+    model.codebook_embeddings.requires_grad_(True)
+    exact = copy.deepcopy(model).float()
 
-    def step():
+    def step(model):
         model.zero_grad()
         sums = loss_sums(model, *batch)
         sums.loss(sums.tokens, sums.codes).backward()
-        return sums.token, sums.codebook, codes.weight.grad.clone()
+        return sums.token, sums.codebook, model.codebook_embeddings.weight.grad.clone()
 
-    wanted = step()
+    wanted, plain = step(exact), step(model)
     monkeypatch.setattr(llama, "fused_for", lambda x: fused)
     monkeypatch.setattr("fish_speech.training.loss.fused_for", lambda x: fused)
-    torch.testing.assert_close(step(), wanted, atol=1e-5, rtol=1e-4)
+    for got, before, expected in zip(step(model), plain, wanted, strict=True):
+        off, most = ((x - expected).float().norm() / expected.norm() for x in (got, before))
+        # What bf16 rounds between the products, more or less; the interpreter cuts it off instead.
+        more = 1.2 if DEVICE == "cuda" else 4
+        assert off < (1e-4 if dtype == torch.float32 else max(0.01, more * most))
