@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fish_speech.inference.sampling import Sampling
 from fish_speech.models.text2semantic import DualARTransformer
-from fish_speech.models.text2semantic.kernels import (
+from fish_speech.models.text2semantic.cuda_column import (
     Stack,
     begin,
     launch_head,

@@ -14,10 +14,9 @@ from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
 from tests.conftest import golden_tensors
 
-kernels = pytest.importorskip(
-    "fish_speech.models.text2semantic.kernels", reason="Triton is not there", exc_type=ImportError
-)
-from fish_speech.inference import graph  # noqa: E402
+pytest.importorskip("triton")
+from fish_speech.inference import graph
+from fish_speech.models.text2semantic import cuda_column
 
 # Lanes that are masked may divide nothing by nothing.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -105,8 +104,8 @@ def test_a_graph_makes_the_frames_that_the_model_makes(changes, dtype):
 
 
 def test_a_long_past_is_attended_to_in_parts(monkeypatch):
-    monkeypatch.setattr(kernels, "PARTS", 4)
-    monkeypatch.setattr(kernels, "PLACES", 16)
+    monkeypatch.setattr(cuda_column, "PARTS", 4)
+    monkeypatch.setattr(cuda_column, "PLACES", 16)
     model, prompt = small_model(), prompt_of(150)  # two rounds in three parts, a piece in the last
     expected, _ = frames(model, prompt)
     graphs = graphs_of(model, 0)

@@ -76,11 +76,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D]
-        if (
-            (fused := fused_for(x))
-            and x.dtype == self.weight.dtype
-            and not self.weight.requires_grad
-        ):
+        frozen = not self.weight.requires_grad
+        if frozen and x.dtype == self.weight.dtype and (fused := fused_for(x)):
             return fused.norm(x, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
 
@@ -402,13 +399,13 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 def fused_for(x: Tensor) -> Any:
-    """Kernels for what lies between the products (`fused.py`), where they can be compiled: on a
-    CUDA card, the current one."""
+    """Kernels for what lies between the products (`cuda_fused.py`), where they can be compiled:
+    on a CUDA card, the current one."""
     if not x.is_cuda or x.get_device() != torch.cuda.current_device() or compile_problem(x.device):
         return None
-    from fish_speech.models.text2semantic import fused
+    from fish_speech.models.text2semantic import cuda_fused
 
-    return fused
+    return cuda_fused
 
 
 def _attention_mask(

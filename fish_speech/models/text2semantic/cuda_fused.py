@@ -112,11 +112,12 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 @triton.jit
 def _turn(
-    qkv, queries, keys, values, rotary, LENGTH, TURNS, HEADS: tl.constexpr, LOCAL: tl.constexpr,
+    qkv, queries, keys, values, rotary, LENGTH, SINES, HEADS: tl.constexpr, LOCAL: tl.constexpr,
     WIDTH: tl.constexpr, BACK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A column's queries [H, d], keys and values [h, d] out of qkv [H + 2h, d], turned by rotary
-    [2, T, d]; `BACK` puts their gradients together, turned back."""
+    [2, T, d], whose sines lie so far behind its cosines; `BACK` puts their gradients together,
+    turned back."""
     column = tl.program_id(0).to(tl.int64)
     head, i = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK)
     real = (head < HEADS + 2 * LOCAL) & (i < WIDTH)[None, :]
@@ -132,7 +133,7 @@ def _turn(
     else:
         x = tl.load(joined, mask=real, other=0.0)
     at = rotary + (column % LENGTH) * WIDTH + i
-    cos, sin = tl.load(at, mask=i < WIDTH, other=1.0), tl.load(at + TURNS * WIDTH, mask=i < WIDTH)
+    cos, sin = tl.load(at, mask=i < WIDTH, other=1.0), tl.load(at + SINES, mask=i < WIDTH)
     if BACK:
         sin = -sin
     first, second = tl.split(tl.reshape(x.to(tl.float32), [BLOCK_H, BLOCK // 2, 2]))
@@ -153,7 +154,7 @@ def _launch_turn(
     batch, length = qkv.shape[:2]
     local, size = parts[1].shape[2:]
     _turn[(batch * length,)](
-        qkv, *parts, rotary, length, rotary.shape[1], HEADS=heads, LOCAL=local, WIDTH=size,
+        qkv, *parts, rotary, length, rotary.stride(0), HEADS=heads, LOCAL=local, WIDTH=size,
         BACK=back, BLOCK_H=triton.next_power_of_2(heads + 2 * local),
         BLOCK=triton.next_power_of_2(size), num_warps=2,
     )  # fmt: skip
@@ -183,7 +184,7 @@ class _Turn(torch.autograd.Function):
 def turned(qkv: Tensor, rotary: Tensor, heads: int, local: int) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [B, T, (H + 2h) * d] -> queries [B, T, H, d], keys and values [B, T, h, d], turned by
     rotary [2, T, d] (see `llama.rotate`)."""
-    return _Turn.apply(qkv.contiguous(), rotary.contiguous(), heads, local)
+    return _Turn.apply(qkv.contiguous(), rotary, heads, local)
 
 
 @triton.jit

@@ -11,9 +11,9 @@ from fish_speech.models.text2semantic.llama import RMSNorm, rotary_table, rotate
 from fish_speech.training.loss import cross_entropy, loss_sums
 from tests.conftest import golden_tensors
 
-fused = pytest.importorskip(
-    "fish_speech.models.text2semantic.fused", reason="Triton is not there", exc_type=ImportError
-)
+pytest.importorskip("triton")
+from fish_speech.models.text2semantic import cuda_fused as fused
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
