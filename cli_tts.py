@@ -20,6 +20,7 @@ from fish_speech.audio import SAVE_FORMATS
 from fish_speech.console import print_anything, stop_signals
 from fish_speech.devices import (
     PRECISIONS,
+    compile_problem,
     is_out_of_memory,
     resolve_device,
     resolve_precision,
@@ -380,8 +381,6 @@ def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
 
 def compiles(args: argparse.Namespace, device: Any) -> bool:
     """Whether each frame will be one CUDA graph, which draws otherwise."""
-    from fish_speech.devices import compile_problem
-
     return args.compile is not False and compile_problem(device) is None
 
 

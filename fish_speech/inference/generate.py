@@ -104,7 +104,7 @@ def generate(
     past = past or Past(model)
     hidden = past.read(prompt, frames)
     if graphs is None:
-        made = _one_by_one(model, past, hidden, frames, im_end_id, sampling, generator)
+        made = _FrameDecoder(model, im_end_id, sampling, generator).frames(past, hidden, frames)
     else:
         made = _by_graph(model, graphs, past, hidden, frames, sampling, generator)
     for codes in made:
@@ -112,26 +112,6 @@ def generate(
             return True
         yield codes
     return False
-
-
-def _one_by_one(
-    model: DualARTransformer,
-    past: Past,
-    hidden: Tensor,
-    frames: int,
-    im_end_id: int,
-    sampling: Sampling,
-    generator: torch.Generator | None,
-) -> Iterator[Tensor | None]:
-    """Codes [K] of at most so many frames behind a hidden state [D]; None at the end of speech."""
-    decoder = _FrameDecoder(model, im_end_id, sampling, generator)
-    for made in range(1, frames + 1):
-        codes = decoder.decode(hidden)
-        yield codes
-        if codes is None:
-            return
-        if made < frames:
-            hidden = past.make(_column(model, codes))
 
 
 def _by_graph(
@@ -143,7 +123,7 @@ def _by_graph(
     sampling: Sampling,
     generator: torch.Generator | None,
 ) -> Iterator[Tensor | None]:
-    """The same from a graph, on the CPU: each frame while the next is being made."""
+    """As `_FrameDecoder.frames`, on the CPU: each frame while the next is being made."""
     with graphs.one(sampling.window) as graph:
         for codes in graph.frames(past.cache, hidden, frames, sampling, generator):
             if codes is not None:
@@ -229,6 +209,16 @@ class _FrameDecoder:
         # Of the last frames: row 0's sampled row, then the codes. None before the first frame,
         # which the reference never remembers; its penalty, and so its speech, depends on that.
         self.history: list[Tensor] | None = None
+
+    def frames(self, past: Past, hidden: Tensor, count: int) -> Iterator[Tensor | None]:
+        """Codes [K] of at most `count` frames behind a hidden state [D]; None at the end."""
+        for made in range(1, count + 1):
+            codes = self.decode(hidden)
+            yield codes
+            if codes is None:
+                return
+            if made < count:
+                hidden = past.make(_column(self.model, codes))
 
     def decode(self, hidden: Tensor) -> Tensor | None:
         """hidden [D] -> codes [K] (int64), or None at the end of speech."""

@@ -154,7 +154,7 @@ class FrameGraph:
         self._fast = Stack(model.fast_layers, fast_rotary, columns=2)
         scratch = model.new_cache(1)
         self._place = place_of(scratch, 0).to(device)
-        self._play = _captured(self._launch, device, self._rewind)
+        self._play = _captured(self._launch, device)
 
     def frames(
         self,
@@ -178,7 +178,7 @@ class FrameGraph:
         self._settings.copy_(torch.tensor(settings))
         self._place.copy_(place_of(cache, cache.length))
         self.hidden.copy_(hidden)
-        self._rewind()
+        self._counter.zero_()
         coming: list[Callable[[], Tensor]] = []
         for index in range(count + 1):
             if index < count:
@@ -191,9 +191,6 @@ class FrameGraph:
                     return
                 frame[0] -= 1
                 yield frame
-
-    def _rewind(self) -> None:
-        self._counter.zero_()
 
     def _launch(self) -> None:
         c, model = self._config, self._model
@@ -239,15 +236,12 @@ def launch_draw(
     )  # fmt: skip
 
 
-def _captured(
-    launch: Callable[[], None], device: torch.device, rewind: Callable[[], None]
-) -> Callable[[], None]:
+def _captured(launch: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """The launches as a graph, which is asked for at once."""
     if device.type != "cuda":  # Triton's interpreter, in tests
         return launch
     with torch.cuda.device(device):
         launch()  # compiles
-        rewind()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Of this thread only: others may be speaking.

@@ -130,7 +130,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     torch's function makes three more tensors of that size.
     """
     if fused := fused_for(logits):
-        return _FusedCrossEntropy.apply(logits, targets, fused)
+        return fused.cross_entropy(logits, targets)
     return _CrossEntropy.apply(logits.float(), targets)
 
 
@@ -149,20 +149,3 @@ class _CrossEntropy(torch.autograd.Function):
         logits.sub_(sizes).exp_()
         logits.scatter_add_(1, targets, -torch.ones_like(sizes))
         return logits.mul_(gradient), None
-
-
-class _FusedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, fused) -> Tensor:
-        losses, sizes = fused.entropy(logits, targets)
-        ctx.save_for_backward(logits, targets, sizes)
-        ctx.fused = fused
-        return losses.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, sizes = ctx.saved_tensors
-        ctx.fused.entropy_slope(logits, targets, sizes, gradient.contiguous())
-        torch.autograd.graph.increment_version(logits)  # so that nobody asks again
-        return logits, None, None

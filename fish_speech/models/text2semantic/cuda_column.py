@@ -259,8 +259,7 @@ def _gate(
 @triton.jit
 def _down(
     x, weight, hidden, D: tl.constexpr, F: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The second half, added to x [C, D]."""
     begin(PDL)
@@ -339,7 +338,8 @@ class Stack:
             w1, w2, w3 = (getattr(feed_forward, name).weight for name in ("w1", "w2", "w3"))
             _launch(
                 _heads, wqkv.weight, x, block.attention_norm.weight, wqkv.weight, wqkv.bias,
-                self._rotary, self._queries, place, layer, norm.eps, self._rotary.shape[1],
+                self._rotary, self._queries, place, layer, block.attention_norm.eps,
+                self._rotary.shape[1],
                 **sizes, **heads, BIASED=wqkv.bias is not None,
             )  # fmt: skip
             seen = self._queries, place, *self._parts, layer, width**-0.5

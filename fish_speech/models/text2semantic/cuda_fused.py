@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 1024
+_BLOCK, _LOGITS = 1024, 4096  # elements that a program takes at once
 
 
 @triton.jit
@@ -215,19 +215,29 @@ def _entropy_slope(logits, targets, sizes, gradient, V, BLOCK: tl.constexpr):
     tl.store(at, (share * tl.load(gradient)).to(logits.dtype.element_ty), mask=v < V)
 
 
-def entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropies [N] of logits [N, V] and targets [N], and log-sums [N] for `entropy_slope`.
-    Both in fp32, whatever the logits are in."""
-    losses, sizes = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-    if len(logits):
-        _entropy[(len(logits),)](logits, targets, losses, sizes, logits.shape[1], BLOCK=4096)
-    return losses, sizes
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        losses, sizes = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+        if len(logits):
+            _entropy[(len(logits),)](logits, targets, losses, sizes, logits.shape[1], BLOCK=_LOGITS)
+        ctx.save_for_backward(logits, targets, sizes)
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets, sizes = ctx.saved_tensors
+        if len(logits):
+            grid = len(logits), triton.cdiv(logits.shape[1], _LOGITS)
+            _entropy_slope[grid](
+                logits, targets, sizes, gradient.contiguous(), logits.shape[1], BLOCK=_LOGITS
+            )
+        torch.autograd.graph.increment_version(logits)  # so that nobody asks again
+        return logits, None
 
 
-def entropy_slope(logits: Tensor, targets: Tensor, sizes: Tensor, gradient: Tensor) -> None:
-    """The gradient of summed cross entropies, times a scalar, in place of the logits."""
-    if len(logits):
-        blocks = triton.cdiv(logits.shape[1], 4096)
-        _entropy_slope[(len(logits), blocks)](
-            logits, targets, sizes, gradient, logits.shape[1], BLOCK=4096
-        )
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross entropy, in fp32, of logits [N, V] in any format and targets [N]; the gradient,
+    asked for once, takes the place of the logits."""
+    return _CrossEntropy.apply(logits, targets)

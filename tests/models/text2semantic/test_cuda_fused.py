@@ -17,7 +17,7 @@ from fish_speech.models.text2semantic import cuda_fused as fused
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def same(make, wanted, *inputs):
+def assert_same(make, wanted, *inputs):
     """Two functions have the same results and gradients."""
     results = []
     for function in (make, wanted):
@@ -38,7 +38,7 @@ def randn(*shape):
 def test_a_norm(dim):
     norm = RMSNorm(dim, 1e-6).to(DEVICE).requires_grad_(False)
     norm.weight.copy_(1 + 0.1 * randn(dim))
-    same(
+    assert_same(
         lambda x: fused.norm(x, norm.weight, norm.eps),
         lambda x: F.rms_norm(x, (dim,), norm.weight, norm.eps),
         3 * randn(2, 3, dim),
@@ -48,7 +48,9 @@ def test_a_norm(dim):
 
 
 def test_a_gate():
-    same(fused.gated, lambda gate, up: F.silu(gate) * up, 3 * randn(5, 700), randn(5, 700).flip(0))
+    assert_same(
+        fused.gated, lambda gate, up: F.silu(gate) * up, 3 * randn(5, 700), randn(5, 700).flip(0)
+    )
 
 
 @pytest.mark.parametrize(("heads", "local", "size"), [(4, 2, 16), (3, 1, 10)])
@@ -61,13 +63,13 @@ def test_queries_keys_and_values_turn(heads, local, size):
         return tuple(x.transpose(1, 2) for x in (rotate(q, rotary), rotate(k, rotary), v))
 
     qkv = randn(2, 7, (heads + 2 * local) * size)
-    same(lambda x: fused.turned(x, rotary, heads, local), plain, qkv)
+    assert_same(lambda x: fused.turned(x, rotary, heads, local), plain, qkv)
 
 
 def test_a_cross_entropy(monkeypatch):
     logits, targets = 5 * randn(6, 9000), torch.tensor([0, 8999, 3, 4096, 17, 4095]).to(DEVICE)
     monkeypatch.setattr("fish_speech.training.loss.fused_for", lambda x: fused)
-    same(
+    assert_same(
         lambda x: 3 * cross_entropy(x * 1, targets),
         lambda x: 3 * F.cross_entropy(x, targets, reduction="sum"),
         logits,
