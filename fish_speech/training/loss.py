@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fish_speech.conversation import IGNORED
 from fish_speech.models.text2semantic import DualARTransformer
-from fish_speech.models.text2semantic.llama import fused_for
+from fish_speech.models.text2semantic.passes import cross_entropy
 
 # Of row 0, whose logits take 0.4 MB a label at the published size (0.2 where they stay in bf16).
 LABELS_AT_ONCE = 256
@@ -121,31 +121,3 @@ class _TokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         return None, None, None, None, *(slope * gradient for slope in ctx.saved_tensors)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy of logits [N, V] and targets [N], in fp32.
-
-    The gradient, asked for once, takes the place of the logits, which nobody else may need;
-    torch's function makes three more tensors of that size.
-    """
-    if fused := fused_for(logits):
-        return fused.cross_entropy(logits, targets)
-    return _CrossEntropy.apply(logits.float(), targets)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        targets = targets[:, None]
-        sizes = logits.logsumexp(1, keepdim=True)
-        ctx.save_for_backward(logits, targets, sizes)
-        return (sizes - logits.gather(1, targets)).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, targets, sizes = ctx.saved_tensors
-        logits.sub_(sizes).exp_()
-        logits.scatter_add_(1, targets, -torch.ones_like(sizes))
-        return logits.mul_(gradient), None

@@ -313,8 +313,8 @@ def expected_memory(model: DualARTransformer, columns: int, checkpointing: bool)
     )
     n_layer = c.n_layer if slow_learns else 0  # whose activations are kept
     # The shares were measured: what a block keeps for its backward, adapters included.
-    slow = columns * size * (8 * c.dim + 4 * c.intermediate_size)
-    fast = columns * c.num_codebooks * size * (8 * c.fast_dim + 4 * c.fast_intermediate_size)
+    slow = columns * size * (8 * c.dim + 2 * c.intermediate_size)
+    fast = columns * c.num_codebooks * size * (8 * c.fast_dim + 2 * c.fast_intermediate_size)
     if checkpointing:  # the inputs of all blocks, and one block
         inputs = columns * size * (n_layer * c.dim + c.n_fast_layer * c.num_codebooks * c.fast_dim)
         blocks = inputs + max(slow, fast)

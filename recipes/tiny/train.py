@@ -30,7 +30,8 @@ from fish_speech.conversation import IGNORED
 from fish_speech.devices import keep_freed_memory, multiplies_bf16
 from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic import DualARTransformer, load_model
-from fish_speech.models.text2semantic.llama import rotary_table, rotate
+from fish_speech.models.text2semantic.llama import rotary_table
+from fish_speech.models.text2semantic.torch_passes import rotate
 from fish_speech.preparation.pipeline import die_with_parent
 from recipes.tiny.batches import NOWHERE, Corpus, batches, token_durations
 from recipes.tiny.corpus import read_corpus
@@ -58,8 +59,8 @@ def hidden_states(model: DualARTransformer, tokens: Tensor) -> tuple[Tensor, lis
         if number in READING_LAYERS:
             heads = layer.attention.wqkv(layer.attention_norm(x)).unflatten(-1, (-1, c.head_dim))
             # The first query head and the first key head behind the queries.
-            first = rotate(heads[:, :, [0, c.n_head]].transpose(1, 2), rotary)  # [B, 2, T, d]
-            logits.append(first[:, 0] @ first[:, 1].mT / math.sqrt(c.head_dim))
+            q, k = rotate(heads[:, :, [0, c.n_head]], rotary).unbind(2)  # [B, T, d]
+            logits.append(q @ k.mT / math.sqrt(c.head_dim))
         x = layer(x, rotary, None, None)
     return x, logits
 

@@ -232,7 +232,7 @@ def _take_normed(x, weight, eps, taken, sizes):
 
 @njit
 def _turn(head, cos, sin):
-    """Turn a query or key [d] by cos and sin [d] (see `llama.rotate`)."""
+    """Turn a query or key [d] by cos and sin [d] (see `torch_passes.rotate`)."""
     for index in range(0, len(head), 2):
         first, second = head[index], head[index + 1]
         head[index] = first * cos[index] + second * sin[index]

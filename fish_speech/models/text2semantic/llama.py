@@ -6,16 +6,15 @@ Shapes: B batch, T columns, K codebooks, D `dim`, V `vocab_size`, C `codebook_si
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fish_speech.devices import compile_problem
 from fish_speech.models.text2semantic.config import ModelConfig
-from fish_speech.models.text2semantic.lora import LoRAEmbedding
+from fish_speech.models.text2semantic.lora import LoRAEmbedding, swiglu
+from fish_speech.models.text2semantic.passes import kernels_for, norm, turned
 
 _SHORT, _TOGETHER = 16, 64  # columns: of the rows that share a kernel's, and of one
 
@@ -76,10 +75,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D]
-        frozen = not self.weight.requires_grad
-        if frozen and x.dtype == self.weight.dtype and (fused := fused_for(x)):
-            return fused.norm(x, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
+        return norm(x, self.weight, self.eps)
 
 
 class FeedForward(nn.Module):
@@ -92,9 +88,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(intermediate_size, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D]
-        if fused := fused_for(x):
-            return self.w2(fused.gated(self.w1(x), self.w3(x)))
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return swiglu(x, self.w1, self.w3, self.w2)
 
 
 class Attention(nn.Module):
@@ -121,14 +115,16 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Queries, keys and values [B, T, (heads + 2 local heads) * head_dim] -> [B, T, D]."""
         length = qkv.shape[1]
-        q, k, v = self._turned(qkv, rotary)
+        parts = turned(qkv, rotary, self.n_head, self.n_local_heads)
+        q, k, v = (part.transpose(1, 2) for part in parts)  # [B, heads, T, head_dim]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if length == 1 and mask is None:
             # Heads that share a key and sit on one column are as good as columns of one head.
             q = q.view(*k.shape[:2], -1, self.head_dim)
-        if cache is None and mask is None and 1 < length <= _SHORT and fused_for(qkv):
-            return self._attend_together(q, k, v)
+        if cache is None and mask is None and 1 < length <= _SHORT:
+            attend = self._attend_together if kernels_for(qkv) else self._attend_in_products
+            return attend(q, k, v)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -139,15 +135,6 @@ class Attention(nn.Module):
             enable_gqa=q.shape[1] != k.shape[1],
         ).reshape(len(qkv), self.n_head, length, self.head_dim)  # some kernels answer transposed
         return out.transpose(1, 2).flatten(2)
-
-    def _turned(self, qkv: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, heads, T, head_dim] with their rotary positions."""
-        if fused := fused_for(qkv):
-            parts = fused.turned(qkv, rotary, self.n_head, self.n_local_heads)
-            return tuple(part.transpose(1, 2) for part in parts)
-        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        qk, v = heads.tensor_split([self.n_head + self.n_local_heads], dim=1)
-        return *rotate(qk, rotary).tensor_split([self.n_head], dim=1), v
 
     def _attend_together(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of many short rows q, k, v [B, heads, T, head_dim] -> [B, T, D].
@@ -168,6 +155,20 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(joined(q), k, v, attn_mask=mask, dropout_p=dropout)
         return out.transpose(1, 2).unflatten(1, (share, length)).flatten(0, 1)[:rows].flatten(2)
+
+    def _attend_in_products(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same, where a kernel for attention takes several times as long for each row."""
+        local, length = k.shape[1:3]
+        # Heads that share a key are as good as columns of one head.
+        q = q.unflatten(1, (local, -1)).flatten(2, 3).float()  # [B, local heads, T of each, d]
+        scores = (q * self.head_dim**-0.5) @ k.float().transpose(2, 3)
+        scores = scores.unflatten(2, (-1, length))
+        later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+        weights = F.dropout(weights, self.dropout, self.training)
+        out = weights.flatten(2, 3) @ v.float()
+        out = out.unflatten(2, (-1, length)).flatten(1, 2)  # [B, heads, T, d]
+        return out.transpose(1, 2).flatten(2).type_as(v)
 
 
 class TransformerBlock(nn.Module):
@@ -379,7 +380,8 @@ class DualARTransformer(nn.Module):
 
 
 def rotary_table(length: int, head_dim: int, base: float, device) -> Tensor:
-    """cos, and sin with the sign it has in `rotate`, of every position: [2, length, head_dim] fp32.
+    """cos, and sin with the sign it has in `torch_passes.rotate`, of every position: [2, length,
+    head_dim] in fp32.
 
     The published weights were trained with a table rounded to bf16, so it is rounded here.
     """
@@ -389,23 +391,6 @@ def rotary_table(length: int, head_dim: int, base: float, device) -> Tensor:
     cos, sin = angles.cos(), angles.sin()
     table = torch.stack([torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)])
     return table.flatten(-2).bfloat16().float()
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate adjacent pairs of x [B, heads, T, head_dim] by rotary [2, T, head_dim]."""
-    wide = x.float()
-    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(wide * rotary[0], swapped, rotary[1]).type_as(x)
-
-
-def fused_for(x: Tensor) -> Any:
-    """Kernels for what lies between the products (`cuda_fused.py`), where they can be compiled:
-    on a CUDA card, the current one."""
-    if not x.is_cuda or x.get_device() != torch.cuda.current_device() or compile_problem(x.device):
-        return None
-    from fish_speech.models.text2semantic import cuda_fused
-
-    return cuda_fused
 
 
 def _attention_mask(

@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from fish_speech.models.text2semantic.passes import gated, passes_for
 
 LINEAR_TARGETS = ("wqkv", "wo", "w1", "w2", "w3", "output", "fast_output")
 EMBEDDING_TARGETS = ("embeddings", "codebook_embeddings", "fast_embeddings")
@@ -62,12 +65,23 @@ def kept(layer: LoRALinear) -> Tensor:
     return F.dropout(scales, layer.dropout, layer.training).to(device)
 
 
-class _Adapted(torch.autograd.Function):
-    """x [N, in] -> x W^T + bias + (x * keep) A^T B^T [N, out], where W and the bias are frozen, and
-    A [r, in], B [out, r] and keep [in] in fp32."""
+class _Product(NamedTuple):
+    """x W^T + x down^T up of columns x [N, in], a frozen W [out, in] and an adapter's halves
+    [r, in] and [r, out], with what its gradients take: `inner`, x down^T [N, r], and the scales
+    `keep` [in] of the inputs that `down` holds."""
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, keep):
+    weight: Tensor
+    down: Tensor
+    up: Tensor
+    inner: Tensor
+    keep: Tensor
+
+    @classmethod
+    def of(
+        cls, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+        keep: Tensor,
+    ) -> tuple[Tensor, _Product]:  # fmt: skip
+        """The product [N, out] (plus a bias), of A [r, in], B [out, r] and `keep` in fp32."""
         down = (lora_A * keep).to(weight.dtype)
         # In this order in memory the gradient is a product of a quick shape.
         up = lora_B.T.contiguous().to(weight.dtype)
@@ -75,17 +89,73 @@ class _Adapted(torch.autograd.Function):
         out = inner @ up
         if bias is not None:
             out += bias
-        ctx.save_for_backward(x, weight, down, up, inner, keep)
         # Rounded once: in bf16 a small update of what is rounded already would be lost.
-        return out.addmm_(x, weight.T)
+        return out.addmm_(x, weight.T), cls(weight, down, up, inner, keep)
+
+    def inwards(self, gradient: Tensor) -> Tensor:
+        """Of the product's gradient [N, out], that between the adapter's halves [N, r]."""
+        return gradient @ self.up.T
+
+    def slope_of_x(self, gradient: Tensor, inwards: Tensor, more: Tensor | None = None) -> Tensor:
+        """x's gradient [N, in], added to `more` in its place."""
+        slope = inwards @ self.down if more is None else more.addmm_(inwards, self.down)
+        return slope.addmm_(gradient, self.weight)
+
+    def slopes(self, gradient: Tensor, inwards: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of A and B, in fp32."""
+        to_B = self.inner.T @ gradient
+        return (inwards.T @ x) * self.keep, to_B.to(self.keep.dtype).T
+
+
+class _Adapted(torch.autograd.Function):
+    """A `_Product` of x [N, in]; W and the bias are frozen, A, B and `keep` in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, keep):
+        out, product = _Product.of(x, weight, bias, lora_A, lora_B, keep)
+        ctx.save_for_backward(x, *product)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, weight, down, up, inner, keep = ctx.saved_tensors
-        inwards = gradient @ up.T
-        to_x = (inwards @ down).addmm_(gradient, weight) if ctx.needs_input_grad[0] else None
-        return to_x, None, None, (inwards.T @ x) * keep, (inner.T @ gradient).to(keep.dtype).T, None
+        x, *saved = ctx.saved_tensors
+        product = _Product(*saved)
+        inwards = product.inwards(gradient)
+        to_x = product.slope_of_x(gradient, inwards) if ctx.needs_input_grad[0] else None
+        return to_x, None, None, *product.slopes(gradient, inwards, x), None
+
+
+class _AdaptedGate(torch.autograd.Function):
+    """SwiGLU of x [N, D] through `_Product`s: W, A, B and `keep` of w1, then of w3 and w2.
+
+    What w2 takes is not kept: it is as large as each of the two that a pass makes it of.
+    """
+
+    @staticmethod
+    def forward(ctx, x, *layers):
+        (w1, *adapter1), (w3, *adapter3), (w2, *adapter2) = layers[:4], layers[4:8], layers[8:]
+        gate, product1 = _Product.of(x, w1, None, *adapter1)
+        up, product3 = _Product.of(x, w3, None, *adapter3)
+        out, product2 = _Product.of(passes_for(x).gate(gate, up), w2, None, *adapter2)
+        ctx.save_for_backward(x, gate, up, *product1, *product3, *product2)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, gate, up, *saved = ctx.saved_tensors
+        w1, w3, w2 = _Product(*saved[:5]), _Product(*saved[5:10]), _Product(*saved[10:])
+        inwards = w2.inwards(gradient)
+        to_middle = w2.slope_of_x(gradient, inwards)
+        middle, to_gate, to_up = passes_for(x).gate_slope(to_middle, gate, up)
+        slopes2 = w2.slopes(gradient, inwards, middle)
+        inwards1, inwards3 = w1.inwards(to_gate), w3.inwards(to_up)
+        slopes1, slopes3 = w1.slopes(to_gate, inwards1, x), w3.slopes(to_up, inwards3, x)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = w3.slope_of_x(to_up, inwards3, w1.slope_of_x(to_gate, inwards1))
+        return to_x, *(None, *slopes1, None), *(None, *slopes3, None), *(None, *slopes2, None)
 
 
 class LoRALinear(nn.Linear):
@@ -153,6 +223,18 @@ class LoRAEmbedding(nn.Embedding):
         """x times the weight as it acts, where it is the output layer too: [..., D] -> [..., V]."""
         inner = F.linear(x.float(), self.lora_B.T * self.scaling)
         return F.linear(x, self.weight) + F.linear(inner, self.lora_A.T).to(x.dtype)
+
+
+def swiglu(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module) -> Tensor:
+    """w2(silu(w1(x)) * w3(x)): [..., D] -> [..., D]. Where all three are adapted, half as much is
+    kept for the gradient."""
+    layers = (w1, w3, w2)
+    if not all(isinstance(layer, LoRALinear) and layer.bias is None for layer in layers):
+        return w2(gated(w1(x), w3(x)))
+    parts = [
+        part for layer in layers for part in (layer.weight, layer.lora_A, layer.lora_B, kept(layer))
+    ]
+    return _AdaptedGate.apply(x.flatten(0, -2), *parts).unflatten(0, x.shape[:-1])
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> None:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fish_speech.models.text2semantic.lora import (
@@ -10,6 +11,7 @@ from fish_speech.models.text2semantic.lora import (
     load_lora,
     lora_state_dict,
     merge_lora,
+    swiglu,
     weight_rows,
 )
 from fish_speech.training.config import compose_config
@@ -183,3 +185,46 @@ def test_gradients_of_an_adapted_layer_are_those_of_its_formula(bias, dropout):
         return torch.func.functional_call(layer, {"lora_A": lora_A, "lora_B": lora_B}, (x,))
 
     assert torch.autograd.gradcheck(adapted, (x, layer.lora_A, layer.lora_B))
+
+
+def adapted_layers(*shapes):
+    torch.manual_seed(0)
+    config = LoRAConfig(r=3, dropout=0.3)
+    layers = [LoRALinear(nn.Linear(*s, bias=False), config, torch.Generator()) for s in shapes]
+    for layer in layers:
+        layer.double().requires_grad_(False)
+        nn.init.normal_(layer.lora_B)
+    return layers
+
+
+def test_gradients_of_adapted_feed_forward_are_those_of_its_formula():
+    layers = adapted_layers((6, 8), (6, 8), (8, 6))
+    halves = [half.requires_grad_() for layer in layers for half in (layer.lora_A, layer.lora_B)]
+    x = torch.randn(2, 3, 6, dtype=torch.double, requires_grad=True)
+
+    def out(x, *_):
+        torch.manual_seed(1)
+        return swiglu(x, *layers)
+
+    w1, w3, w2 = layers
+    torch.manual_seed(1)
+    wanted = w2(F.silu(w1(x)) * w3(x))
+    torch.testing.assert_close(out(x), wanted)
+    assert torch.autograd.gradcheck(out, (x, *halves))
+
+
+def test_adapted_feed_forward_keeps_half_as_much_for_its_gradient():
+    layers, width, rows = adapted_layers((8, 512), (8, 512), (512, 8)), 512, 400
+
+    def kept_numbers(function):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x
+        ):
+            function(torch.randn(rows, 8, dtype=torch.double, requires_grad=True))
+        return sum(x.numel() for x in kept.values())
+
+    w1, w3, w2 = layers
+    plain = kept_numbers(lambda x: w2(F.silu(w1(x)) * w3(x)))
+    assert 4 * rows * width < plain
+    assert kept_numbers(lambda x: swiglu(x, *layers)) < 2.5 * rows * width

@@ -1,20 +1,33 @@
-"""Kernels for CUDA between the products; without a card Triton interprets them."""
+"""What lies between the products, with its gradients: in torch's operations, and as kernels for
+CUDA, which Triton interprets where there is no card."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fish_speech.models.text2semantic import llama
-from fish_speech.models.text2semantic.llama import RMSNorm, rotary_table, rotate
-from fish_speech.training.loss import cross_entropy, loss_sums
+from fish_speech.models.text2semantic import passes
+from fish_speech.models.text2semantic.llama import RMSNorm, rotary_table
+from fish_speech.training.loss import loss_sums
 from tests.conftest import golden_tensors
 
-pytest.importorskip("triton")
-from fish_speech.models.text2semantic import cuda_fused as fused
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use(kind, monkeypatch):
+    if kind == "cuda":
+        pytest.importorskip("triton")
+    module = import_module(f"fish_speech.models.text2semantic.{kind}_passes")
+    kernels = module if kind == "cuda" else None
+    monkeypatch.setattr(passes, "kernels_for", lambda x: kernels)
+
+
+@pytest.fixture(params=["torch", "cuda"])
+def kind(request, monkeypatch):
+    use(request.param, monkeypatch)
+    return request.param
 
 
 def assert_same(make, wanted, *inputs):
@@ -35,42 +48,48 @@ def randn(*shape):
 
 
 @pytest.mark.parametrize("dim", [64, 100])
+@pytest.mark.usefixtures("kind")
 def test_a_norm(dim):
     norm = RMSNorm(dim, 1e-6).to(DEVICE).requires_grad_(False)
     norm.weight.copy_(1 + 0.1 * randn(dim))
     assert_same(
-        lambda x: fused.norm(x, norm.weight, norm.eps),
+        norm,
         lambda x: F.rms_norm(x, (dim,), norm.weight, norm.eps),
         3 * randn(2, 3, dim),
     )
     low, x = norm.bfloat16(), (3 * randn(2, 3, dim)).bfloat16()
-    torch.testing.assert_close(fused.norm(x, low.weight, low.eps), low(x))
+    wide = (x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt()).bfloat16()
+    torch.testing.assert_close(low(x), wide * low.weight)
 
 
+@pytest.mark.usefixtures("kind")
 def test_a_gate():
     assert_same(
-        fused.gated, lambda gate, up: F.silu(gate) * up, 3 * randn(5, 700), randn(5, 700).flip(0)
+        passes.gated, lambda gate, up: F.silu(gate) * up, 3 * randn(5, 700), randn(5, 700).flip(0)
     )
 
 
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize(("heads", "local", "size"), [(4, 2, 16), (3, 1, 10)])
 def test_queries_keys_and_values_turn(heads, local, size):
     rotary = rotary_table(11, size, 10_000.0, DEVICE)[:, 2:9]
 
+    turns = torch.view_as_complex(torch.stack([rotary[0, :, ::2], rotary[1, :, 1::2]], -1))
+
     def plain(qkv):
-        parts = qkv.unflatten(-1, (-1, size)).transpose(1, 2)
-        q, k, v = parts.split([heads, local, local], dim=1)
-        return tuple(x.transpose(1, 2) for x in (rotate(q, rotary), rotate(k, rotary), v))
+        q, k, v = qkv.unflatten(-1, (-1, size)).split([heads, local, local], dim=2)
+        pairs = (torch.view_as_complex(x.unflatten(-1, (-1, 2))) for x in (q, k))
+        return *(torch.view_as_real(x * turns[:, None]).flatten(-2) for x in pairs), v
 
     qkv = randn(2, 7, (heads + 2 * local) * size)
-    assert_same(lambda x: fused.turned(x, rotary, heads, local), plain, qkv)
+    assert_same(lambda x: passes.turned(x, rotary, heads, local), plain, qkv)
 
 
-def test_a_cross_entropy(monkeypatch):
+@pytest.mark.usefixtures("kind")
+def test_a_cross_entropy():
     logits, targets = 5 * randn(6, 9000), torch.tensor([0, 8999, 3, 4096, 17, 4095]).to(DEVICE)
-    monkeypatch.setattr("fish_speech.training.loss.fused_for", lambda x: fused)
     assert_same(
-        lambda x: 3 * cross_entropy(x * 1, targets),
+        lambda x: 3 * passes.cross_entropy(x * 1, targets),
         lambda x: 3 * F.cross_entropy(x, targets, reduction="sum"),
         logits,
     )
@@ -92,8 +111,7 @@ def test_a_training_step_with_all_of_it(model, dtype, monkeypatch):
         return sums.token, sums.codebook, model.codebook_embeddings.weight.grad.clone()
 
     wanted, plain = step(exact), step(model)
-    monkeypatch.setattr(llama, "fused_for", lambda x: fused)
-    monkeypatch.setattr("fish_speech.training.loss.fused_for", lambda x: fused)
+    use("cuda", monkeypatch)
     for got, before, expected in zip(step(model), plain, wanted, strict=True):
         off, most = ((x - expected).float().norm() / expected.norm() for x in (got, before))
         # What bf16 rounds between the products, more or less; the interpreter cuts it off instead.

@@ -1,0 +1,119 @@
+"""What a transformer does between its products, with gradients that keep as little as they can:
+what a pass over the memory can compute again is not kept.
+
+The passes themselves are kernels in Triton on a CUDA card (`cuda_passes.py`), torch's operations
+elsewhere (`torch_passes.py`).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fish_speech.devices import compile_problem
+from fish_speech.models.text2semantic import torch_passes
+
+
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """`cuda_passes`, where its kernels can be compiled: on a CUDA card, the current one."""
+    if not x.is_cuda or x.get_device() != torch.cuda.current_device() or compile_problem(x.device):
+        return None
+    from fish_speech.models.text2semantic import cuda_passes
+
+    return cuda_passes
+
+
+def passes_for(x: Tensor) -> ModuleType:
+    """The passes for a tensor: both modules have the same ones."""
+    return kernels_for(x) or torch_passes
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of x [..., D], in fp32 and cast back before the weight [D]."""
+    if weight.requires_grad or x.dtype != weight.dtype:
+        return torch_passes.norm(x, weight, eps)
+    return _Norm.apply(x, weight, eps)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return passes_for(x).norm(x.contiguous(), weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        passes = passes_for(x)
+        return passes.norm_slope(gradient.contiguous(), x.contiguous(), weight, ctx.eps), None, None
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of contiguous tensors of one shape."""
+    return _Gate.apply(gate, up)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return passes_for(gate).gate(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        return passes_for(gate).gate_slope(gradient, gate, up)[1:]
+
+
+def turned(qkv: Tensor, rotary: Tensor, heads: int, local: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, T, (H + 2h) * d] -> queries [B, T, H, d], keys and values [B, T, h, d], queries and
+    keys turned by their positions (see `llama.rotary_table`)."""
+    return _Turn.apply(qkv, rotary, heads, local)
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, rotary: Tensor, heads: int, local: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(rotary)
+        return passes_for(qkv).turn(qkv.contiguous(), rotary, heads, local)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        parts = tuple(gradient.contiguous() for gradient in gradients)
+        return passes_for(parts[0]).turn_back(parts, *ctx.saved_tensors), None, None, None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross entropy of logits [N, V] and targets [N], in fp32.
+
+    The gradient, asked for once, takes the place of the logits, which nobody else may need;
+    torch's function makes three more tensors of that size.
+    """
+    return _CrossEntropy.apply(logits if kernels_for(logits) else logits.float(), targets)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        loss, sizes = passes_for(logits).entropy(logits, targets)
+        ctx.save_for_backward(logits, targets, sizes)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets, sizes = ctx.saved_tensors
+        passes_for(logits).entropy_slope(logits, targets, sizes, gradient.contiguous())
+        torch.autograd.graph.increment_version(logits)  # so that nobody asks again
+        return logits, None

@@ -1,0 +1,66 @@
+"""The passes of `passes.py` in torch's operations, for every device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), weight.shape, eps=eps).type_as(x) * weight
+
+
+def norm_slope(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    slope, dim = gradient * weight.float(), x.shape[-1]
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = (size * size / dim + eps).rsqrt_()
+    value = x * scale
+    along = torch.linalg.vecdot(slope, value)[..., None] / -dim
+    return slope.addcmul_(value, along).mul_(scale).type_as(x)
+
+
+def gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def gate_slope(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `gate` made, and the gradients of both; the first takes the place of the output's."""
+    opens = F.silu(gate)
+    out = opens * up
+    to_up = opens.mul_(gradient)
+    to_gate = gradient.mul_(up)
+    torch.ops.aten.silu_backward.grad_input(to_gate, gate, grad_input=to_gate)
+    return out, to_gate, to_up
+
+
+def turn(qkv: Tensor, rotary: Tensor, heads: int, local: int) -> tuple[Tensor, Tensor, Tensor]:
+    parts = qkv.unflatten(-1, (heads + 2 * local, -1))
+    qk, v = parts.tensor_split([heads + local], dim=2)
+    return *rotate(qk, rotary).tensor_split([heads], dim=2), v.contiguous()
+
+
+def turn_back(parts: tuple[Tensor, ...], rotary: Tensor) -> Tensor:
+    cos, sin = rotary
+    q, k, v = parts
+    qk = rotate(torch.cat([q, k], dim=2), (cos, -sin))
+    return torch.cat([qk, v], dim=2).flatten(2)
+
+
+def rotate(x: Tensor, rotary: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate adjacent pairs of x [B, T, heads, head_dim] by rotary [2, T, head_dim]."""
+    cos, sin = (part[:, None] for part in rotary)
+    wide = x.float()
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide * cos, swapped, sin).type_as(x)
+
+
+def entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    sizes = logits.logsumexp(1)
+    return (sizes - logits.gather(1, targets[:, None])[:, 0]).sum(), sizes
+
+
+def entropy_slope(logits: Tensor, targets: Tensor, sizes: Tensor, gradient: Tensor) -> None:
+    logits.sub_(sizes[:, None]).exp_()
+    logits.scatter_add_(1, targets[:, None], -torch.ones_like(sizes)[:, None])
+    logits.mul_(gradient)
