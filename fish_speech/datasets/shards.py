@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -75,28 +77,34 @@ def build_shards(
         return current, False
 
     manifest, usable = Manifest(source, []), []
-    for clip in progress(clips):
-        try:
-            if not is_speakable(clip.read_text()):
-                raise ValueError(f"{clip.transcript}: the transcript has no letter or number")
-            manifest.frames += read_codes(clip.codes, num_codebooks, codebook_size).shape[1]
+    folder.mkdir(exist_ok=True)
+    # Which split a clip belongs to follows from all of them: until then they wait in a file.
+    with _Waiting(folder) as waiting:
+        for clip in progress(clips):
+            try:
+                text, codes = clip.read_text(), read_codes(clip.codes, num_codebooks, codebook_size)
+                if not is_speakable(text):
+                    raise ValueError(f"{clip.transcript}: the transcript has no letter or number")
+            except (ValueError, FileNotFoundError) as error:
+                manifest.skipped[clip.name] = str(error)
+                continue
+            manifest.frames += codes.shape[1]
             usable.append(clip)
-        except (ValueError, FileNotFoundError) as error:
-            manifest.skipped[clip.name] = str(error)
-    if not usable:
-        reason = next(iter(manifest.skipped.values()))
-        raise ValueError(f"{data_dir}: no clip can be used; the first: {reason}")
-    manifest.speakers = sorted({clip.speaker for clip in usable})
-    held_out = _choose_validation(usable, validation_share, before=_last_manifest(folder))
-    for split in ("train", "validation"):
-        chosen = [clip for clip in usable if (clip.name in held_out) == (split == "validation")]
-        chosen.sort(key=lambda clip: clip.speaker)  # so that names and shards run alike
-        setattr(manifest, split, [clip.name for clip in chosen])
-        for number, speaker in enumerate(sorted({clip.speaker for clip in chosen})):
-            name = f"{split}-{number:03d}-{safe_name(speaker, max_length=40)}.protos"
-            spoken = [clip for clip in chosen if clip.speaker == speaker]
-            write_shard(folder / name, _messages(spoken, data_dir, speaker))
-            manifest.shards[name] = file_digest(folder / name)
+            waiting.put(clip.name, sentence(text, codes))
+        if not usable:
+            reason = next(iter(manifest.skipped.values()))
+            raise ValueError(f"{data_dir}: no clip can be used; the first: {reason}")
+        manifest.speakers = sorted({clip.speaker for clip in usable})
+        held_out = _choose_validation(usable, validation_share, before=_last_manifest(folder))
+        for split in ("train", "validation"):
+            chosen = [clip for clip in usable if (clip.name in held_out) == (split == "validation")]
+            chosen.sort(key=lambda clip: clip.speaker)  # so that names and shards run alike
+            setattr(manifest, split, [clip.name for clip in chosen])
+            for number, speaker in enumerate(sorted({clip.speaker for clip in chosen})):
+                name = f"{split}-{number:03d}-{safe_name(speaker, max_length=40)}.protos"
+                spoken = (waiting.get(clip.name) for clip in chosen if clip.speaker == speaker)
+                write_shard(folder / name, text_data(spoken, Path(data_dir).name, speaker))
+                manifest.shards[name] = file_digest(folder / name)
     write_json(folder / _MANIFEST, asdict(manifest))
     for stale in set(folder.glob("*.protos")) - {folder / name for name in manifest.shards}:
         stale.unlink()
@@ -136,26 +144,35 @@ def read_samples(paths: Iterable[str | Path]) -> Iterator[Sample]:
                 yield Sample(" ".join(sentence.texts), message.name, np.stack(rows))
 
 
-def text_data(samples: Iterable[Sample], source: str) -> Iterator[TextData]:
-    """Messages of one speaker's samples, a hundred utterances in each."""
-    samples = iter(samples)
-    while part := list(islice(samples, _SENTENCES_A_MESSAGE)):
-        sentences = [
-            Sentence(
-                texts=[sample.text],
-                semantics=[Semantics(values=row.tolist()) for row in sample.codes],
-            )
-            for sample in part
-        ]
-        yield TextData(source=source, name=part[0].speaker, sentences=sentences)
+def sentence(text: str, codes: np.ndarray) -> Sentence:
+    """An utterance of codes [K, T] as shards hold it."""
+    return Sentence(texts=[text], semantics=[Semantics(values=row) for row in codes.tolist()])
 
 
-def _messages(clips: list[Clip], data_dir: str | Path, speaker: str) -> Iterator[TextData]:
-    # The codes were checked when the clips were chosen.
-    samples = (
-        Sample(clip.read_text(), speaker, np.load(clip.codes, allow_pickle=False)) for clip in clips
-    )
-    return text_data(samples, Path(data_dir).name)
+def text_data(sentences: Iterable[Sentence], source: str, speaker: str) -> Iterator[TextData]:
+    """Messages of one speaker's utterances, a hundred in each."""
+    sentences = iter(sentences)
+    while part := list(islice(sentences, _SENTENCES_A_MESSAGE)):
+        yield TextData(source=source, name=speaker, sentences=part)
+
+
+class _Waiting(AbstractContextManager):
+    """Utterances by name, in a nameless file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = TemporaryFile(dir=folder)  # noqa: SIM115
+        self._places: dict[str, tuple[int, int]] = {}
+
+    def put(self, name: str, utterance: Sentence) -> None:
+        self._places[name] = self._file.tell(), self._file.write(utterance.SerializeToString())
+
+    def get(self, name: str) -> Sentence:
+        start, size = self._places[name]
+        self._file.seek(start)
+        return Sentence.FromString(self._file.read(size))
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def _choose_validation(clips: list[Clip], share: float, before: Manifest | None) -> set[str]:

@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from fish_speech.datasets.protos.stream import write_shard
-from fish_speech.datasets.shards import Sample, text_data
+from fish_speech.datasets.protos.text_data_pb2 import Sentence
+from fish_speech.datasets.shards import sentence, text_data
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.preparation.pipeline import die_with_parent
 from recipes.tiny.texts import CACHE, read_sentences
@@ -69,11 +70,13 @@ def encode(codec: Codec, waveforms: list[np.ndarray], batch_size: int = 16) -> l
 def speak_block(jobs: list[tuple[str, str]], codec: Codec, pool: ThreadPoolExecutor) -> list:
     """Messages of texts and who speaks each, one for each speaker."""
     codes = encode(codec, list(pool.map(lambda job: speak(*job), jobs)))
-    samples = [Sample(*job, spoken) for job, spoken in zip(jobs, codes, strict=True)]
+    spoken: dict[str, list[Sentence]] = {}
+    for (text, speaker), found in zip(jobs, codes, strict=True):
+        spoken.setdefault(speaker, []).append(sentence(text, found))
     return [
         message
-        for speaker in sorted({speaker for _, speaker in jobs})
-        for message in text_data((s for s in samples if s.speaker == speaker), "flite")
+        for speaker in sorted(spoken)
+        for message in text_data(spoken[speaker], "flite", speaker)
     ]
 
 

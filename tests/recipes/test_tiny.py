@@ -14,7 +14,7 @@ import torch
 
 from fish_speech.conversation import IGNORED, Utterance
 from fish_speech.datasets.protos.stream import write_shard
-from fish_speech.datasets.shards import Sample, text_data
+from fish_speech.datasets.shards import sentence, text_data
 from fish_speech.evaluation.pitch import median_and_range, pitch
 from fish_speech.evaluation.speaker import SpeakerEncoder, similarity
 from fish_speech.models.text2semantic import load_model
@@ -198,9 +198,9 @@ def test_no_sentence_of_the_last_block_is_trained_on(tmp_path):
     codes = np.zeros((8, 4), np.uint16)
     for block in range(3):
         for kind, speaker in (("closed", "SLT"), ("unnamed", "unnamed-00")):
-            samples = [Sample(f"Sentence {block}.", speaker, codes)]
+            spoken = [sentence(f"Sentence {block}.", codes)]
             shard = tmp_path / "shards" / f"{block:05d}-{kind}.protos"
-            write_shard(shard, text_data(samples, "flite"))
+            write_shard(shard, text_data(spoken, "flite", speaker))
     training, held_out = (
         {(speaker, spoken.text) for speaker, spoken in part} for part in read_corpus(tmp_path)
     )
