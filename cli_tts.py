@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
-from fish_speech.console import print_anything, stop_signals
+from fish_speech.console import print_anything, some_of, stop_as_ctrl_c_does
 from fish_speech.devices import (
     PRECISIONS,
     compile_problem,
@@ -249,8 +248,10 @@ def speak(args: argparse.Namespace) -> int:
         from fish_speech.inference.jobs import do_the_rest
 
         made_of = all_but_text_and_seed(args, tts, model_dir, references, settings)
-        done, there, failed = do_the_rest(jobs, made_of, attempt_one)
+        done, there, failed, others = do_the_rest(jobs, made_of, attempt_one)
         say(f"{done} spoken, {there} were there already, {failed} failed")
+        if others:
+            say(f"of earlier batches, and none of this one: {some_of(map(str, others))}")
     else:
         if not args.batch:
             tts.check(jobs[0].text, voice, args.speaker, settings)
@@ -306,6 +307,7 @@ def compare_models(args: argparse.Namespace) -> int:
 
 def plan_jobs(args: argparse.Namespace, text: str) -> list[Job]:
     from fish_speech.inference.jobs import default_output, plan
+    from fish_speech.text import lines_of
 
     only_heard = args.play and args.output is None
     if args.output == "-":
@@ -325,7 +327,7 @@ def plan_jobs(args: argparse.Namespace, text: str) -> list[Job]:
         takes=args.num_samples,
         only_heard=only_heard,
     )
-    lines = len(text.splitlines())
+    lines = len(lines_of(text))
     if args.batch and len(jobs) < lines * args.num_samples:
         say(f"{lines - len(jobs) // args.num_samples} of {lines} lines have no words: left out")
     return jobs
@@ -444,7 +446,5 @@ def attempt(
 
 
 if __name__ == "__main__":
-    for number in stop_signals():  # end as Ctrl+C does
-        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
-            signal.signal(number, signal.default_int_handler)
+    stop_as_ctrl_c_does()
     sys.exit(main())

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fish_speech.console import print_anything
+from fish_speech.console import print_anything, stop_as_ctrl_c_does
 from fish_speech.devices import keep_freed_memory, resolve_device, resolve_precision
 from fish_speech.files import list_files
 
@@ -425,4 +425,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_as_ctrl_c_does()
     sys.exit(main())

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fish_speech.console import print_anything
+from fish_speech.console import print_anything, stop_as_ctrl_c_does
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -156,4 +156,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_as_ctrl_c_does()
     sys.exit(main())

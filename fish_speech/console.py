@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 
 
@@ -12,6 +13,20 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # somebody else's stream, or none
             stream.reconfigure(errors="replace")
+
+
+def some_of(names: Iterable[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    shown, more = ", ".join(names[:most]), len(names) - most
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def stop_as_ctrl_c_does() -> None:
+    """Let whatever asks the program to end interrupt it, unless it is to ignore that (nohup)."""
+    for number in stop_signals():
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def stop_signals() -> list[int]:

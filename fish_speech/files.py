@@ -54,8 +54,13 @@ def _short_digest(name: str) -> str:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a new folder beside `path` that takes its place when the block succeeds."""
-    path = Path(path)
+    """Yield a new folder beside `path` that takes its place when the block succeeds.
+
+    A link is followed. Raises `ValueError` where `path` is a file.
+    """
+    if Path(path).is_file():
+        raise ValueError(f"{path}: a file is in the place of this folder; move it away")
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     ours = re.compile(rf"{re.escape(_TEMPORARY)}\d+-(old-)?{re.escape(path.name)}")
     for left in path.parent.iterdir():  # by a killed run
@@ -212,6 +217,10 @@ def exclusive(folder: str | Path, what: str) -> Iterator[None]:
     except Timeout:
         who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
         raise ValueError(f"{what} is in use by {who}; wait for it to end, or stop it") from None
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: can't be written to ({error.strerror}); copy it to where you may write"
+        ) from error
     try:
         program = Path(sys.argv[0]).name
         holder.write_text(f"process {os.getpid()} ({program})", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from io import StringIO
 from itertools import accumulate, groupby, pairwise
 from unicodedata import normalize
 
@@ -92,6 +93,15 @@ def clean_text(text: str) -> str:
     text = normalize("NFC", text)
     text = _INVISIBLE.sub("", _CONTROL.sub(" ", _EMOJI.sub("", text)))
     return _REPEATED_MARK.sub(r"\1", text).strip()
+
+
+def lines_of(text: str) -> list[str]:
+    """Its lines as editors count them: a form feed, or whatever else separates, begins none.
+
+    >>> lines_of("One.\\r\\nStill\\fthe second.\\n")
+    ['One.', 'Still\\x0cthe second.']
+    """
+    return [line.rstrip("\n") for line in StringIO(text, newline=None)]
 
 
 def spoken_text(text: str) -> str:

@@ -49,6 +49,25 @@ def test_a_folder_that_is_being_written_is_not_another_ones_leftover(tmp_path):
     assert (tmp_path / "demo-me" / "a").is_file()
 
 
+def test_a_folder_behind_a_link_is_replaced_where_it_is(tmp_path):
+    real = tmp_path / "disk" / "voice"
+    real.mkdir(parents=True)
+    (tmp_path / "voice").symlink_to(real)
+    with files.atomic_folder(tmp_path / "voice") as new:
+        (new / "a").touch()
+    assert (tmp_path / "voice").is_symlink()
+    assert [path.name for path in real.iterdir()] == ["a"]
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "voice"}
+
+
+def test_a_file_in_the_place_of_a_folder_is_left_alone(tmp_path):
+    (tmp_path / "voice").write_text("notes")
+    place = files.atomic_folder(tmp_path / "voice")
+    with pytest.raises(ValueError, match=r"voice: a file is in the place"), place:
+        pass
+    assert (tmp_path / "voice").read_text() == "notes"
+
+
 def test_among_the_files_of_others_only_named_ones_are_cleaned_up(tmp_path):
     for name in ("mine.wav", "theirs.wav", "deep/mine.wav"):
         with files.atomic_path(tmp_path / name) as temporary:

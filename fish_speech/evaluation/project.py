@@ -40,7 +40,7 @@ from fish_speech.models.text2semantic.lora import add_lora, load_lora, merge_lor
 from fish_speech.models.vqgan.codec import find_codec
 from fish_speech.preparation.extract import codecs_of_codes
 from fish_speech.preparation.transcribe import Journal
-from fish_speech.text import is_speakable
+from fish_speech.text import is_speakable, lines_of
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.runs import Checkpoint, Run, recorded_lora
 from fish_speech.training.train import check_fits
@@ -157,8 +157,9 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     checkpoints = [run.checkpoint(step) for step in sorted(set(request.steps))]
     checkpoints = checkpoints or run.checkpoints() or [run.checkpoint()]  # which says what to do
     records = _readable_records(checkpoints)
-    data = HeldOut(_data_dir(records[0], request), records)
-    base_dir = request.base_dir or Path(shown_path(Path(records[0]["base"])))
+    newest = records[-1]  # which knows where things are now
+    data = HeldOut(_data_dir(newest, request), records)
+    base_dir = request.base_dir or Path(shown_path(Path(newest["base"])))
     check_model_dir(base_dir)
     if codecs_of_codes(data.data_dir) - {file_digest(find_codec(base_dir))}:
         raise ValueError(
@@ -192,9 +193,7 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
             folder,
             title=run.project,
             listener=listener,
-            commands=_commands(
-                run, data, base_dir, checkpoints, request.to_flags(samples, records[0])
-            ),
+            commands=_commands(run, data, base_dir, checkpoints, request.to_flags(samples, newest)),
             resynthesised=Resynthesis(base_dir, folder, request.device).of(recordings),
             strangers=sorted(FOLDER.glob("strangers/*")),
             more=partial(_losses, run, data, FishTokenizer.from_pretrained(base_dir), folder),
@@ -257,7 +256,7 @@ def read_texts(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"--texts {file}: no such file")
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = lines_of(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"--texts {file}: not UTF-8 text ({error.reason})") from error
     texts = [line.strip() for line in lines if is_speakable(line)]

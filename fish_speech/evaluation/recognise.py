@@ -35,6 +35,7 @@ class PocketSphinx:
         if not len(samples):
             return Heard("")
         pcm = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
+        self._decoder.reinit_feat()  # which forgets the means of what was heard before
         self._decoder.start_utt()
         self._decoder.process_raw(pcm.tobytes(), full_utt=True)
         self._decoder.end_utt()

@@ -20,7 +20,7 @@ from fish_speech.files import (
     safe_name,
     write_json,
 )
-from fish_speech.text import is_speakable
+from fish_speech.text import is_speakable, lines_of
 
 _MODEL_SUFFIXES = (".pth", ".json", ".tiktoken")
 
@@ -62,7 +62,7 @@ def plan(
     the folder `output`, or `out_0007.wav`. Raises `ValueError` where there is nothing to speak or
     `output` can't be written, before anything is made.
     """
-    lines = list(enumerate(text.splitlines(), 1)) if batch else [(None, text)]
+    lines = list(enumerate(lines_of(text), 1)) if batch else [(None, text)]
     spoken = [(number, line) for number, line in lines if is_speakable(line)]
     if not spoken:
         raise ValueError("there is nothing to speak: the text has no letter and no number")
@@ -104,10 +104,11 @@ def _numbered(output: Path, number: int | None, take: int, takes: int) -> Path:
 
 def do_the_rest(
     jobs: list[Job], made_of: Any, attempt: Callable[[Job], bool]
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int, list[Path]]:
     """Do the jobs of a batch that are not done yet; `attempt` says whether it succeeded.
 
-    Returns how many were done, were done already, and failed. `made_of` as in `Ledger`.
+    Returns how many were done, were done already, and failed, and the files of earlier batches
+    there that are none of this one's. `made_of` as in `Ledger`.
     """
     folder = jobs[0].output.parent
     with exclusive(folder, str(folder)):
@@ -119,7 +120,7 @@ def do_the_rest(
             if attempt(job):
                 ledger.add(job)
                 done += 1
-    return done, len(jobs) - len(waiting), len(waiting) - done
+    return done, len(jobs) - len(waiting), len(waiting) - done, ledger.others(jobs)
 
 
 def model_digests(model_dir: Path) -> dict[str, str]:
@@ -142,6 +143,11 @@ class Ledger:
 
     def has(self, job: Job) -> bool:
         return job.output.exists() and self._digests.get(job.output.name) == self._digest(job)
+
+    def others(self, jobs: list[Job]) -> list[Path]:
+        """The files it knows that are none of these jobs'."""
+        names = self._digests.keys() - {job.output.name for job in jobs}
+        return [file for name in sorted(names) if (file := self.file.with_name(name)).exists()]
 
     def add(self, job: Job) -> None:
         self._digests[job.output.name] = self._digest(job)

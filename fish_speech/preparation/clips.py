@@ -29,7 +29,8 @@ LONGEST_UNCUT = (
 )
 ENOUGH_CLIPS = 12  # of a recording, to tell its language by
 TOUCHES_SECONDS = 0.1  # before the end of what is used, in which the VAD sees no pause
-VERSION = 4  # raise it where the same options make other clips: old ones are then made anew
+SILENT, QUIET = 1e-8, 1e-5  # power: below these nothing, or no speech, can be heard
+VERSION = 5  # raise it where the same options make other clips: old ones are then made anew
 
 
 @dataclass(frozen=True)
@@ -324,8 +325,11 @@ def _segments(job: Job, speech: Speech) -> list[Segment]:
     """
     options = job.options
     if not speech.islands:
-        silent = float(speech.power.max(initial=0.0)) < 1e-8
-        raise ValueError("is silent" if silent else "has no speech in it")
+        loudest = float(speech.power.max(initial=0.0))
+        if loudest < SILENT:
+            raise ValueError("is silent")
+        quiet = "; it is very quiet: amplify it" if loudest < QUIET else ""
+        raise ValueError(f"has no speech in it{quiet}")
     if not options.split_long:
         if speech.duration > LONGEST_UNCUT:
             raise ValueError(f"is {speech.duration:.0f} s long: cut it with --split-long")

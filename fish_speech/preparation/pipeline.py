@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fish_speech.audio import audio_info
+from fish_speech.console import some_of
 from fish_speech.files import exclusive, remove_temporaries
 from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.clips import Job, carry_out
@@ -107,7 +108,7 @@ def _say_what_is_odd(
     """Say which texts were read in a guessed encoding, and who else speaks the same recordings."""
     guessed = [r for r in recordings if r.encoding is not None]
     if guessed:
-        say(f"{sources.some_of(r.source for r in guessed)}: the text is not UTF-8 and was read as "
+        say(f"{some_of(r.source for r in guessed)}: the text is not UTF-8 and was read as "
             f"{', '.join(sorted({r.encoding for r in guessed}))}; have a look at it")  # fmt: skip
     speakers = defaultdict(set)
     usable = [r for r in recordings if r.problem is None]
@@ -117,7 +118,7 @@ def _say_what_is_odd(
     if shared:
         names = " and by ".join(sorted(set().union(*(speakers[r.digest] for r in shared))))
         say(
-            f"{sources.some_of(r.source for r in shared)}: in this data set as spoken by {names}; "
+            f"{some_of(r.source for r in shared)}: in this data set as spoken by {names}; "
             "if that is wrong, delete the clips of one of them"
         )
 

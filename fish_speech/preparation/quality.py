@@ -14,6 +14,7 @@ from fish_speech.preparation.align import spoken_letters
 from fish_speech.preparation.segment import FRAME_SECONDS, Segment, Speech
 
 EDGE_SECONDS = 0.03
+ABOVE_NOISE = 6.0  # dB; what is lower may be noise, and no word
 FULL_SCALE = 0.999
 SLICES, BANDS = 16, 8  # of a clip's shape
 # Flags of what a voice learns as wrong. The others only waste a little of the data; small models
@@ -62,8 +63,8 @@ def measure(
         "peak": _decibel(float(np.square(np.abs(samples).max(initial=0.0)))),
         "clipping": round(clipping(samples, floating=floating), 5),
         "snr": round(min(100.0, max(0.0, _decibel(loud) - _decibel(quiet))), 1),
-        "edge_start": round(_decibel(_mean_square(samples[:edge])) - _decibel(loud), 1),
-        "edge_end": round(_decibel(_mean_square(samples[-edge:])) - _decibel(loud), 1),
+        "edge_start": round(_decibel(_variance(samples[:edge])) - _decibel(loud), 1),
+        "edge_end": round(_decibel(_variance(samples[-edge:])) - _decibel(loud), 1),
         "shape": shape(samples, sample_rate),
     }
 
@@ -140,14 +141,15 @@ def mark_twins(clips: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def flags(clip: dict[str, Any], thresholds: Thresholds) -> list[str]:
     """What is wrong with a clip (an entry of the summary), as short words in a fixed order."""
+    loudest_edge = max(thresholds.max_edge, ABOVE_NOISE - clip["snr"])
     checks = {
         "too_short": clip["duration"] < thresholds.shortest,
         "too_long": clip["duration"] > thresholds.longest,
         "little_speech": clip["speech_share"] < thresholds.min_speech,
         "noisy": clip["snr"] < thresholds.min_snr,
         "clipping": clip["clipping"] > thresholds.max_clipping,
-        "clipped_start": clip["edge_start"] > thresholds.max_edge,
-        "clipped_end": clip["edge_end"] > thresholds.max_edge,
+        "clipped_start": clip["edge_start"] > loudest_edge,
+        "clipped_end": clip["edge_end"] > loudest_edge,
         "cut_in_speech": clip.get("cut_in_speech", False),
         "breaks_off": clip.get("breaks_off", False),
         "slow_text": clip["characters_per_second"] < thresholds.min_rate,
@@ -174,8 +176,8 @@ def finite(lufs: float) -> float:
     return round(max(-99.9, lufs), 1)
 
 
-def _mean_square(samples: np.ndarray) -> float:
-    return float(np.square(samples).mean()) if len(samples) else 0.0
+def _variance(samples: np.ndarray) -> float:
+    return float(samples.var()) if len(samples) else 0.0
 
 
 def _decibel(power: float) -> float:

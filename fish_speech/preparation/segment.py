@@ -31,8 +31,8 @@ STRETCH = 1.5  # a segment may exceed the wanted duration by this factor to reac
 class Speech:
     """What was heard in a recording of `duration` seconds, frame by frame (32 ms).
 
-    `probability` [F] of speech and `power` [F], the mean square of the samples; `islands` are the
-    stretches of speech as (start, end) in seconds.
+    `probability` [F] of speech and `power` [F], the variance of the samples, for an offset is no
+    sound; `islands` are the stretches of speech as (start, end) in seconds.
     """
 
     duration: float
@@ -84,7 +84,7 @@ def find_speech(path: str | Path, *, max_seconds: float | None = None) -> Speech
         model.reset_states()
         for frames, fresh in _frames(decode_blocks(path, VAD_RATE, max_seconds=max_seconds)):
             probabilities.append(_judge(model, frames))
-            powers.append(np.square(frames).mean(axis=1))
+            powers.append(frames.var(axis=1))
             count += fresh
     if not count:
         raise ValueError("holds no audio")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
+from fish_speech.console import some_of
 from fish_speech.files import (
     AUDIO_SUFFIXES,
     file_digest,
@@ -104,10 +105,8 @@ def find_local(
     others = (path for path in files if data_sets[path] is None and not is_audio(path))
     _say_others([path for path in others if path.suffix not in SIDECAR_SUFFIXES], say)
     own = {sidecar_of(item.path) for item in found}
-    lost = [path for path in files if path.suffix in SIDECAR_SUFFIXES and path not in own]
-    if lost := [path for path in lost if data_sets[path] is None]:
-        names = some_of(printable(shown_path(path)) for path in lost)
-        say(f"no recording has the name of these texts: {names}")
+    texts = [path for path in files if path.suffix in SIDECAR_SUFFIXES and path not in own]
+    _say_unused([path for path in texts if data_sets[path] is None], own, say)
     for error in closed:
         problem = f"cannot be read ({error.strerror})"
         found.append(Found(Path(error.filename), speaker or default_speaker, problem=problem))
@@ -239,13 +238,6 @@ def _path_at(address: str) -> str | bytes:
     return unquote_to_bytes(urlsplit(address).path)  # in any encoding
 
 
-def some_of(names: Iterable[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    shown, more = ", ".join(names[:most]), len(names) - most
-    return f"{shown} and {more} more" if more > 0 else shown
-
-
 def printable(text: str) -> str:
     """`text` without what a file name may hold and UTF-8 can't."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -352,6 +344,19 @@ def _is_rejected(path: Path, home: Path | None) -> bool:
 
 def _label(path: Path) -> Path:
     return path.with_suffix(".lab")
+
+
+def _say_unused(texts: list[Path], own: set[Path | None], say: Callable[[str], None]) -> None:
+    """Name the texts that no recording takes, and why."""
+    taken = {path.with_suffix("") for path in own if path is not None}
+    second = [path for path in texts if path.with_suffix("") in taken]
+    alone = [path for path in texts if path not in second]
+    for reason, paths in (
+        ("no recording has the name of these texts", alone),
+        ("these texts are not used, for one in another format has their name", second),
+    ):
+        if paths:
+            say(f"{reason}: {some_of(printable(shown_path(path)) for path in paths)}")
 
 
 def _say_others(paths: list[Path], say: Callable[[str], None]) -> None:

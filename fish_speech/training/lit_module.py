@@ -46,6 +46,10 @@ class OptimizerConfig:
         return self.learning_rate * warm * (self.final_share + (1 - self.final_share) * fall)
 
 
+class DivergedError(ValueError):
+    """What the last step left makes nonsense."""
+
+
 class TextToSemantic(L.LightningModule):
     """Trains what requires gradients: adapters over a frozen base, or every parameter.
 
@@ -109,10 +113,11 @@ class TextToSemantic(L.LightningModule):
         """All processes stop where one of them would go on with nonsense."""
         fine = bool(value.isfinite())
         if not self.trainer.strategy.reduce_boolean_decision(fine, all=True):
-            raise ValueError(
-                f"the {what} is {value.item()} at step {self.global_step}, in "
-                f"{', '.join(self._clips)}; look at these clips, or lower --learning-rate; "
-                "the last checkpoint is good"
+            kind = DivergedError if what == "loss" else ValueError
+            clips = ", ".join(self._clips)
+            raise kind(
+                f"the {what} is {value.item()} at step {self.global_step}, in {clips}; "
+                "look at these clips, or lower --learning-rate"
             )
 
     def _note_clips(self, batch: dict[str, Tensor], micro: int) -> None:
@@ -131,6 +136,11 @@ class TextToSemantic(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         totals, self._validation = self._validation, 0
+        if not bool(totals[:2].sum().isfinite()):  # in every process: each saw all
+            raise DivergedError(
+                f"the validation loss is {totals[:2].sum().item()} at step {self.global_step}; "
+                "lower --learning-rate"
+            )
         self._log_figures("validation", totals, rank_zero_only=True)
 
     def _log_figures(self, stage: str, totals: Tensor, **how: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from math import isnan
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fish_speech.conversation import build_prompt
 from fish_speech.files import atomic_folder, exclusive, file_digest
+from fish_speech.hub import MODEL_FILES
 from fish_speech.models.text2semantic import DualARTransformer, load_model, save_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import (
@@ -30,6 +32,9 @@ from fish_speech.training.runs import Checkpoint, recorded_lora
 _PROMPT = "The quick brown fox jumps over the lazy dog."
 # Rounding the merged weights moves the logits by about this share of their size.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+_WRITTEN = (*MODEL_FILES, CODEC_CONFIG_FILE, "firefly-gan-vq-*.pth")
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def merge(
         for file in (find_codec(base_dir), base_dir / CODEC_CONFIG_FILE):
             if file.is_file():
                 _link_or_copy(file, new / file.name)
+        _keep_others(folder, new)
         del model
         if _same_weights(new, base_dir):
             raise ValueError(
@@ -144,9 +150,20 @@ def _same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def _keep_others(folder: Path, new: Path) -> None:
+    """What somebody put beside a voice stays there when it is merged again."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if any(fnmatch(entry.name, pattern) for pattern in _WRITTEN):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, new / entry.name, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(entry, new / entry.name)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
     """A hard link where the file system allows it: the codec is large and never written to."""
     try:
-        os.link(source.resolve(), target)
+        os.link(Path(source).resolve(), target)
     except OSError:
         shutil.copyfile(source, target)

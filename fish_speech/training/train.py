@@ -38,7 +38,7 @@ from fish_speech.training.callbacks import (
     plot_losses,
 )
 from fish_speech.training.config import RunConfig
-from fish_speech.training.lit_module import TextToSemantic
+from fish_speech.training.lit_module import DivergedError, TextToSemantic
 from fish_speech.training.loss import LABELS_AT_ONCE
 from fish_speech.training.processes import is_first
 from fish_speech.training.runs import Checkpoint, Run, Start, recorded_lora
@@ -139,6 +139,8 @@ def _train(
             own = [checkpoints, Progress(max_steps), stop]
             trainer = _trainer(config, run, device, data, [*own, *callbacks])
             trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.exact else None)
+    except DivergedError as error:
+        raise ValueError(f"{error}; {_undo_last_step(run, trainer)}") from error
     except SystemExit as error:  # Lightning's answer to a second Ctrl+C
         raise KeyboardInterrupt from error
     except (RuntimeError, MemoryError) as error:
@@ -150,6 +152,15 @@ def _train(
         if is_first():
             _plot(run, say)
     return Trained(run.checkpoint(trainer.global_step), stop.signal)
+
+
+def _undo_last_step(run: Run, trainer: L.Trainer) -> str:
+    """Put the checkpoint aside that a diverged run has of its last step; what follows from that."""
+    step, log = trainer.global_step, str(trainer.loggers[0].version)
+    aside = run.set_aside(step - 1, log) if is_first() else None
+    good = [checkpoint for checkpoint in run.checkpoints() if checkpoint.step < step]
+    moved = f"the checkpoint of this step was moved to {aside}; " if aside else ""
+    return moved + (f"{good[-1].path} is good" if good else "there is no earlier checkpoint")
 
 
 def _plot(run: Run, say: Say) -> None:

@@ -334,6 +334,15 @@ def test_a_data_set_without_held_out_clips_or_that_is_gone_says_what_to_do(proje
     assert "give its place with --data-dir" in last_error(capsys)
 
 
+def test_data_that_moved_is_where_the_newest_checkpoint_saw_it(project):
+    newest = Run.of("p").checkpoint().path
+    content = torch.load(newest, weights_only=True)
+    content["run"]["data_dir"] = str(project / "elsewhere")
+    torch.save(content, newest)
+    Path(project, "training_data", "p").rename(project / "elsewhere")
+    assert finetune("--evaluate", "--eval-samples", 1) == 0
+
+
 def test_nothing_trained_yet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert finetune("--evaluate") == 2

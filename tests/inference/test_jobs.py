@@ -29,6 +29,8 @@ def test_the_lines_of_a_batch_keep_their_numbers(tmp_path):
     assert names(plan(text, Path("takes"), batch=True)) == ["takes/0001.wav", "takes/0004.wav"]
     assert names(plan(text, Path("b.mp3"), batch=True)) == ["b_0001.mp3", "b_0004.mp3"]
     assert [job.output for job in plan(text, None, batch=True)] == [None, None]
+    pages = "One page.\fThe next.\r\nA line.\u2028The same.\rThree.\n"
+    assert names(plan(pages, Path("p"), batch=True)) == [f"p/000{n}.wav" for n in (1, 2, 3)]
     (job, _) = plan(text, tmp_path, batch=True)
     assert job.output == tmp_path / "0001.wav"
 
@@ -98,7 +100,7 @@ def test_what_a_killed_batch_left_of_its_own_files_is_removed(tmp_path):
             left.touch()
         left.write_text("half")
         output.unlink()
-    assert do_the_rest(jobs, None, lambda job: True) == (2, 0, 0)
+    assert do_the_rest(jobs, None, lambda job: True) == (2, 0, 0, [])
     assert [file.name for file in tmp_path.glob(".tmp-*")] == [left.name]
 
 
@@ -106,8 +108,20 @@ def test_what_fails_is_no_part_of_the_record(tmp_path):
     jobs = plan("One.\nTwo.\nThree.", tmp_path, batch=True)
     for job in jobs:
         job.output.touch()
-    assert do_the_rest(jobs, None, lambda job: "Two" not in job.text) == (2, 0, 1)
-    assert do_the_rest(jobs, None, lambda job: True) == (1, 2, 0)
+    assert do_the_rest(jobs, None, lambda job: "Two" not in job.text) == (2, 0, 1, [])
+    assert do_the_rest(jobs, None, lambda job: True) == (1, 2, 0, [])
+
+
+def test_files_of_earlier_batches_that_are_none_of_this_one_are_told(tmp_path):
+    def touch(job):
+        job.output.touch()
+        return True
+
+    do_the_rest(plan("One.\nTwo.\nThree.", tmp_path, batch=True), None, touch)
+    (tmp_path / "0002.wav").unlink()
+    (tmp_path / "mine.wav").touch()
+    found = do_the_rest(plan("One.", tmp_path, batch=True), None, touch)
+    assert found == (0, 1, 0, [tmp_path / "0003.wav"])
 
 
 def test_speech_that_may_only_be_heard_needs_no_place_to_write_to(tmp_path):

@@ -50,6 +50,22 @@ def test_a_word_cut_off_shows_at_the_edge(tmp_path, utterances):
     assert figures["edge_start"] < -30
 
 
+@pytest.mark.parametrize(("offset", "noise"), [(0.02, 0.0), (-0.1, 0.0), (0.0, 0.008)])
+def test_neither_an_offset_nor_noise_is_taken_for_a_word_cut_off(
+    tmp_path, utterances, offset, noise
+):
+    voice = np.pad(0.5 * utterances[0].samples, 8000)
+    hiss = np.random.default_rng(0).normal(offset, noise, len(voice))
+    samples = (voice + hiss).astype(np.float32)
+    figures = measured(tmp_path / "a.wav", samples)
+    assert figures["snr"] < 20 or not noise, "its noise is to be above the limit of an edge"
+    clip = {**GOOD, **figures, "text": utterances[0].text}
+    assert quality.judged(clip, Thresholds())["flags"] == []
+    loudest = 8000 + int(np.argmax(np.abs(voice[8000:-8000])))
+    cut = measured(tmp_path / "a.wav", samples, end=loudest / 16_000)
+    assert "clipped_end" in quality.judged({**clip, **cut}, Thresholds())["flags"]
+
+
 def test_clipping_is_counted_wherever_the_ceiling_is(tmp_path, utterances):
     loud = np.clip(20 * utterances[0].samples, -1, 1)
     for gain in (1.0, 0.5):

@@ -194,6 +194,16 @@ def test_texts_that_belong_to_no_recording_are_named(tmp_path):
     assert "session_01.txt" not in said[0]
 
 
+def test_a_text_that_another_one_of_its_name_keeps_out_is_named(tmp_path):
+    for name in ("a.flac", "a.lab", "a.txt"):
+        put(tmp_path / name, b"Some words.")
+    said = []
+    find_local(tmp_path, None, "voice", say=said.append)
+    assert len(said) == 1
+    assert said[0].startswith("these texts are not used, for one in another format has their name")
+    assert "a.txt" in said[0]
+
+
 def test_a_recording_that_cannot_be_used_has_no_copies(tmp_path):
     bare = Found(put(tmp_path / "1" / "a.wav", b"same"), "me", problem="is broken")
     whole = Found(put(tmp_path / "2" / "a.wav", b"same"), "me")

@@ -117,12 +117,15 @@ def test_a_base_that_has_gone_is_asked_for(checkpoint, tmp_path, base_dir):
     assert merge(made, tmp_path / "merged", base_dir=base_dir).change > 0.1
 
 
-def test_merging_again_replaces_the_folder_whole(checkpoint, tmp_path):
+def test_merging_again_replaces_the_model_and_keeps_what_lies_beside_it(checkpoint, tmp_path):
     folder = tmp_path / "merged"
-    folder.mkdir()
-    (folder / "stale.bin").write_bytes(b"x")
+    (folder / "samples").mkdir(parents=True)
+    for name in ("firefly-gan-vq-old.pth", "notes.txt", "samples/me.wav"):
+        (folder / name).write_bytes(b"x")
     merge(checkpoint(), folder)
-    assert not (folder / "stale.bin").exists()
+    assert not (folder / "firefly-gan-vq-old.pth").exists()
+    assert load_model(folder)
+    assert [(folder / name).read_bytes() for name in ("notes.txt", "samples/me.wav")] == [b"x"] * 2
     assert [item for item in tmp_path.iterdir() if item.name.startswith(".tmp")] == []
 
 

@@ -374,6 +374,18 @@ def test_a_diverged_loss_stops_with_the_clips_named_and_keeps_the_good_checkpoin
     assert good.keys() == adapters_of(kept).keys()
 
 
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_step_that_ruins_the_adapters_is_put_aside_and_a_lower_rate_goes_on(trainer, validated):
+    options = ("train.save_every=1", f"train.val_every={1 if validated else 100}")
+    trainer("p", "train.max_steps=2", *options)
+    seen = r"the (validation )?loss is nan at step 3.*moved to .*; .*step_000000002\.ckpt is good"
+    with pytest.raises(ValueError, match=seen):
+        trainer("p", "train.max_steps=9", "optimizer.learning_rate=1e30", *options)
+    assert [checkpoint.step for checkpoint in Run.of("p").checkpoints()] == [1, 2]
+    mended = trainer("p", "train.max_steps=4", *options)
+    assert all(torch.isfinite(value).all() for value in adapters(mended).values())
+
+
 def adapters_of(checkpoint):
     return checkpoint.read()["state_dict"]
 
