@@ -362,6 +362,11 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             processes.wait_for_all()
             args.data_dir = data_dir = prepared_dir(args)  # for the stages after training too
             config.data.dir = str(data_dir)
+        elif prepared_dir(args).is_dir() and data_dir.is_dir() and is_raw(data_dir):
+            raise ValueError(
+                f"{data_dir}: recordings that are not prepared; what this project prepared is "
+                f"--data-dir {prepared_dir(args)} (--prepare-data prepares these)"
+            )
         if not (training or args.extract_tokens or args.build_dataset):
             return None
         if training:

@@ -80,6 +80,14 @@ def project(tmp_path, monkeypatch, base_dir):
 TRAIN = ("--data-dir", "data", "--train", "--batch-size", 2, "--learning-rate", "1e-3")
 
 
+def test_recordings_whose_clips_are_there_already_are_no_data_set(project, tmp_path, capsys):
+    make_data_set(tmp_path / "training_data" / "p", {"Ann": 2})
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.wav").touch()
+    assert project("--data-dir", "raw", "--train", "--max-steps", 1) == 2
+    assert "--data-dir training_data/p" in capsys.readouterr().err
+
+
 def test_the_guides_stages_one_after_the_other(project, tmp_path, capsys):
     # The made-up clips have made-up codes, so extraction comes from the flag of its own below.
     keep_codes(tmp_path)
