@@ -10,9 +10,9 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fish_speech.console import print_anything, stop_as_ctrl_c_does
+from fish_speech.console import print_anything
 from fish_speech.devices import keep_freed_memory, resolve_device, resolve_precision
-from fish_speech.files import list_files
+from fish_speech.files import list_audio, list_files
 
 if TYPE_CHECKING:
     from fish_speech.datasets.shards import Manifest
@@ -362,7 +362,7 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             processes.wait_for_all()
             args.data_dir = data_dir = prepared_dir(args)  # for the stages after training too
             config.data.dir = str(data_dir)
-        elif prepared_dir(args).is_dir() and data_dir.is_dir() and is_raw(data_dir):
+        elif is_source_of(prepared_dir(args), data_dir):
             raise ValueError(
                 f"{data_dir}: recordings that are not prepared; what this project prepared is "
                 f"--data-dir {prepared_dir(args)} (--prepare-data prepares these)"
@@ -393,6 +393,13 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
 def prepared_dir(args: argparse.Namespace) -> Path:
     """Where `--prepare-data` puts the data set."""
     return Path("training_data") / args.project
+
+
+def is_source_of(prepared: Path, data_dir: Path) -> bool:
+    """Whether a folder holds recordings only, and clips were prepared."""
+    if not (prepared.is_dir() and data_dir.is_dir()):
+        return False
+    return bool(list_audio(data_dir)) and is_raw(data_dir) and not is_raw(prepared)
 
 
 def is_raw(data_dir: Path) -> bool:
@@ -430,5 +437,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    stop_as_ctrl_c_does()
     sys.exit(main())

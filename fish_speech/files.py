@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -75,6 +76,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             path.rename(old)
         temporary.rename(path)
     finally:
+        if old.exists() and not path.exists():  # interrupted between the two
+            old.rename(path)
         for folder in (temporary, old):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -203,9 +206,14 @@ def file_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+class InUseError(ValueError):
+    """Another process has the right to write; the text says which."""
+
+
 @contextmanager
 def exclusive(folder: str | Path, what: str) -> Iterator[None]:
-    """Hold the only right to write under `folder`. Raises `ValueError` that says who holds it.
+    """Hold the only right to write under `folder`. Raises `InUseError` that says who holds it, and
+    `ValueError` where nobody may write there.
 
     The operating system frees the lock when its holder dies, however it dies.
     """
@@ -216,8 +224,10 @@ def exclusive(folder: str | Path, what: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
-        raise ValueError(f"{what} is in use by {who}; wait for it to end, or stop it") from None
+        raise InUseError(f"{what} is in use by {who}; wait for it to end, or stop it") from None
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise ValueError(
             f"{folder}: can't be written to ({error.strerror}); copy it to where you may write"
         ) from error

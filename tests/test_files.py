@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from fish_speech import files
@@ -58,6 +61,35 @@ def test_a_folder_behind_a_link_is_replaced_where_it_is(tmp_path):
     assert (tmp_path / "voice").is_symlink()
     assert [path.name for path in real.iterdir()] == ["a"]
     assert {path.name for path in tmp_path.iterdir()} == {"disk", "voice"}
+
+
+def test_a_folder_survives_an_interruption_at_any_moment(tmp_path, monkeypatch):
+    (tmp_path / "voice").mkdir()
+    (tmp_path / "voice" / "a").write_text("before")
+    rename, names = Path.rename, []
+
+    def interrupted(self, target):
+        names.append(self.name)
+        if len(names) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.atomic_folder(tmp_path / "voice") as new:
+        (new / "a").write_text("after")
+    assert (tmp_path / "voice" / "a").read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_who_may_not_write_is_told_so_and_does_not_wait(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.FileLock, "acquire", refused)
+    said, lock = r"can't be written to \(Permission denied\)", files.exclusive(tmp_path, "the data")
+    with pytest.raises(ValueError, match=said) as caught, lock:
+        pass
+    assert not isinstance(caught.value, files.InUseError)
 
 
 def test_a_file_in_the_place_of_a_folder_is_left_alone(tmp_path):

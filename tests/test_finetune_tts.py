@@ -86,6 +86,9 @@ def test_recordings_whose_clips_are_there_already_are_no_data_set(project, tmp_p
     (tmp_path / "raw" / "a.wav").touch()
     assert project("--data-dir", "raw", "--train", "--max-steps", 1) == 2
     assert "--data-dir training_data/p" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert project("--data-dir", "empty", "--train", "--max-steps", 1) == 2
+    assert "empty: no audio files" in capsys.readouterr().err
 
 
 def test_the_guides_stages_one_after_the_other(project, tmp_path, capsys):

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 from tqdm import tqdm
@@ -68,7 +68,7 @@ def prepare(
     `say` is given messages for the user; `recogniser` replaces the whisper model that the options
     name. Raises `FileNotFoundError` or `ValueError` where there is nothing to prepare, the output
     is in use or a model that is needed can't be had; a recording that fails is named in the summary
-    instead. `OSError` means that the output can't be written.
+    instead. `OSError` means that writing the output failed.
     """
     options = _checked(options)
     output = options.output
@@ -218,15 +218,20 @@ def in_processes(
                 progress.update()
             return
         pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=die_with_parent)
+        finished = False
         try:
             for future in as_completed([pool.submit(function, job) for job in work]):
                 yield future.result()
                 progress.update()
+            finished = True
         except BrokenProcessPool as error:
             raise ValueError(
                 "a worker process died; with less memory use --num-workers 1"
             ) from error
         finally:
+            if not finished:  # else the jobs at hand would be waited for
+                for worker in active_children():
+                    worker.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -84,7 +84,7 @@ def find_speech(path: str | Path, *, max_seconds: float | None = None) -> Speech
         model.reset_states()
         for frames, fresh in _frames(decode_blocks(path, VAD_RATE, max_seconds=max_seconds)):
             probabilities.append(_judge(model, frames))
-            powers.append(frames.var(axis=1))
+            powers.append(frames[:, :fresh].var(axis=1))  # without what fills the last one
             count += fresh
     if not count:
         raise ValueError("holds no audio")

@@ -46,9 +46,8 @@ class SaveCheckpoints(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module) -> None:
         self._saved_step = trainer.global_step
-        if trainer.is_global_zero and (
-            aside := self.run.set_aside(trainer.global_step, str(trainer.loggers[0].version))
-        ):
+        name = f"before_{trainer.loggers[0].version}"  # this start's
+        if trainer.is_global_zero and (aside := self.run.set_aside(trainer.global_step, name)):
             self.say(f"later checkpoints of the run up to now were moved to {aside}")
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:

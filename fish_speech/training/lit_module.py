@@ -47,7 +47,7 @@ class OptimizerConfig:
 
 
 class DivergedError(ValueError):
-    """What the last step left makes nonsense."""
+    """A loss is no finite number."""
 
 
 class TextToSemantic(L.LightningModule):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fish_speech.conversation import build_prompt
 from fish_speech.files import atomic_folder, exclusive, file_digest
-from fish_speech.hub import MODEL_FILES
+from fish_speech.hub import CODEC_PATTERN, MODEL_FILES
 from fish_speech.models.text2semantic import DualARTransformer, load_model, save_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import (
@@ -34,7 +34,7 @@ _PROMPT = "The quick brown fox jumps over the lazy dog."
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
-_WRITTEN = (*MODEL_FILES, CODEC_CONFIG_FILE, "firefly-gan-vq-*.pth")
+_WRITTEN = (*MODEL_FILES, CODEC_CONFIG_FILE, CODEC_PATTERN)
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,10 @@ def _keep_others(folder: Path, new: Path) -> None:
     for entry in folder.iterdir() if folder.is_dir() else ():
         if any(fnmatch(entry.name, pattern) for pattern in _WRITTEN):
             continue
-        if entry.is_dir():
-            shutil.copytree(entry, new / entry.name, copy_function=_link_or_copy)
+        if entry.is_symlink():
+            (new / entry.name).symlink_to(os.readlink(entry))
+        elif entry.is_dir():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link_or_copy)
         else:
             _link_or_copy(entry, new / entry.name)
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from fish_speech.files import exclusive
+from fish_speech.files import InUseError, exclusive
 
 if TYPE_CHECKING:
     from fish_speech.training.config import TrainConfig
@@ -95,7 +95,7 @@ def alone_with(data_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
             try:
                 held.enter_context(exclusive(data_dir, f"data set {data_dir}"))
                 break
-            except ValueError as error:
+            except InUseError as error:
                 if not waited:
                     say(f"waiting (Ctrl+C stops that): {error}")
                 waited = True

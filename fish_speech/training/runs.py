@@ -114,15 +114,15 @@ class Run:
             f"--checkpoint-step {step}: project '{self.project}' has no such step, only {there}"
         )
 
-    def set_aside(self, step: int, log: str) -> Path | None:
-        """Move the checkpoints after `step` out of the way of a start that goes on from there.
+    def set_aside(self, step: int, name: str) -> Path | None:
+        """Move the checkpoints after `step` into a folder of that name beside them.
 
-        Returns the folder, named by the log of that start, or None where there are none.
+        Returns the folder, or None where there are none.
         """
         later = [checkpoint.path for checkpoint in self.checkpoints() if checkpoint.step > step]
         if not later:
             return None
-        folder = self.checkpoint_folder / f"before_{log}"
+        folder = self.checkpoint_folder / name
         folder.mkdir(exist_ok=True)
         for path in later:
             path.rename(folder / path.name)

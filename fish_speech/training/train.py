@@ -140,7 +140,8 @@ def _train(
             trainer = _trainer(config, run, device, data, [*own, *callbacks])
             trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.exact else None)
     except DivergedError as error:
-        raise ValueError(f"{error}; {_undo_last_step(run, trainer)}") from error
+        begin = start.checkpoint.step if start.exact else 0
+        raise ValueError(f"{error}; {_undo_last_step(run, trainer, begin)}") from error
     except SystemExit as error:  # Lightning's answer to a second Ctrl+C
         raise KeyboardInterrupt from error
     except (RuntimeError, MemoryError) as error:
@@ -154,13 +155,17 @@ def _train(
     return Trained(run.checkpoint(trainer.global_step), stop.signal)
 
 
-def _undo_last_step(run: Run, trainer: L.Trainer) -> str:
-    """Put the checkpoint aside that a diverged run has of its last step; what follows from that."""
-    step, log = trainer.global_step, str(trainer.loggers[0].version)
-    aside = run.set_aside(step - 1, log) if is_first() else None
-    good = [checkpoint for checkpoint in run.checkpoints() if checkpoint.step < step]
+def _undo_last_step(run: Run, trainer: L.Trainer, begin: int) -> str:
+    """Put the checkpoint aside that a diverged run saved of its last step; where to go on."""
+    step = trainer.global_step
+    earlier = [checkpoint.path for checkpoint in run.checkpoints() if checkpoint.step < step]
+    if step == begin:  # the start itself: it is not this run's to move
+        others = f" (--resume-from-checkpoint {earlier[-1]})" if earlier else ""
+        return f"that is where it started: go on from another checkpoint{others}"
+    name = f"diverged_{trainer.loggers[0].version}"
+    aside = run.set_aside(step - 1, name) if is_first() else None
     moved = f"the checkpoint of this step was moved to {aside}; " if aside else ""
-    return moved + (f"{good[-1].path} is good" if good else "there is no earlier checkpoint")
+    return moved + (f"the last before it is {earlier[-1]}" if earlier else "there is none before")
 
 
 def _plot(run: Run, say: Say) -> None:

@@ -122,7 +122,10 @@ def test_merging_again_replaces_the_model_and_keeps_what_lies_beside_it(checkpoi
     (folder / "samples").mkdir(parents=True)
     for name in ("firefly-gan-vq-old.pth", "notes.txt", "samples/me.wav"):
         (folder / name).write_bytes(b"x")
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "up").symlink_to("..")
     merge(checkpoint(), folder)
+    assert [(folder / name).readlink().name for name in ("gone", "up")] == ["nowhere", ".."]
     assert not (folder / "firefly-gan-vq-old.pth").exists()
     assert load_model(folder)
     assert [(folder / name).read_bytes() for name in ("notes.txt", "samples/me.wav")] == [b"x"] * 2

@@ -1,10 +1,12 @@
 """Properties of a run, on the golden model and made-up codes."""
 
 import copy
+import math
 import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -378,12 +380,26 @@ def test_a_diverged_loss_stops_with_the_clips_named_and_keeps_the_good_checkpoin
 def test_a_step_that_ruins_the_adapters_is_put_aside_and_a_lower_rate_goes_on(trainer, validated):
     options = ("train.save_every=1", f"train.val_every={1 if validated else 100}")
     trainer("p", "train.max_steps=2", *options)
-    seen = r"the (validation )?loss is nan at step 3.*moved to .*; .*step_000000002\.ckpt is good"
+    seen = r"the (validation )?loss is nan at step 3.*moved to .*; .* is .*step_000000002\.ckpt"
     with pytest.raises(ValueError, match=seen):
         trainer("p", "train.max_steps=9", "optimizer.learning_rate=1e30", *options)
     assert [checkpoint.step for checkpoint in Run.of("p").checkpoints()] == [1, 2]
     mended = trainer("p", "train.max_steps=4", *options)
     assert all(torch.isfinite(value).all() for value in adapters(mended).values())
+
+
+def test_a_start_that_makes_nonsense_is_named_and_stays_where_it_is(trainer, monkeypatch):
+    trainer("p", "train.max_steps=2", "train.save_every=1")
+    monkeypatch.setattr("fish_speech.training.lit_module.loss_sums", broken_sums)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"where it started: .*from-checkpoint .*0001\.ckpt\)"):
+            trainer("p", "train.max_steps=4", "train.save_every=1")
+    assert [checkpoint.step for checkpoint in Run.of("p").checkpoints()] == [1, 2]
+
+
+def broken_sums(*args):
+    sums = loss_sums(*args)
+    return replace(sums, token=sums.token * math.nan)
 
 
 def adapters_of(checkpoint):

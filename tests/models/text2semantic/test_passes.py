@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fish_speech.models.text2semantic import passes
+from fish_speech.models.text2semantic import llama, passes
 from fish_speech.models.text2semantic.llama import RMSNorm, rotary_table
 from fish_speech.training.loss import loss_sums
 from tests.conftest import golden_tensors
@@ -21,7 +21,8 @@ def use(kind, monkeypatch):
         pytest.importorskip("triton")
     module = import_module(f"fish_speech.models.text2semantic.{kind}_passes")
     kernels = module if kind == "cuda" else None
-    monkeypatch.setattr(passes, "kernels_for", lambda x: kernels)
+    for module in (passes, llama):
+        monkeypatch.setattr(module, "kernels_for", lambda x: kernels)
 
 
 @pytest.fixture(params=["torch", "cuda"])
