@@ -34,7 +34,7 @@ demo: setup ## recordings in samples/ become a voice that speaks, with the embed
 	  --normalize --split-long
 	$(BIN)/python finetune_tts.py --project $(VOICE) --data-dir training_data/$(VOICE) \
 	  --model-version tiny --full-pipeline --max-steps 400 --save-every 200 --batch-size 4 \
-	  --texts docs/lines.txt --eval-samples 12
+	  --override optimizer.schedule=wsd --texts docs/lines.txt --eval-samples 12
 	$(BIN)/python cli_tts.py "The doctor found a silver key in the garden this morning." \
 	  --model-path checkpoints/$(VOICE)-merged -o output/$(VOICE).wav
 	@echo "clips      training_data/$(VOICE)"

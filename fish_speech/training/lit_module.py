@@ -20,8 +20,9 @@ from fish_speech.training.loss import loss_figures, loss_sums
 class OptimizerConfig:
     """AdamW and its learning rate over the steps.
 
-    The rate rises over `warmup_steps`, then stays (`schedule` "constant") or falls along a cosine
-    to `final_share` of it at `max_steps` ("cosine").
+    The rate rises over `warmup_steps`, then stays (`schedule` "constant"), stays until it falls in
+    a straight line over the last `decay_share` of the steps ("wsd": warmup, stable, decay), or
+    falls along a cosine ("cosine"); where it falls, to `final_share` of it at `max_steps`.
     """
 
     learning_rate: float = 1e-4
@@ -30,6 +31,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 10
     schedule: str = "constant"
+    decay_share: float = 0.2
     final_share: float = 0.0
     max_steps: int = 0
 
@@ -38,11 +40,14 @@ class OptimizerConfig:
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.schedule == "constant":
             return self.learning_rate * warm
-        if self.schedule != "cosine":
-            raise ValueError(f"schedule: '{self.schedule}' is neither 'constant' nor 'cosine'")
-        span = max(1, self.max_steps - self.warmup_steps)
-        progress = min(1.0, max(0.0, (step - self.warmup_steps) / span))
-        fall = 0.5 * (1 + math.cos(math.pi * progress))
+        if self.schedule not in ("cosine", "wsd"):
+            raise ValueError(f"schedule: '{self.schedule}' is none of constant, cosine, wsd")
+        start = self.warmup_steps
+        if self.schedule == "wsd":
+            start = max(start, round(self.max_steps * (1 - self.decay_share)))
+        span = max(1, self.max_steps - start)
+        progress = min(1.0, max(0.0, (step - start) / span))
+        fall = 1 - progress if self.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
         return self.learning_rate * warm * (self.final_share + (1 - self.final_share) * fall)
 
 

@@ -520,6 +520,11 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert cosine.rate(0) == pytest.approx(1.0)
     assert cosine.rate(50) == pytest.approx(0.55)
     assert cosine.rate(100) == pytest.approx(0.1)
+    wsd = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=4, schedule="wsd", max_steps=100, decay_share=0.2
+    )
+    rates = [wsd.rate(step) for step in (0, 4, 80, 90, 100)]
+    assert rates == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0])
 
 
 def test_unknown_config_keys_are_refused():
