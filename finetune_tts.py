@@ -362,7 +362,7 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             processes.wait_for_all()
             args.data_dir = data_dir = prepared_dir(args)  # for the stages after training too
             config.data.dir = str(data_dir)
-        elif is_source_of(prepared_dir(args), data_dir):
+        elif not everything and is_source_of(prepared_dir(args), data_dir):
             raise ValueError(
                 f"{data_dir}: recordings that are not prepared; what this project prepared is "
                 f"--data-dir {prepared_dir(args)} (--prepare-data prepares these)"
@@ -397,7 +397,7 @@ def prepared_dir(args: argparse.Namespace) -> Path:
 
 def is_source_of(prepared: Path, data_dir: Path) -> bool:
     """Whether a folder holds recordings only, and clips were prepared."""
-    if not (prepared.is_dir() and data_dir.is_dir()):
+    if not (prepared.is_dir() and data_dir.is_dir()) or prepared.samefile(data_dir):
         return False
     return bool(list_audio(data_dir)) and is_raw(data_dir) and not is_raw(prepared)
 

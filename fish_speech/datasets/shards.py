@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import IO
 
 import numpy as np
 
@@ -79,7 +79,8 @@ def build_shards(
     manifest, usable = Manifest(source, []), []
     folder.mkdir(exist_ok=True)
     # Which split a clip belongs to follows from all of them: until then they wait in a file.
-    with _Waiting(folder) as waiting:
+    with TemporaryFile(dir=folder) as file:
+        waiting = _Waiting(file)
         for clip in progress(clips):
             try:
                 text, codes = clip.read_text(), read_codes(clip.codes, num_codebooks, codebook_size)
@@ -156,11 +157,11 @@ def text_data(sentences: Iterable[Sentence], source: str, speaker: str) -> Itera
         yield TextData(source=source, name=speaker, sentences=part)
 
 
-class _Waiting(AbstractContextManager):
-    """Utterances by name, in a nameless file."""
+class _Waiting:
+    """Utterances by name, in a file."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = TemporaryFile(dir=folder)  # noqa: SIM115
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
         self._places: dict[str, tuple[int, int]] = {}
 
     def put(self, name: str, utterance: Sentence) -> None:
@@ -170,9 +171,6 @@ class _Waiting(AbstractContextManager):
         start, size = self._places[name]
         self._file.seek(start)
         return Sentence.FromString(self._file.read(size))
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 def _choose_validation(clips: list[Clip], share: float, before: Manifest | None) -> set[str]:

@@ -349,13 +349,11 @@ def _label(path: Path) -> Path:
 def _say_unused(texts: list[Path], own: set[Path | None], say: Callable[[str], None]) -> None:
     """Name the texts that no recording takes, and why."""
     taken = {path.with_suffix("") for path in own if path is not None}
-    second = [path for path in texts if path.with_suffix("") in taken]
-    alone = [path for path in texts if path not in second]
-    for reason, paths in (
-        ("no recording has the name of these texts", alone),
-        ("these texts are not used, for one in another format has their name", second),
+    for reason, is_second in (
+        ("no recording has the name of these texts", False),
+        ("these texts are not used, for one in another format has their name", True),
     ):
-        if paths:
+        if paths := [path for path in texts if (path.with_suffix("") in taken) == is_second]:
             say(f"{reason}: {some_of(printable(shown_path(path)) for path in paths)}")
 
 

@@ -110,15 +110,14 @@ class TextToSemantic(L.LightningModule):
 
         The loss is looked at here too, not before its gradient: a GPU would wait for that.
         """
-        self._refuse_unless_finite(self._step[0] + self._step[1], "loss")
+        self._refuse_unless_finite(self._step[0] + self._step[1], "loss", DivergedError)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
-        self._refuse_unless_finite(norm, "gradient")
+        self._refuse_unless_finite(norm, "gradient", ValueError)
 
-    def _refuse_unless_finite(self, value: Tensor, what: str) -> None:
+    def _refuse_unless_finite(self, value: Tensor, what: str, kind: type[ValueError]) -> None:
         """All processes stop where one of them would go on with nonsense."""
         fine = bool(value.isfinite())
         if not self.trainer.strategy.reduce_boolean_decision(fine, all=True):
-            kind = DivergedError if what == "loss" else ValueError
             clips = ", ".join(self._clips)
             raise kind(
                 f"the {what} is {value.item()} at step {self.global_step}, in {clips}; "

@@ -17,10 +17,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def use(kind, monkeypatch):
+    kernels = None
     if kind == "cuda":
         pytest.importorskip("triton")
-    module = import_module(f"fish_speech.models.text2semantic.{kind}_passes")
-    kernels = module if kind == "cuda" else None
+        kernels = import_module("fish_speech.models.text2semantic.cuda_passes")
     for module in (passes, llama):
         monkeypatch.setattr(module, "kernels_for", lambda x: kernels)
 
@@ -74,7 +74,6 @@ def test_a_gate():
 @pytest.mark.parametrize(("heads", "local", "size"), [(4, 2, 16), (3, 1, 10)])
 def test_queries_keys_and_values_turn(heads, local, size):
     rotary = rotary_table(11, size, 10_000.0, DEVICE)[:, 2:9]
-
     turns = torch.view_as_complex(torch.stack([rotary[0, :, ::2], rotary[1, :, 1::2]], -1))
 
     def plain(qkv):
