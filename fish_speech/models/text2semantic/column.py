@@ -20,9 +20,12 @@ from zlib import crc32
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, from_dtype, int8, int16, int32, int64, njit, types, uint16
+from numba import float32, from_dtype, int8, int16, int64, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+
+from fish_speech.models.text2semantic import dot as dots
+from fish_speech.models.text2semantic.dot import dot
 
 _ONE, _TINY, LEAST = float32(1), float32(1e-12), float32(-3e38)
 _LOG2_E, _LARGEST = float32(math.log2(math.e)), float32(126)
@@ -37,9 +40,10 @@ def compiled(*takes, gives=types.void, kind=""):
     """Compiled once, and kept for the next time where that can be written.
 
     What numba keeps it renews when the function's own file changes. So the name says of what
-    content of this file, from which others take functions, and for what `kind` of weights it is.
+    content of this file, from which others take functions, and of that of the products it is, and
+    for what `kind` of weights.
     """
-    content = crc32(Path(__file__).read_bytes())
+    content = crc32(Path(dots.__file__).read_bytes(), crc32(Path(__file__).read_bytes()))
 
     def compile_function(function):
         options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
@@ -149,41 +153,13 @@ def _typed_take(x, row):
     return steps if row.dtype == int16 else copy
 
 
-def _dot(weights, number, taken, column):
-    """A row of weights [N, K] times a column of `_taken` [C, K]."""
-
-
-@overload(_dot)
-def _typed_dot(weights, number, taken, column):
-    def of_int8(weights, number, taken, column):
-        total = int32(0)
-        for index in range(weights.shape[1]):
-            total = int32(total + int32(weights[number, index]) * int32(taken[column, index]))
-        return float32(total)
-
-    def of_bf16(weights, number, taken, column):
-        total = float32(0)
-        for index in range(weights.shape[1]):
-            bits = np.int32(np.int32(weights[number, index]) << np.int32(16))
-            total += bits.view(np.float32) * taken[column, index]
-        return total
-
-    def of_fp32(weights, number, taken, column):
-        total = float32(0)
-        for index in range(weights.shape[1]):
-            total += weights[number, index] * taken[column, index]
-        return total
-
-    return {int8: of_int8, uint16: of_bf16, float32: of_fp32}[weights.dtype]
-
-
 @njit
 def _product(begin, end, weights, scales, taken, sizes, out):
     """Those rows of weights [N, K] times columns of `_taken` [C, K], into out [C, N]."""
     for low in range(begin, end, _TILE):
         for column in range(len(taken)):
             for number in range(low, min(end, low + _TILE)):
-                value = _dot(weights, number, taken, column)
+                value = dot(weights, number, taken, column)
                 out[column, number] = value * (scales[number] * sizes[column])
 
 
