@@ -81,7 +81,11 @@ def _follow(module: nn.Module, x: Tensor, size: int, memory: Memory | None) -> T
     if size == 0:
         return x
     before = None if memory is None else memory.get(module)
-    x = F.pad(x, (size, 0)) if before is None else torch.cat([before, x], dim=-1)
+    if before is None:
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        order = torch.channels_last if last else torch.contiguous_format
+        before = x.new_zeros(*x.shape[:-1], size).contiguous(memory_format=order)
+    x = torch.cat([before, x], dim=-1)  # `F.pad` would write all of it twice
     if memory is not None:
         memory[module] = x[..., -size:].clone()
     return x
@@ -155,7 +159,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:  # [B, C, N]
         for first, second in zip(self.convs1, self.convs2, strict=True):
-            x = x + second(F.silu(first(F.silu(x), memory)), memory)
+            x = second(F.silu(first(F.silu(x), memory)), memory).add_(x)
         return x
 
 
@@ -173,8 +177,8 @@ class ParallelBlock(nn.Module):
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:  # [B, C, N]
         total = self.blocks[0](x, memory)
         for block in self.blocks[1:]:
-            total = total + block(x, memory)
-        return total / len(self.blocks)
+            total += block(x, memory)
+        return total.div_(len(self.blocks))
 
 
 class HiFiGANHead(nn.Module):
