@@ -50,6 +50,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = MISSING
     gradient_clip: float = MISSING
     gradient_checkpointing: Any = MISSING  # auto, true or false
+    cuda_graphs: bool = MISSING
     dropout: float = MISSING
     save_every: int = MISSING
     val_every: int | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.lora import load_lora, lora_state_dict
+from fish_speech.training.graph import StepGraphs
 from fish_speech.training.loss import loss_figures, loss_sums
 
 
@@ -77,6 +78,7 @@ class TextToSemantic(L.LightningModule):
         self.optimizer_config = optimizer
         self.seed = seed
         self.run, self.clip_names = run or {}, clip_names
+        self.graphs: StepGraphs | None = None
         self.adapters_only = bool(lora_state_dict(model))
         self.strict_loading = not self.adapters_only
         # Added up: of the step at hand (whose last batch alone holds its longest clips), and of the
@@ -89,16 +91,19 @@ class TextToSemantic(L.LightningModule):
         micro = batch_index % self.trainer.accumulate_grad_batches
         self._note_clips(batch, micro)
         self._seed_step(micro)
-        sums = loss_sums(self.model, batch["tokens"], batch["labels"])
-        # Lightning divides by the micro-batches and averages over processes; the sums are already
-        # parts of the whole step's mean.
-        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         step_codes = batch["step_frames"] * self.model.config.num_codebooks
-        loss = sums.loss(batch["step_tokens"], step_codes) * parts
+        labels = torch.stack([batch["step_tokens"], step_codes])
+        made = self.graphs and self.graphs(batch["tokens"], batch["labels"], 1 / labels)
+        if made is None:
+            sums = loss_sums(self.model, batch["tokens"], batch["labels"])
+            made = sums.loss(*labels), sums
+        loss, sums = made
         self._step = sums.totals() + (self._step if micro else 0)
         if micro + 1 == self.trainer.accumulate_grad_batches:
             self._log_figures("train", self.trainer.strategy.reduce(self._step, reduce_op="sum"))
-        return loss
+        # Lightning divides by the micro-batches and averages over processes; the sums are already
+        # parts of the whole step's mean.
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def configure_gradient_clipping(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,30 +53,65 @@ def loss_figures(totals: Tensor) -> dict[str, Tensor]:
     }
 
 
+class Places(NamedTuple):
+    """The columns of a batch [B, K+1, T] that are learned, as positions in [B * T].
+
+    `spoken` [M] with its row-0 `ids` [M], `frames` [N] with its `codes` [N, K]. Where both are
+    `IGNORED` nothing is learned: that fills a batch up to a size.
+    """
+
+    spoken: Tensor
+    ids: Tensor
+    frames: Tensor
+    codes: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Places:
+        """Of labels [B, K+1, T]."""
+        labels = labels.transpose(1, 2).flatten(0, 1)  # [B * T, K+1]
+        spoken = (labels[:, 0] != IGNORED).nonzero()[:, 0]
+        frames = (labels[:, 1:] != IGNORED).all(1).nonzero()[:, 0]
+        return cls(spoken, labels[spoken, 0], frames, labels[frames, 1:])
+
+    def filled(self, size: int) -> Places:
+        """With so many positions in either."""
+        spoken, frames = (size - len(part) for part in (self.spoken, self.frames))
+        return Places(
+            F.pad(self.spoken, (0, spoken)),
+            F.pad(self.ids, (0, spoken), value=IGNORED),
+            F.pad(self.frames, (0, frames)),
+            F.pad(self.codes, (0, 0, 0, frames), value=IGNORED),
+        )
+
+
 def loss_sums(model: DualARTransformer, tokens: Tensor, labels: Tensor) -> LossSums:
     """Losses of tokens and labels [B, K+1, T], padded on the right.
 
     The output layer runs only on positions with a label, the fast transformer only on frames.
     """
-    x = model.hidden_states(tokens)  # [B, T, D]
-    spoken = labels[:, 0] != IGNORED  # [B, T]
-    targets = labels[:, 0][spoken]
-    token = token_loss(model, x[spoken], targets)
+    places = Places.of(labels)
+    return LossSums(*loss_parts(model, tokens, places), places.ids.numel(), places.codes.numel())
 
-    frames = (labels[:, 1:] != IGNORED).all(dim=1)  # [B, T]
-    codes = labels[:, 1:].transpose(1, 2)[frames]  # [N, K]
-    logits = model.codebook_logits(x[frames], codes).flatten(0, 1).float()  # [N·K, C]
-    codes = codes.flatten()
-    codebook = F.cross_entropy(logits, codes, reduction="sum")
+
+def loss_parts(
+    model: DualARTransformer, tokens: Tensor, places: Places
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`token`, `codebook` and `top5` of `LossSums`; nothing here waits for a device."""
+    x = model.hidden_states(tokens).flatten(0, 1)  # [B * T, D]
+    token = token_loss(model, x[places.spoken], places.ids)
+
+    codes, labels = places.codes.clamp(min=0), places.codes.flatten()
+    logits = model.codebook_logits(x[places.frames], codes).flatten(0, 1)  # [N·K, C]
     with torch.no_grad():
         # Counting what is ahead of the label is cheaper than sorting.
-        label_logits = logits.gather(1, codes[:, None])
-        top5 = ((logits > label_logits).sum(1) < 5).sum()
-    return LossSums(token, codebook, top5, targets.numel(), codes.numel())
+        label_logits = logits.gather(1, codes.flatten()[:, None])
+        likely = (logits > label_logits).sum(1) < 5
+        top5 = (likely & (labels != IGNORED)).sum()
+    return token, cross_entropy(logits, labels), top5
 
 
 def token_loss(model: DualARTransformer, x: Tensor, targets: Tensor) -> Tensor:
-    """Summed loss of row 0: hidden states [N, D], labels [N] -> scalar.
+    """Summed loss of row 0: hidden states [N, D], labels [N] (or `IGNORED`) -> scalar.
 
     Of many labels a part at a time has logits. Their gradients are taken at once, so that none are
     kept, or computed twice.

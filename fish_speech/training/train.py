@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
 from fish_speech.datasets.shards import Manifest, Sample, read_samples
 from fish_speech.devices import (
+    compile_problem,
     free_memory,
     is_out_of_memory,
     resolve_device,
@@ -38,6 +39,7 @@ from fish_speech.training.callbacks import (
     plot_losses,
 )
 from fish_speech.training.config import RunConfig
+from fish_speech.training.graph import StepGraphs
 from fish_speech.training.lit_module import DivergedError, TextToSemantic
 from fish_speech.training.loss import LABELS_AT_ONCE
 from fish_speech.training.processes import is_first
@@ -129,7 +131,8 @@ def _train(
     )
     model.train()  # Lightning leaves the mode as it finds it
     frame_rate = CodecConfig.from_pretrained(base_dir).frame_rate
-    _preflight(config, model, data, frame_rate, device, say)
+    if _preflight(config, model, data, frame_rate, device, say):
+        module.graphs = StepGraphs(model)
     if is_first():
         _save_config(config, run)
     checkpoints = SaveCheckpoints(run, config.train.save_every, config.train.keep_checkpoints, say)
@@ -294,8 +297,9 @@ def _preflight(
     frame_rate: float,
     device: torch.device,
     say: Say,
-) -> None:
-    """Say what will be trained and what it needs; choose gradient checkpointing."""
+) -> bool:
+    """Say what will be trained and what it needs; choose gradient checkpointing. Returns whether
+    batches become CUDA graphs, which need as much memory again."""
     minutes = sum(map(data.train.frames, range(len(data.train)))) / frame_rate / 60
     say(
         f"{len(data.train)} utterances to learn from ({minutes:.1f} minutes), "
@@ -318,6 +322,9 @@ def _preflight(
     )
     if needs[chosen] > free:
         say(f"warning: this may not fit: {OUT_OF_MEMORY}")
+    alone = config.train.devices * config.train.num_nodes == 1
+    possible = config.train.cuda_graphs and alone and not chosen and not compile_problem(device)
+    return possible and 2 * needs[False] < 0.8 * free
 
 
 def expected_memory(model: DualARTransformer, columns: int, checkpointing: bool) -> int:

@@ -3,12 +3,14 @@ only where they can be compiled."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _LOGITS = 1024, 4096  # elements that a program takes at once
+_BLOCK, _LOGITS, _COLUMNS = 1024, 4096, 128  # elements that a program takes at once
 
 
 @triton.jit
@@ -23,7 +25,9 @@ def _norm(x, weight, out, eps, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _norm_slope(gradient, x, weight, out, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_slope(
+    gradient, more, x, weight, out, eps, D: tl.constexpr, MORE: tl.constexpr, BLOCK: tl.constexpr
+):
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     at = row * D + d
     value = tl.load(x + at, mask=d < D, other=0.0).to(tl.float32)
@@ -32,7 +36,10 @@ def _norm_slope(gradient, x, weight, out, eps, D: tl.constexpr, BLOCK: tl.conste
     gain = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     slope = tl.load(gradient + at, mask=d < D, other=0.0).to(tl.float32) * gain
     along = tl.sum(slope * value, 0) / D
-    tl.store(out + at, ((slope - value * along) * scale).to(out.dtype.element_ty), mask=d < D)
+    slope = (slope - value * along) * scale
+    if MORE:
+        slope += tl.load(more + at, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(out + at, slope.to(out.dtype.element_ty), mask=d < D)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -41,11 +48,14 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def norm_slope(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def norm_slope(
+    gradient: Tensor, more: Tensor | None, x: Tensor, weight: Tensor, eps: float
+) -> Tensor:
     out, dim = torch.empty_like(x), x.shape[-1]
     _norm_slope[(x.numel() // dim,)](
-        gradient, x, weight, out, eps, D=dim, BLOCK=triton.next_power_of_2(dim)
-    )
+        gradient, x if more is None else more, x, weight, out, eps, D=dim, MORE=more is not None,
+        BLOCK=triton.next_power_of_2(dim),
+    )  # fmt: skip
     return out
 
 
@@ -147,8 +157,152 @@ def turn_back(parts: tuple[Tensor, ...], rotary: Tensor) -> Tensor:
 
 
 @triton.jit
+def _places(
+    T: tl.constexpr, HEADS: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of a row's queries that share a head of keys, and of these: their columns, where they are,
+    and which there are."""
+    row, local = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    m, n, i = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK)
+    head = local * (HEADS // LOCAL) + m // T
+    query = ((row * T + m % T) * HEADS + head)[:, None] * WIDTH + i[None, :]
+    key = ((row * T + n) * LOCAL + local)[:, None] * WIDTH + i[None, :]
+    asks = (m < HEADS // LOCAL * T)[:, None] & (i < WIDTH)[None, :]
+    return m % T, n, query, key, asks, (n < T)[:, None] & (i < WIDTH)[None, :]
+
+
+@triton.jit
+def _product(x, y, WIDE: tl.constexpr):
+    if WIDE:  # Triton's interpreter multiplies no bf16
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, input_precision="ieee")
+
+
+@triton.jit
+def _weights(queries, keys, t, n, scale, WIDE: tl.constexpr):
+    scores = _product(queries, tl.trans(keys), WIDE) * scale
+    scores = tl.where(n[None, :] <= t[:, None], scores, -float("inf"))
+    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+    return weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit
+def _attend(
+    q, k, v, out, scale, T: tl.constexpr, HEADS: tl.constexpr, LOCAL: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    t, n, query, key, asks, answers = _places(T, HEADS, LOCAL, WIDTH, BLOCK_Q, BLOCK_K, BLOCK)
+    queries = tl.load(q + query, mask=asks, other=0.0)
+    keys = tl.load(k + key, mask=answers, other=0.0)
+    values = tl.load(v + key, mask=answers, other=0.0)
+    weights = _weights(queries, keys, t, n, scale, WIDE).to(values.dtype)
+    made = _product(weights, values, WIDE)
+    tl.store(out + query, made.to(out.dtype.element_ty), mask=asks)
+
+
+@triton.jit
+def _attend_slope(
+    gradient, q, k, v, to_q, to_k, to_v, scale, T: tl.constexpr, HEADS: tl.constexpr,
+    LOCAL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    t, n, query, key, asks, answers = _places(T, HEADS, LOCAL, WIDTH, BLOCK_Q, BLOCK_K, BLOCK)
+    queries = tl.load(q + query, mask=asks, other=0.0)
+    keys = tl.load(k + key, mask=answers, other=0.0)
+    values = tl.load(v + key, mask=answers, other=0.0)
+    slope = tl.load(gradient + query, mask=asks, other=0.0)
+    weights = _weights(queries, keys, t, n, scale, WIDE)
+    to_weights = _product(slope, tl.trans(values), WIDE)
+    along = tl.sum(weights * to_weights, 1)[:, None]
+    to_scores = (weights * (to_weights - along) * scale).to(keys.dtype)
+    made = _product(to_scores, keys, WIDE)
+    tl.store(to_q + query, made.to(to_q.dtype.element_ty), mask=asks)
+    made = _product(tl.trans(to_scores), queries, WIDE)
+    tl.store(to_k + key, made.to(to_k.dtype.element_ty), mask=answers)
+    made = _product(tl.trans(weights.to(slope.dtype)), slope, WIDE)
+    tl.store(to_v + key, made.to(to_v.dtype.element_ty), mask=answers)
+
+
+def _launch_attend(kernel: Any, q: Tensor, k: Tensor, *others: Tensor) -> None:
+    (rows, length, heads, width), local = q.shape, k.shape[2]
+    kernel[rows, local](
+        *others, width**-0.5, T=length, HEADS=heads, LOCAL=local, WIDTH=width,
+        BLOCK_Q=max(16, triton.next_power_of_2(heads // local * length)),
+        BLOCK_K=max(16, triton.next_power_of_2(length)),
+        BLOCK=max(16, triton.next_power_of_2(width)), WIDE=not q.is_cuda,
+    )  # fmt: skip
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
+    if len(q):
+        _launch_attend(_attend, q, k, q, k, v, out)
+    return out
+
+
+def attend_slope(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    slopes = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if len(q):
+        _launch_attend(_attend_slope, q, k, gradient, q, k, v, *slopes)
+    return slopes
+
+
+@triton.jit
+def _halves(
+    A, B, keep, down, up, IN, OUT, RANK: tl.constexpr, BACK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Some columns of `down` from A's, or of `up` from rows of B; backwards, gradients."""
+    r, block = tl.arange(0, BLOCK_R), tl.program_id(0)
+    first = tl.cdiv(IN, BLOCK)
+    if block < first:
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        inside, at = (r < RANK)[:, None] & (i < IN)[None, :], r[:, None] * IN + i[None, :]
+        scale = tl.load(keep + i, mask=i < IN, other=0.0)[None, :]
+        low, exact = down + at, A + at
+    else:
+        i = (block - first) * BLOCK + tl.arange(0, BLOCK)
+        inside = (r < RANK)[:, None] & (i < OUT)[None, :]
+        scale = tl.full([1, BLOCK], 1.0, tl.float32)
+        low, exact = up + r[:, None] * OUT + i[None, :], B + i[None, :] * RANK + r[:, None]
+    if BACK:
+        tl.store(exact, tl.load(low, mask=inside, other=0.0).to(tl.float32) * scale, mask=inside)
+    else:
+        value = tl.load(exact, mask=inside, other=0.0) * scale
+        tl.store(low, value.to(down.dtype.element_ty), mask=inside)
+
+
+def _launch_halves(
+    exact: tuple[Tensor, Tensor], keep: Tensor, low: tuple[Tensor, Tensor], back: bool
+) -> None:
+    (rank, width), out = low[0].shape, low[1].shape[1]
+    grid = (sum(triton.cdiv(size, _COLUMNS) for size in (width, out)),)
+    _halves[grid](
+        *exact, keep, *low, width, out, RANK=rank, BACK=back,
+        BLOCK_R=triton.next_power_of_2(rank), BLOCK=_COLUMNS,
+    )  # fmt: skip
+
+
+def halves(A: Tensor, B: Tensor, keep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rank, width = A.shape
+    low = A.new_empty(rank, width, dtype=dtype), A.new_empty(rank, len(B), dtype=dtype)
+    _launch_halves((A, B), keep, low, False)
+    return low
+
+
+def halves_back(to_down: Tensor, to_up: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    slopes = torch.empty_like(to_down, dtype=keep.dtype), keep.new_empty(to_up.T.shape)
+    _launch_halves(slopes, keep, (to_down, to_up), True)
+    return slopes
+
+
+@triton.jit
 def _entropy(logits, targets, losses, sizes, V, BLOCK: tl.constexpr):
-    """A row's loss, and the logarithm of its sum."""
+    """A row's loss, 0 where there is no target, and the logarithm of its sum."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     largest, total = -float("inf"), 0.0
@@ -159,7 +313,8 @@ def _entropy(logits, targets, losses, sizes, V, BLOCK: tl.constexpr):
         total = total * tl.exp(largest - most) + tl.sum(tl.exp(value - most), 0)
         largest = most
     size = largest + tl.log(total)
-    tl.store(losses + row, size - tl.load(logits + row * V + target).to(tl.float32))
+    wanted = tl.load(logits + row * V + target, mask=target >= 0, other=0.0).to(tl.float32)
+    tl.store(losses + row, tl.where(target >= 0, size - wanted, 0.0))
     tl.store(sizes + row, size)
 
 
@@ -170,8 +325,10 @@ def _entropy_slope(logits, targets, sizes, gradient, V, BLOCK: tl.constexpr):
     v = block * BLOCK + tl.arange(0, BLOCK)
     at = logits + row * V + v
     value = tl.load(at, mask=v < V, other=0.0).to(tl.float32)
-    share = tl.exp(value - tl.load(sizes + row)) - (v == tl.load(targets + row)).to(tl.float32)
-    tl.store(at, (share * tl.load(gradient)).to(logits.dtype.element_ty), mask=v < V)
+    target = tl.load(targets + row)
+    share = tl.exp(value - tl.load(sizes + row)) - (v == target).to(tl.float32)
+    slope = tl.where(target >= 0, share * tl.load(gradient), 0.0)
+    tl.store(at, slope.to(logits.dtype.element_ty), mask=v < V)
 
 
 def entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

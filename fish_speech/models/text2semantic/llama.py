@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fish_speech.models.text2semantic.config import ModelConfig
-from fish_speech.models.text2semantic.lora import LoRAEmbedding, swiglu
-from fish_speech.models.text2semantic.passes import kernels_for, norm, turned
+from fish_speech.models.text2semantic.lora import LoRAEmbedding, added, swiglu
+from fish_speech.models.text2semantic.passes import attended, norm, turned
 
-_SHORT, _TOGETHER = 16, 64  # columns: of the rows that share a kernel's, and of one
+_FEW = 16  # columns of a row
 
 
 @dataclass
@@ -75,11 +75,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D]
+        return self.beside(x)[0]
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x [..., D], and x itself."""
         return norm(x, self.weight, self.eps)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """SwiGLU, added to another tensor."""
 
     def __init__(self, dim: int, intermediate_size: int) -> None:
         super().__init__()
@@ -87,8 +91,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(dim, intermediate_size, bias=False)
         self.w2 = nn.Linear(intermediate_size, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., D]
-        return swiglu(x, self.w1, self.w3, self.w2)
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:  # [..., D]
+        return swiglu(x, self.w1, self.w3, self.w2, onto)
 
 
 class Attention(nn.Module):
@@ -105,70 +109,42 @@ class Attention(nn.Module):
         self.wo = nn.Linear(n_head * head_dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+        self,
+        x: Tensor,
+        onto: Tensor,
+        rotary: Tensor,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
     ) -> Tensor:
-        """x [B, T, D]; rotary [2, T, head_dim]; mask is True where a key may be seen."""
-        return self.wo(self.attend(self.wqkv(x), rotary, mask, cache))
+        """x [B, T, D], added to `onto`; rotary [2, T, head_dim]; mask is True where a key may be
+        seen."""
+        return added(self.wo, self.attend(self.wqkv(x), rotary, mask, cache), onto)
 
     def attend(
         self, qkv: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:
         """Queries, keys and values [B, T, (heads + 2 local heads) * head_dim] -> [B, T, D]."""
         length = qkv.shape[1]
+        dropout = self.dropout if self.training else 0.0
         parts = turned(qkv, rotary, self.n_head, self.n_local_heads)
+        if cache is None and mask is None and 1 < length <= _FEW and not dropout:
+            return attended(*parts)
         q, k, v = (part.transpose(1, 2) for part in parts)  # [B, heads, T, head_dim]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if length == 1 and mask is None:
             # Heads that share a key and sit on one column are as good as columns of one head.
             q = q.view(*k.shape[:2], -1, self.head_dim)
-        if cache is None and mask is None and 1 < length <= _SHORT:
-            attend = self._attend_together if kernels_for(qkv) else self._attend_in_products
-            return attend(q, k, v)
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
             is_causal=mask is None and length > 1,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             enable_gqa=q.shape[1] != k.shape[1],
         ).reshape(len(qkv), self.n_head, length, self.head_dim)  # some kernels answer transposed
         return out.transpose(1, 2).flatten(2)
-
-    def _attend_together(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of many short rows q, k, v [B, heads, T, head_dim] -> [B, T, D].
-
-        A GPU's kernels take some 64 columns at once, so several rows share them, masked.
-        """
-        rows, _, length, _ = q.shape
-        share = _TOGETHER // length
-
-        def joined(part: Tensor) -> Tensor:  # [B, heads, T, d] -> [B / share, heads, share * T, d]
-            part = F.pad(part.transpose(1, 2), (0, 0) * 3 + (0, -rows % share))
-            return part.unflatten(0, (-1, share)).flatten(1, 2).transpose(1, 2)
-
-        at = torch.arange(share * length, device=q.device)
-        mask = (at[:, None] >= at) & (at[:, None] // length == at // length)
-        groups = q.shape[1] // k.shape[1]
-        k, v = (part.repeat_interleave(groups, 1) for part in (joined(k), joined(v)))
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(joined(q), k, v, attn_mask=mask, dropout_p=dropout)
-        return out.transpose(1, 2).unflatten(1, (share, length)).flatten(0, 1)[:rows].flatten(2)
-
-    def _attend_in_products(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same, where a kernel for attention takes several times as long for each row."""
-        local, length = k.shape[1:3]
-        # Heads that share a key are as good as columns of one head.
-        q = q.unflatten(1, (local, -1)).flatten(2, 3).float()  # [B, local heads, T of each, d]
-        scores = (q * self.head_dim**-0.5) @ k.float().transpose(2, 3)
-        scores = scores.unflatten(2, (-1, length))
-        later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        weights = scores.masked_fill(later, -torch.inf).softmax(-1)
-        weights = F.dropout(weights, self.dropout, self.training)
-        out = weights.flatten(2, 3) @ v.float()
-        out = out.unflatten(2, (-1, length)).flatten(1, 2)  # [B, heads, T, d]
-        return out.transpose(1, 2).flatten(2).type_as(v)
 
 
 class TransformerBlock(nn.Module):
@@ -184,8 +160,8 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), rotary, mask, cache)
-        return h + self.feed_forward(self.ffn_norm(h))
+        h = self.attention(*self.attention_norm.beside(x), rotary, mask, cache)
+        return self.feed_forward(*self.ffn_norm.beside(h))
 
 
 class Head(nn.Module):

@@ -79,14 +79,13 @@ class _Product(NamedTuple):
     @classmethod
     def of(
         cls, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-        keep: Tensor,
+        keep: Tensor, onto: Tensor | None = None,
     ) -> tuple[Tensor, _Product]:  # fmt: skip
-        """The product [N, out] (plus a bias), of A [r, in], B [out, r] and `keep` in fp32."""
-        down = (lora_A * keep).to(weight.dtype)
-        # In this order in memory the gradient is a product of a quick shape.
-        up = lora_B.T.contiguous().to(weight.dtype)
+        """The product [N, out] (plus a bias, and what it is added to), of A [r, in], B [out, r] and
+        `keep` in fp32."""
+        down, up = passes_for(x).halves(lora_A, lora_B, keep, weight.dtype)
         inner = x @ down.T
-        out = inner @ up
+        out = inner @ up if onto is None else torch.addmm(onto, inner, up)
         if bias is not None:
             out += bias
         # Rounded once: in bf16 a small update of what is rounded already would be lost.
@@ -103,16 +102,15 @@ class _Product(NamedTuple):
 
     def slopes(self, gradient: Tensor, inwards: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of A and B, in fp32."""
-        to_B = self.inner.T @ gradient
-        return (inwards.T @ x) * self.keep, to_B.to(self.keep.dtype).T
+        return passes_for(x).halves_back(inwards.T @ x, self.inner.T @ gradient, self.keep)
 
 
 class _Adapted(torch.autograd.Function):
     """A `_Product` of x [N, in]; W and the bias are frozen, A, B and `keep` in fp32."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, keep):
-        out, product = _Product.of(x, weight, bias, lora_A, lora_B, keep)
+    def forward(ctx, x, weight, bias, lora_A, lora_B, keep, onto):
+        out, product = _Product.of(x, weight, bias, lora_A, lora_B, keep, onto)
         ctx.save_for_backward(x, *product)
         return out
 
@@ -123,21 +121,24 @@ class _Adapted(torch.autograd.Function):
         product = _Product(*saved)
         inwards = product.inwards(gradient)
         to_x = product.slope_of_x(gradient, inwards) if ctx.needs_input_grad[0] else None
-        return to_x, None, None, *product.slopes(gradient, inwards, x), None
+        to_onto = gradient if ctx.needs_input_grad[6] else None
+        return to_x, None, None, *product.slopes(gradient, inwards, x), None, to_onto
 
 
 class _AdaptedGate(torch.autograd.Function):
-    """SwiGLU of x [N, D] through `_Product`s: W, A, B and `keep` of w1, then of w3 and w2.
+    """SwiGLU of x [N, D] through `_Product`s, added to `onto`: W, A, B and `keep` of w1, then of w3
+    and w2.
 
     What w2 takes is not kept: it is as large as each of the two that a pass makes it of.
     """
 
     @staticmethod
-    def forward(ctx, x, *layers):
+    def forward(ctx, x, onto, *layers):
         (w1, *adapter1), (w3, *adapter3), (w2, *adapter2) = layers[:4], layers[4:8], layers[8:]
         gate, product1 = _Product.of(x, w1, None, *adapter1)
         up, product3 = _Product.of(x, w3, None, *adapter3)
-        out, product2 = _Product.of(passes_for(x).gate(gate, up), w2, None, *adapter2)
+        middle = passes_for(x).gate(gate, up)
+        out, product2 = _Product.of(middle, w2, None, *adapter2, onto)
         ctx.save_for_backward(x, gate, up, *product1, *product3, *product2)
         return out
 
@@ -155,7 +156,8 @@ class _AdaptedGate(torch.autograd.Function):
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = w3.slope_of_x(to_up, inwards3, w1.slope_of_x(to_gate, inwards1))
-        return to_x, *(None, *slopes1, None), *(None, *slopes3, None), *(None, *slopes2, None)
+        slopes = *(None, *slopes1, None), *(None, *slopes3, None), *(None, *slopes2, None)
+        return to_x, gradient if ctx.needs_input_grad[1] else None, *slopes
 
 
 class LoRALinear(nn.Linear):
@@ -174,10 +176,12 @@ class LoRALinear(nn.Linear):
             torch.zeros(base.out_features, config.r, device=base.weight.device)
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out], added to `onto` where there is such."""
         out = _Adapted.apply(
-            x.flatten(0, -2), self.weight, self.bias, self.lora_A, self.lora_B, kept(self)
-        )
+            x.flatten(0, -2), self.weight, self.bias, self.lora_A, self.lora_B, kept(self),
+            onto if onto is None else onto.flatten(0, -2),
+        )  # fmt: skip
         return out.unflatten(0, x.shape[:-1])
 
     def plain(self) -> nn.Linear:
@@ -225,16 +229,22 @@ class LoRAEmbedding(nn.Embedding):
         return F.linear(x, self.weight) + F.linear(inner, self.lora_A.T).to(x.dtype)
 
 
-def swiglu(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module) -> Tensor:
-    """w2(silu(w1(x)) * w3(x)): [..., D] -> [..., D]. Where all three are adapted, half as much is
-    kept for the gradient."""
+def added(layer: nn.Module, x: Tensor, onto: Tensor) -> Tensor:
+    """A linear layer of x, added to another tensor: in one pass where it has adapters."""
+    return layer(x, onto) if isinstance(layer, LoRALinear) else onto + layer(x)
+
+
+def swiglu(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module, onto: Tensor) -> Tensor:
+    """w2(silu(w1(x)) * w3(x)) added to another tensor: [..., D] -> [..., D]. Where all three are
+    adapted, half as much is kept for the gradient."""
     layers = (w1, w3, w2)
     if not all(isinstance(layer, LoRALinear) and layer.bias is None for layer in layers):
-        return w2(gated(w1(x), w3(x)))
+        return added(w2, gated(w1(x), w3(x)), onto)
     parts = [
         part for layer in layers for part in (layer.weight, layer.lora_A, layer.lora_B, kept(layer))
     ]
-    return _AdaptedGate.apply(x.flatten(0, -2), *parts).unflatten(0, x.shape[:-1])
+    out = _AdaptedGate.apply(x.flatten(0, -2), onto.flatten(0, -2), *parts)
+    return out.unflatten(0, x.shape[:-1])
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> None:

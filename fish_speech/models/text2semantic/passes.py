@@ -2,7 +2,7 @@
 what a pass over the memory can compute again is not kept.
 
 The passes themselves are kernels in Triton on a CUDA card (`cuda_passes.py`), torch's operations
-elsewhere (`torch_passes.py`).
+elsewhere (`torch_passes.py`, whose attention leaves its gradient to torch).
 """
 
 from __future__ import annotations
@@ -32,26 +32,33 @@ def passes_for(x: Tensor) -> ModuleType:
     return kernels_for(x) or torch_passes
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm of x [..., D], in fp32 and cast back before the weight [D]."""
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Root-mean-square norm of x [..., D], in fp32 and cast back before the weight [D]; and x, for
+    what goes past it: that gradient is added in the same pass."""
     if weight.requires_grad or x.dtype != weight.dtype:
-        return torch_passes.norm(x, weight, eps)
+        return torch_passes.norm(x, weight, eps), x
     return _Norm.apply(x, weight, eps)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
         ctx.eps = eps
-        return passes_for(x).norm(x.contiguous(), weight, eps)
+        return passes_for(x).norm(x.contiguous(), weight, eps), x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: Any, gradient: Tensor | None, more: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        if gradient is None:
+            return more, None, None
         x, weight = ctx.saved_tensors
-        passes = passes_for(x)
-        return passes.norm_slope(gradient.contiguous(), x.contiguous(), weight, ctx.eps), None, None
+        more = None if more is None else more.contiguous()
+        given = gradient.contiguous(), more, x.contiguous(), weight, ctx.eps
+        return passes_for(x).norm_slope(*given), None, None
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -94,8 +101,28 @@ class _Turn(torch.autograd.Function):
         return passes_for(parts[0]).turn_back(parts, *ctx.saved_tensors), None, None, None
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of many rows of a few columns: queries [R, T, H, d], keys and values
+    [R, T, h, d] -> [R, T, H * d]. Attention made for long rows takes several times as long."""
+    if kernels_for(q):
+        return _Attend.apply(q, k, v)
+    return torch_passes.attend(q, k, v).type_as(v)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        return passes_for(parts[0]).attend(*parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return passes_for(gradient).attend_slope(gradient.contiguous(), *ctx.saved_tensors)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy of logits [N, V] and targets [N], in fp32.
+    """Summed cross entropy of logits [N, V] and targets [N] in fp32, negative ones left out.
 
     The gradient, asked for once, takes the place of the logits, which nobody else may need;
     torch's function makes three more tensors of that size.

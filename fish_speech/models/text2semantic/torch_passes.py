@@ -11,13 +11,17 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, eps=eps).type_as(x) * weight
 
 
-def norm_slope(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def norm_slope(
+    gradient: Tensor, more: Tensor | None, x: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """Of x, plus what else there is of it."""
     slope, dim = gradient * weight.float(), x.shape[-1]
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = (size * size / dim + eps).rsqrt_()
     value = x * scale
     along = torch.linalg.vecdot(slope, value)[..., None] / -dim
-    return slope.addcmul_(value, along).mul_(scale).type_as(x)
+    slope = slope.addcmul_(value, along).mul_(scale)
+    return (slope if more is None else slope.add_(more)).type_as(x)
 
 
 def gate(gate: Tensor, up: Tensor) -> Tensor:
@@ -55,12 +59,37 @@ def rotate(x: Tensor, rotary: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(wide * cos, swapped, sin).type_as(x)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """With torch's own gradient, which keeps the weights: they are few."""
+    (_, length, _, width), local = q.shape, k.shape[2]
+    # Heads that share a key are as good as columns of one head.
+    q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
+    q = q.unflatten(1, (local, -1)).flatten(2, 3)  # [R, h, H/h * T, d]
+    scores = ((q * width**-0.5) @ k.transpose(2, 3)).unflatten(2, (-1, length))
+    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+    out = (weights.flatten(2, 3) @ v).unflatten(2, (-1, length)).flatten(1, 2)  # [R, H, T, d]
+    return out.transpose(1, 2).flatten(2)
+
+
+def halves(A: Tensor, B: Tensor, keep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An adapter's A [r, in] times `keep` [in], and B [out, r] turned: in this order in memory its
+    gradient is a product of a quick shape."""
+    return (A * keep).to(dtype), B.T.contiguous().to(dtype)
+
+
+def halves_back(to_down: Tensor, to_up: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of A and B, in fp32, from those of `halves`."""
+    return to_down * keep, to_up.to(keep.dtype).T
+
+
 def entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     sizes = logits.logsumexp(1)
-    return (sizes - logits.gather(1, targets[:, None])[:, 0]).sum(), sizes
+    losses = sizes - logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return losses.where(targets >= 0, 0).sum(), sizes
 
 
 def entropy_slope(logits: Tensor, targets: Tensor, sizes: Tensor, gradient: Tensor) -> None:
     logits.sub_(sizes[:, None]).exp_()
-    logits.scatter_add_(1, targets[:, None], -torch.ones_like(sizes)[:, None])
-    logits.mul_(gradient)
+    logits.scatter_add_(1, targets.clamp(min=0)[:, None], -torch.ones_like(sizes)[:, None])
+    logits.mul_((gradient * (targets >= 0))[:, None])

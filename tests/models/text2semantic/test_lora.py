@@ -200,17 +200,17 @@ def adapted_layers(*shapes):
 def test_gradients_of_adapted_feed_forward_are_those_of_its_formula():
     layers = adapted_layers((6, 8), (6, 8), (8, 6))
     halves = [half.requires_grad_() for layer in layers for half in (layer.lora_A, layer.lora_B)]
-    x = torch.randn(2, 3, 6, dtype=torch.double, requires_grad=True)
+    x, onto = (torch.randn(2, 3, 6, dtype=torch.double, requires_grad=True) for _ in range(2))
 
-    def out(x, *_):
+    def out(x, onto, *_):
         torch.manual_seed(1)
-        return swiglu(x, *layers)
+        return swiglu(x, *layers, onto)
 
     w1, w3, w2 = layers
     torch.manual_seed(1)
-    wanted = w2(F.silu(w1(x)) * w3(x))
-    torch.testing.assert_close(out(x), wanted)
-    assert torch.autograd.gradcheck(out, (x, *halves))
+    wanted = onto + w2(F.silu(w1(x)) * w3(x))
+    torch.testing.assert_close(out(x, onto), wanted)
+    assert torch.autograd.gradcheck(out, (x, onto, *halves))
 
 
 def test_adapted_feed_forward_keeps_half_as_much_for_its_gradient():
@@ -227,4 +227,4 @@ def test_adapted_feed_forward_keeps_half_as_much_for_its_gradient():
     w1, w3, w2 = layers
     plain = kept_numbers(lambda x: w2(F.silu(w1(x)) * w3(x)))
     assert 4 * rows * width < plain
-    assert kept_numbers(lambda x: swiglu(x, *layers)) < 2.5 * rows * width
+    assert kept_numbers(lambda x: swiglu(x, *layers, x)) < 2.5 * rows * width

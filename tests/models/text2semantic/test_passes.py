@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fish_speech.models.text2semantic import llama, passes
+from fish_speech.models.text2semantic import passes
 from fish_speech.models.text2semantic.llama import RMSNorm, rotary_table
 from fish_speech.training.loss import loss_sums
 from tests.conftest import golden_tensors
@@ -21,8 +21,7 @@ def use(kind, monkeypatch):
     if kind == "cuda":
         pytest.importorskip("triton")
         kernels = import_module("fish_speech.models.text2semantic.cuda_passes")
-    for module in (passes, llama):
-        monkeypatch.setattr(module, "kernels_for", lambda x: kernels)
+    monkeypatch.setattr(passes, "kernels_for", lambda x: kernels)
 
 
 @pytest.fixture(params=["torch", "cuda"])
@@ -86,8 +85,33 @@ def test_queries_keys_and_values_turn(heads, local, size):
 
 
 @pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize(("columns", "heads", "local", "size"), [(8, 16, 2, 64), (3, 6, 2, 10)])
+def test_a_few_columns_attend_to_each_other(columns, heads, local, size):
+    def plain(q, k, v):
+        parts = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+
+    shapes = [(5, columns, count, size) for count in (heads, local, local)]
+    assert_same(passes.attended, plain, *(randn(*shape) for shape in shapes))
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("rank", [8, 3])
+def test_an_adapters_halves(rank):
+    A, B, keep = randn(rank, 300), randn(200, rank), randn(300)
+    made = passes.passes_for(A)
+    down, up = made.halves(A, B, keep, torch.bfloat16)
+    torch.testing.assert_close(down, (A * keep).bfloat16(), atol=0, rtol=0.01)  # or cut off
+    torch.testing.assert_close(up, B.T.bfloat16(), atol=0, rtol=0.01)
+    to_A, to_B = made.halves_back(down, up, keep)
+    torch.testing.assert_close(to_A, down.float() * keep)
+    torch.testing.assert_close(to_B, up.float().T)
+
+
+@pytest.mark.usefixtures("kind")
 def test_a_cross_entropy():
-    logits, targets = 5 * randn(6, 9000), torch.tensor([0, 8999, 3, 4096, 17, 4095]).to(DEVICE)
+    logits, targets = 5 * randn(6, 9000), torch.tensor([0, 8999, 3, -100, 17, 4095]).to(DEVICE)
     assert_same(
         lambda x: 3 * passes.cross_entropy(x * 1, targets),
         lambda x: 3 * F.cross_entropy(x, targets, reduction="sum"),

@@ -1,0 +1,145 @@
+"""A batch's forward and backward as one CUDA graph: thousands of kernels, most of which a card has
+done before Python has launched the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fish_speech.conversation import IGNORED
+from fish_speech.devices import is_out_of_memory
+from fish_speech.models.text2semantic import DualARTransformer
+from fish_speech.training.loss import LossSums, Places, loss_parts
+
+_STEPS = 8  # of sizes from a power of two to the next: at most an eighth is filled up
+_MOST = 64  # graphs, each a few megabytes
+
+
+def rounded_up(size: int) -> int:
+    """The size of a graph for so many columns or labels."""
+    step = max(1, (1 << (size - 1).bit_length()) // (2 * _STEPS))
+    return -(-size // step) * step
+
+
+class StepGraphs:
+    """Losses and gradients of one model's batches.
+
+    They are filled up to a few sizes, of which each has a graph. The first batch of a size is left
+    to the caller and the third is captured, so that a data set whose batches all differ loses
+    nothing. Graphs share memory, which is not that of other work.
+    """
+
+    def __init__(self, model: DualARTransformer) -> None:
+        self._model = model
+        self._steps: dict[tuple[int, ...], _Step | None] = {}
+        self._shared: _Shared | None = None
+        self._works = True
+
+    def __call__(
+        self, tokens: Tensor, labels: Tensor, shares: Tensor
+    ) -> tuple[Tensor, LossSums] | None:
+        """The loss, of which a label of row 0 and a code have `shares` [2], and the sums of a batch
+        (see `loss.loss_sums`); None where there is no graph."""
+        columns = min(rounded_up(tokens.shape[2]), self._model.config.max_seq_len)
+        tokens, labels = (
+            F.pad(part, (0, columns - part.shape[2]), value=value)
+            for part, value in ((tokens, 0), (labels, IGNORED))
+        )
+        places = Places.of(labels)
+        size = rounded_up(max(len(places.spoken), len(places.frames), 1))
+        try:
+            step = self._step((len(tokens), columns, size)) if self._works else None
+            return step and step(tokens, places, shares)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        self._works, self._steps, self._shared = False, {}, None  # there is not enough for both
+        return None
+
+    def _step(self, key: tuple[int, ...]) -> _Step | None:
+        step = self._steps.get(key)
+        if step is None and key in self._steps:
+            self._shared = self._shared or _Shared(self._model)
+            step = _Step(self._shared, *key)
+        if key in self._steps or len(self._steps) < _MOST:
+            self._steps[key] = step
+        return step
+
+
+class _Shared:
+    """What all graphs of a model write into: gradients and memory; each is read before the next."""
+
+    def __init__(self, model: DualARTransformer) -> None:
+        self.model = model
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.slopes = [torch.zeros_like(p) for p in self.trained]
+        self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        # Now, and not again: a graph goes on reading what it was captured with.
+        c = model.config
+        model.rotary_table(c.max_seq_len, c.head_dim)
+        model.rotary_table(c.num_codebooks, c.fast_head_dim)
+
+
+class _Step:
+    """One size of batch."""
+
+    def __init__(self, shared: _Shared, items: int, columns: int, size: int) -> None:
+        self._shared = shared
+        rows, device = shared.model.config.num_codebooks, shared.model.device
+        kind = {"dtype": torch.long, "device": device}
+        self._tokens = torch.zeros(items, rows + 1, columns, **kind)
+        self._places = Places(
+            *(torch.zeros(size, **kind) for _ in range(3)), torch.zeros(size, rows, **kind)
+        )
+        self._shares = torch.zeros(2, device=device)
+        self._figures = torch.zeros(4, device=device)  # the loss, and `loss_parts`
+        self._play: Callable[[], None] | None = None
+        self._warm = False
+
+    def __call__(self, tokens: Tensor, places: Places, shares: Tensor) -> tuple[Tensor, LossSums]:
+        given = tokens, *places.filled(len(self._places.spoken)), shares
+        for to, part in zip((self._tokens, *self._places, self._shares), given, strict=True):
+            to.copy_(part)
+        if self._play is None and self._warm:
+            self._play = _captured(self._run, self._tokens.device, self._shared.pool)
+        (self._play or self._run)()
+        self._warm = True
+        loss, *parts = self._figures.clone()
+        sums = LossSums(*parts, places.ids.numel(), places.codes.numel())
+        return _Made.apply(loss, self._shared.slopes, *self._shared.trained), sums
+
+    def _run(self) -> None:
+        token, codebook, top5 = loss_parts(self._shared.model, self._tokens, self._places)
+        loss = token * self._shares[0] + codebook * self._shares[1]
+        slopes = torch.autograd.grad(loss, self._shared.trained, materialize_grads=True)
+        torch._foreach_copy_(self._shared.slopes, slopes)
+        self._figures.copy_(torch.stack([loss, token, codebook, top5]).detach())
+
+
+class _Made(torch.autograd.Function):
+    """A loss whose gradients are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, slopes: Sequence[Tensor], *trained: Tensor) -> Tensor:
+        ctx.slopes = slopes
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *torch._foreach_mul(ctx.slopes, gradient)
+
+
+def _captured(run: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
+    """What runs as a graph."""
+    if device.type != "cuda":  # in tests
+        return run
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run()
+    return graph.replay
