@@ -3,12 +3,13 @@ done before Python has launched the next."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fish_speech.conversation import IGNORED
@@ -24,6 +25,13 @@ def rounded_up(size: int) -> int:
     """The size of a graph for so many columns or labels."""
     step = max(1, (1 << (size - 1).bit_length()) // (2 * _STEPS))
     return -(-size // step) * step
+
+
+_log = logging.getLogger(__name__)
+
+
+class CaptureError(RuntimeError):
+    """A batch could be computed, but not become a graph."""
 
 
 class StepGraphs:
@@ -56,9 +64,10 @@ class StepGraphs:
             step = self._step((len(tokens), columns, size)) if self._works else None
             return step and step(tokens, places, shares)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) and not isinstance(error, CaptureError):
                 raise
-        self._works, self._steps, self._shared = False, {}, None  # there is not enough for both
+            _log.warning("going on without CUDA graphs: %s", str(error).strip().split("\n")[0])
+        self._works, self._steps, self._shared = False, {}, None
         return None
 
     def _step(self, key: tuple[int, ...]) -> _Step | None:
@@ -71,18 +80,44 @@ class StepGraphs:
         return step
 
 
+class _Parts(nn.Module):
+    """`loss_parts` as a module, to call it with other parameters."""
+
+    def __init__(self, model: DualARTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        return loss_parts(self.model, tokens, places)
+
+
 class _Shared:
     """What all graphs of a model write into: gradients and memory; each is read before the next."""
 
     def __init__(self, model: DualARTransformer) -> None:
         self.model = model
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        trained = {f"model.{k}": p for k, p in model.named_parameters() if p.requires_grad}
+        self.trained = list(trained.values())
         self.slopes = [torch.zeros_like(p) for p in self.trained]
+        # The same memory, but not the same leaves: a loss that somebody still holds would tie those
+        # to the stream that it was computed in, which a capture may not touch.
+        self._aliases = {key: p.detach().requires_grad_() for key, p in trained.items()}
+        self._parts = _Parts(model)
         self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         # Now, and not again: a graph goes on reading what it was captured with.
         c = model.config
         model.rotary_table(c.max_seq_len, c.head_dim)
         model.rotary_table(c.num_codebooks, c.fast_head_dim)
+
+    def run(self, tokens: Tensor, places: Places, shares: Tensor) -> Tensor:
+        """Gradients into `slopes`; returns the loss and the three parts of it [4]."""
+        given = self._aliases, (tokens, places)
+        token, codebook, top5 = torch.func.functional_call(self._parts, *given)
+        loss = token * shares[0] + codebook * shares[1]
+        leaves = list(self._aliases.values())
+        slopes = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        torch._foreach_copy_(self.slopes, slopes)
+        return torch.stack([loss, token, codebook, top5]).detach()
 
 
 class _Step:
@@ -114,11 +149,7 @@ class _Step:
         return _Made.apply(loss, self._shared.slopes, *self._shared.trained), sums
 
     def _run(self) -> None:
-        token, codebook, top5 = loss_parts(self._shared.model, self._tokens, self._places)
-        loss = token * self._shares[0] + codebook * self._shares[1]
-        slopes = torch.autograd.grad(loss, self._shared.trained, materialize_grads=True)
-        torch._foreach_copy_(self._shared.slopes, slopes)
-        self._figures.copy_(torch.stack([loss, token, codebook, top5]).detach())
+        self._figures.copy_(self._shared.run(self._tokens, self._places, self._shares))
 
 
 class _Made(torch.autograd.Function):
@@ -140,6 +171,9 @@ def _captured(run: Callable[[], None], device: torch.device, pool: Any) -> Calla
     if device.type != "cuda":  # in tests
         return run
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        run()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            run()
+    except RuntimeError as error:
+        raise CaptureError(str(error)) from error
     return graph.replay

@@ -168,17 +168,26 @@ def _joined(
     PLACES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the parts of `_attend` are together: [H, d]."""
-    part, head, i = tl.arange(0, PARTS), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK)
-    there = part < tl.cdiv(length, _part(length, PARTS, PLACES))
-    real = there[:, None] & (head < HEADS)[None, :]
-    which = 2 * part[:, None] * HEADS + head[None, :]
-    size = tl.load(sizes + which, mask=real, other=-float("inf"))
-    total = tl.load(sizes + which + HEADS, mask=real, other=0.0)
-    where = (part[:, None] * HEADS + head[None, :])[:, :, None] * WIDTH + i[None, None, :]
-    inside = real[:, :, None] & (i < WIDTH)[None, None, :]
-    out = tl.load(sums + where, mask=inside, other=0.0)
-    weight = tl.where(real, tl.exp(size - tl.max(size, 0)[None, :]), 0.0)
-    return tl.sum(out * weight[:, :, None], 0) / tl.sum(total * weight, 0)[:, None]
+    head, i = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK)
+    real, where = head < HEADS, head[:, None] * WIDTH + i[None, :]
+    within = real[:, None] & (i < WIDTH)[None, :]
+    # The first is there always; one after the other, so that nothing is asked of other threads.
+    out = tl.load(sums + where, mask=within, other=0.0)
+    largest = tl.load(sizes + head, mask=real, other=0.0)
+    total = tl.load(sizes + HEADS + head, mask=real, other=1.0)
+    count = tl.cdiv(length, _part(length, PARTS, PLACES))
+    for part in tl.static_range(1, PARTS):
+        there, at = real & (part < count), sizes + 2 * part * HEADS + head
+        size = tl.load(at, mask=there, other=-float("inf"))
+        more = tl.load(at + HEADS, mask=there, other=0.0)
+        inside = within & (part < count)
+        value = tl.load(sums + part * HEADS * WIDTH + where, mask=inside, other=0.0)
+        most = tl.maximum(largest, size)
+        shrink, weight = tl.exp(largest - most), tl.exp(size - most)
+        total = total * shrink + more * weight
+        out = out * shrink[:, None] + value * weight[:, None]
+        largest = most
+    return out / total[:, None]
 
 
 @triton.jit
@@ -187,19 +196,26 @@ def _attended(
     WIDTH: tl.constexpr, PLACES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All heads' attention to a few columns: [H, d]."""
-    head, i, at = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK), tl.arange(0, PLACES)
+    head, i = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK)
     real = (head < HEADS)[:, None] & (i < WIDTH)[None, :]
     query = tl.load(queries + head[:, None] * WIDTH + i[None, :], mask=real, other=0.0) * scale
     start = (layer * LOCAL + head // (HEADS // LOCAL)) * size
-    where = (start[None, :] + at[:, None])[:, :, None] * WIDTH + i[None, None, :]
-    inside = (at < length)[:, None, None] & real[None, :, :]
-    key = tl.load(keys + where, mask=inside, other=0.0)
-    value = tl.load(values + where, mask=inside, other=0.0)
-    score = tl.sum(key.to(tl.float32) * query[None, :, :], 2)
-    score = tl.where((at < length)[:, None], score, -float("inf"))
-    weight = tl.exp(score - tl.max(score, 0)[None, :])
-    out = tl.sum(weight[:, :, None] * value.to(tl.float32), 0)
-    return out / tl.sum(weight, 0)[:, None]
+    where = start[:, None] * WIDTH + i[None, :]
+    key = tl.load(keys + where, mask=real, other=0.0).to(tl.float32)
+    out = tl.load(values + where, mask=real, other=0.0).to(tl.float32)
+    largest = tl.sum(key * query, 1)
+    total = tl.full([BLOCK_H], 1.0, tl.float32)
+    for place in tl.static_range(1, PLACES):
+        there = real & (place < length)
+        key = tl.load(keys + where + place * WIDTH, mask=there, other=0.0).to(tl.float32)
+        value = tl.load(values + where + place * WIDTH, mask=there, other=0.0).to(tl.float32)
+        score = tl.where(place < length, tl.sum(key * query, 1), -float("inf"))
+        most = tl.maximum(largest, score)
+        shrink, weight = tl.exp(largest - most), tl.exp(score - most)
+        total = total * shrink + weight
+        out = out * shrink[:, None] + value * weight[:, None]
+        largest = most
+    return out / total[:, None]
 
 
 @triton.jit(do_not_specialize=["layer"])

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _LOGITS, _COLUMNS = 1024, 4096, 128  # elements that a program takes at once
+from fish_speech.models.text2semantic.torch_passes import Update
+
+_LOGITS, _COLUMNS, _TILE = 4096, 128, (32, 128)  # elements that a program takes at once
 
 
 @triton.jit
@@ -60,35 +62,127 @@ def norm_slope(
 
 
 @triton.jit
-def _gate(gate, up, out, N, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    opens = tl.load(gate + at, mask=at < N, other=0.0).to(tl.float32)
-    value = opens * tl.sigmoid(opens) * tl.load(up + at, mask=at < N, other=0.0).to(tl.float32)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=at < N)
+def _product(x, y, WIDE: tl.constexpr):
+    if WIDE:  # Triton's interpreter multiplies no bf16
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, input_precision="ieee")
 
 
 @triton.jit
-def _gate_slope(gradient, gate, up, out, to_up, N, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    slope = tl.load(gradient + at, mask=at < N, other=0.0).to(tl.float32)
-    opens = tl.load(gate + at, mask=at < N, other=0.0).to(tl.float32)
-    value = tl.load(up + at, mask=at < N, other=0.0).to(tl.float32)
+def _tile(N, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's rows and columns of [N, F], where they are, and which there are."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = row[:, None] * F + column[None, :]
+    return row, column, at, (row < N)[:, None] & (column < F)[None, :]
+
+
+@triton.jit
+def _updated(
+    x, inner, up, row, column, at, inside, N, F: tl.constexpr, RANK: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile of x [N, F], plus inner [N, r] times up [r, F] where they are given: in fp32."""
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if RANK:
+        r = tl.arange(0, BLOCK)
+        real = r < RANK
+        inside = (row < N)[:, None] & real[None, :]
+        halves = tl.load(inner + row[:, None] * RANK + r[None, :], mask=inside, other=0.0)
+        inside = real[:, None] & (column < F)[None, :]
+        others = tl.load(up + r[:, None] * F + column[None, :], mask=inside, other=0.0)
+        value += _product(halves, others, WIDE)
+    return value
+
+
+@triton.jit
+def _add(
+    x, inner, up, onto, N, F: tl.constexpr, RANK: tl.constexpr, ONTO: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    row, column, at, inside = _tile(N, F, ROWS, COLUMNS)
+    value = _updated(x, inner, up, row, column, at, inside, N, F, RANK, BLOCK, WIDE)
+    if ONTO:
+        value += tl.load(onto + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + at, value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate(
+    gate, inner1, up1, up, inner3, up3, out, N, F: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    row, column, at, inside = _tile(N, F, ROWS, COLUMNS)
+    opens = _updated(gate, inner1, up1, row, column, at, inside, N, F, RANK, BLOCK, WIDE)
+    value = _updated(up, inner3, up3, row, column, at, inside, N, F, RANK, BLOCK, WIDE)
+    value *= opens * tl.sigmoid(opens)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate_slope(
+    gate, inner1, up1, up, inner3, up3, gradient, out, to_up, N, F: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    row, column, at, inside = _tile(N, F, ROWS, COLUMNS)
+    slope = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+    opens = _updated(gate, inner1, up1, row, column, at, inside, N, F, RANK, BLOCK, WIDE)
+    value = _updated(up, inner3, up3, row, column, at, inside, N, F, RANK, BLOCK, WIDE)
     share = tl.sigmoid(opens)
     turned = slope * value * share * (1 + opens * (1 - share))
-    tl.store(gradient + at, turned.to(gradient.dtype.element_ty), mask=at < N)
-    tl.store(to_up + at, (slope * opens * share).to(to_up.dtype.element_ty), mask=at < N)
-    tl.store(out + at, (value * opens * share).to(out.dtype.element_ty), mask=at < N)
+    tl.store(gradient + at, turned.to(gradient.dtype.element_ty), mask=inside)
+    tl.store(to_up + at, (slope * opens * share).to(to_up.dtype.element_ty), mask=inside)
+    tl.store(out + at, (value * opens * share).to(out.dtype.element_ty), mask=inside)
+
+
+def _launch_tiles(kernel: Any, x: Tensor, *others: Tensor, rank: int, **options: Any) -> None:
+    """Launch a kernel over tiles of x [N, F], its first argument."""
+    count, width = x.shape
+    if count:
+        grid = triton.cdiv(count, _TILE[0]), triton.cdiv(width, _TILE[1])
+        kernel[grid](
+            x, *others, count, F=width, RANK=rank, ROWS=_TILE[0], COLUMNS=_TILE[1],
+            BLOCK=max(16, triton.next_power_of_2(rank)), WIDE=not x.is_cuda, **options,
+        )  # fmt: skip
 
 
 def gate(gate: Tensor, up: Tensor) -> Tensor:
-    out, count = torch.empty_like(gate), gate.numel()
-    _gate[(triton.cdiv(count, _BLOCK),)](gate, up, out, count, BLOCK=_BLOCK)
+    out = torch.empty_like(gate)
+    parts = [part.flatten(0, -2) for part in (gate, up, out)]
+    none = parts[0], parts[0]
+    _launch_tiles(_gate, parts[0], *none, parts[1], *none, parts[2], rank=0)
     return out
 
 
 def gate_slope(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    out, to_up, count = torch.empty_like(gate), torch.empty_like(gate), gate.numel()
-    _gate_slope[(triton.cdiv(count, _BLOCK),)](gradient, gate, up, out, to_up, count, BLOCK=_BLOCK)
+    out, to_up = torch.empty_like(gate), torch.empty_like(gate)
+    parts = [part.flatten(0, -2) for part in (gate, up, gradient, out, to_up)]
+    none = parts[0], parts[0]
+    _launch_tiles(_gate_slope, parts[0], *none, parts[1], *none, *parts[2:], rank=0)
+    return out, gradient, to_up
+
+
+def adapted(x: Tensor, update: Update, bias: Tensor | None, onto: Tensor | None) -> Tensor:
+    weight, inner, up = update
+    out = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+    others = inner, up, out if onto is None else onto.contiguous()
+    _launch_tiles(_add, out, *others, rank=len(up), ONTO=onto is not None)
+    return out
+
+
+def adapted_gate(x: Tensor, first: Update, second: Update) -> tuple[Tensor, Tensor, Tensor]:
+    opens, up = (x @ weight.T for weight, *_ in (first, second))
+    out, rank = torch.empty_like(opens), len(first[2])
+    _launch_tiles(_gate, opens, *first[1:], up, *second[1:], out, rank=rank)
+    return out, opens, up
+
+
+def adapted_gate_slope(
+    gradient: Tensor, opens: Tensor, up: Tensor, first: Update, second: Update
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, to_up, rank = torch.empty_like(opens), torch.empty_like(opens), len(first[2])
+    _launch_tiles(_gate_slope, opens, *first[1:], up, *second[1:], gradient, out, to_up, rank=rank)
     return out, gradient, to_up
 
 
@@ -170,13 +264,6 @@ def _places(
     key = ((row * T + n) * LOCAL + local)[:, None] * WIDTH + i[None, :]
     asks = (m < HEADS // LOCAL * T)[:, None] & (i < WIDTH)[None, :]
     return m % T, n, query, key, asks, (n < T)[:, None] & (i < WIDTH)[None, :]
-
-
-@triton.jit
-def _product(x, y, WIDE: tl.constexpr):
-    if WIDE:  # Triton's interpreter multiplies no bf16
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, input_precision="ieee")
 
 
 @triton.jit

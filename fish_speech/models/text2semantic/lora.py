@@ -77,19 +77,19 @@ class _Product(NamedTuple):
     keep: Tensor
 
     @classmethod
-    def of(
-        cls, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-        keep: Tensor, onto: Tensor | None = None,
-    ) -> tuple[Tensor, _Product]:  # fmt: skip
-        """The product [N, out] (plus a bias, and what it is added to), of A [r, in], B [out, r] and
-        `keep` in fp32."""
-        down, up = passes_for(x).halves(lora_A, lora_B, keep, weight.dtype)
-        inner = x @ down.T
-        out = inner @ up if onto is None else torch.addmm(onto, inner, up)
-        if bias is not None:
-            out += bias
-        # Rounded once: in bf16 a small update of what is rounded already would be lost.
-        return out.addmm_(x, weight.T), cls(weight, down, up, inner, keep)
+    def of(cls, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, keep: Tensor) -> _Product:
+        """Of A [r, in], B [out, r] and `keep` in fp32."""
+        down, up = passes_for(x).halves(A, B, keep, weight.dtype)
+        return cls(weight, down, up, x @ down.T, keep)
+
+    @property
+    def update(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `passes_for` calls one: W, and of what a product of it is to be added."""
+        return self.weight, self.inner, self.up
+
+    def out(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        """The product [N, out] (plus a bias, and what it is added to)."""
+        return passes_for(x).adapted(x, self.update, bias, onto)
 
     def inwards(self, gradient: Tensor) -> Tensor:
         """Of the product's gradient [N, out], that between the adapter's halves [N, r]."""
@@ -110,9 +110,9 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, keep, onto):
-        out, product = _Product.of(x, weight, bias, lora_A, lora_B, keep, onto)
+        product = _Product.of(x, weight, lora_A, lora_B, keep)
         ctx.save_for_backward(x, *product)
-        return out
+        return product.out(x, bias, onto)
 
     @staticmethod
     @once_differentiable
@@ -134,13 +134,11 @@ class _AdaptedGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, onto, *layers):
-        (w1, *adapter1), (w3, *adapter3), (w2, *adapter2) = layers[:4], layers[4:8], layers[8:]
-        gate, product1 = _Product.of(x, w1, None, *adapter1)
-        up, product3 = _Product.of(x, w3, None, *adapter3)
-        middle = passes_for(x).gate(gate, up)
-        out, product2 = _Product.of(middle, w2, None, *adapter2, onto)
-        ctx.save_for_backward(x, gate, up, *product1, *product3, *product2)
-        return out
+        w1, w3 = (_Product.of(x, *layer) for layer in (layers[:4], layers[4:8]))
+        middle, gate, up = passes_for(x).adapted_gate(x, w1.update, w3.update)
+        w2 = _Product.of(middle, *layers[8:])
+        ctx.save_for_backward(x, gate, up, *w1, *w3, *w2)
+        return w2.out(middle, onto=onto)
 
     @staticmethod
     @once_differentiable
@@ -149,7 +147,9 @@ class _AdaptedGate(torch.autograd.Function):
         w1, w3, w2 = _Product(*saved[:5]), _Product(*saved[5:10]), _Product(*saved[10:])
         inwards = w2.inwards(gradient)
         to_middle = w2.slope_of_x(gradient, inwards)
-        middle, to_gate, to_up = passes_for(x).gate_slope(to_middle, gate, up)
+        middle, to_gate, to_up = passes_for(x).adapted_gate_slope(
+            to_middle, gate, up, w1.update, w3.update
+        )
         slopes2 = w2.slopes(gradient, inwards, middle)
         inwards1, inwards3 = w1.inwards(to_gate), w3.inwards(to_up)
         slopes1, slopes3 = w1.slopes(to_gate, inwards1, x), w3.slopes(to_up, inwards3, x)

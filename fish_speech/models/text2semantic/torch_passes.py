@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Update = tuple[Tensor, Tensor, Tensor]  # W [out, in], x down^T [N, r] and up [r, out] of an adapter
+
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, eps=eps).type_as(x) * weight
@@ -36,6 +38,29 @@ def gate_slope(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
     to_gate = gradient.mul_(up)
     torch.ops.aten.silu_backward.grad_input(to_gate, gate, grad_input=to_gate)
     return out, to_gate, to_up
+
+
+def adapted(x: Tensor, update: Update, bias: Tensor | None, onto: Tensor | None) -> Tensor:
+    """x [N, in] times W^T and the update [N, out], plus a bias and what it is added to."""
+    weight, inner, up = update
+    out = inner @ up if onto is None else torch.addmm(onto, inner, up)
+    if bias is not None:
+        out += bias
+    # Rounded once: in bf16 a small update of what is rounded already would be lost.
+    return out.addmm_(x, weight.T)
+
+
+def adapted_gate(x: Tensor, first: Update, second: Update) -> tuple[Tensor, Tensor, Tensor]:
+    """`gate` of two adapted products of x, and the two as `adapted_gate_slope` takes them."""
+    opens, up = adapted(x, first, None, None), adapted(x, second, None, None)
+    return gate(opens, up), opens, up
+
+
+def adapted_gate_slope(
+    gradient: Tensor, opens: Tensor, up: Tensor, first: Update, second: Update
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `gate_slope`."""
+    return gate_slope(gradient, opens, up)
 
 
 def turn(qkv: Tensor, rotary: Tensor, heads: int, local: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fish_speech.models.text2semantic import passes
 from fish_speech.models.text2semantic.llama import RMSNorm, rotary_table
+from fish_speech.models.text2semantic.lora import LoRAConfig, LoRALinear, swiglu
 from fish_speech.training.loss import loss_sums
 from tests.conftest import golden_tensors
 
@@ -94,6 +95,28 @@ def test_a_few_columns_attend_to_each_other(columns, heads, local, size):
 
     shapes = [(5, columns, count, size) for count in (heads, local, local)]
     assert_same(passes.attended, plain, *(randn(*shape) for shape in shapes))
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize(("rank", "bias"), [(8, False), (3, True)])
+def test_adapted_layers_and_what_they_are_added_to(rank, bias):
+    shapes = (100, 140), (100, 140), (140, 100)
+    layers = [torch.nn.Linear(*shape, bias=bias).to(DEVICE) for shape in shapes]
+    config = LoRAConfig(r=rank, dropout=0.0)
+    adapted = [LoRALinear(layer, config, torch.Generator()).to(DEVICE) for layer in layers]
+    for layer in adapted:
+        torch.nn.init.normal_(layer.lora_B.requires_grad_(False), 0, 0.1)
+        layer.requires_grad_(False)
+
+    def plain(number, x):
+        layer = adapted[number]
+        return F.linear(x, layer.weight + layer.update(), layer.bias)
+
+    assert_same(
+        lambda x, onto: swiglu(x, *adapted, onto),
+        lambda x, onto: onto + plain(2, F.silu(plain(0, x)) * plain(1, x)),
+        *(randn(2, 35, 100), randn(2, 35, 100).flip(0)),
+    )
 
 
 @pytest.mark.usefixtures("kind")
