@@ -22,11 +22,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fish_speech.models.text2semantic.llama import KeyValueCache, RMSNorm
 
 PARTS = 8  # of the columns that a long speech attends to, each a program by itself
-PLACES, ATTEND_WARPS = 128, 8  # columns attended to at once
+PLACES, ATTEND_WARPS = 64, 8  # columns attended to at once
 # Bytes of weights that a program asks for at once (of the first of two), and its warps.
 TILES = {
-    "_heads": (8 << 10, 8),
-    "_project": (16 << 10, 8),
+    "_heads": (8 << 10, 4),
+    "_project": (8 << 10, 8),
     "_gate": (8 << 10, 2),
     "_down": (32 << 10, 4),
     "_head": (8 << 10, 4),
