@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -100,20 +101,23 @@ def build_item(
     return whole[:, :-1], labels[:, 1:]
 
 
-def _text(tokenizer: FishTokenizer, ids: list[int], num_codebooks: int) -> Tensor:
+def _text(tokenizer: FishTokenizer, ids: Sequence[int], num_codebooks: int) -> Tensor:
     tokens = torch.zeros(num_codebooks + 1, len(ids), dtype=torch.long)
     tokens[0] = torch.tensor(ids, dtype=torch.long)
     return tokens
 
 
+@lru_cache(maxsize=16)
 def _control(tokenizer: FishTokenizer, token: str, num_codebooks: int) -> Tensor:
     return _text(tokenizer, [tokenizer.special_tokens[token]], num_codebooks)
 
 
-def _header(tokenizer: FishTokenizer, role: str) -> list[int]:
-    return tokenizer.encode(f"<|im_start|>{role}\n", allow_special=True)
+@lru_cache(maxsize=16)
+def _header(tokenizer: FishTokenizer, role: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(f"<|im_start|>{role}\n", allow_special=True))
 
 
+@lru_cache(maxsize=16)
 def _assistant_header(tokenizer: FishTokenizer, num_codebooks: int) -> Tensor:
     return _text(tokenizer, _header(tokenizer, "assistant"), num_codebooks)
 
@@ -124,6 +128,7 @@ def _message(tokenizer: FishTokenizer, role: str, text: str, num_codebooks: int)
     return _text(tokenizer, ids, num_codebooks)
 
 
+@lru_cache(maxsize=16)
 def _system(tokenizer: FishTokenizer, num_codebooks: int) -> Tensor:
     return _message(tokenizer, "system", SYSTEM_TEXT, num_codebooks)
 

@@ -114,6 +114,19 @@ def compile_problem(device: torch.device) -> str | None:
     return None
 
 
+def seed_draws(seed: int, device: torch.device) -> None:
+    """What is drawn on the CPU and on a device from here on follows from a seed.
+
+    `torch.manual_seed` asks every kind of device, and for one that isn't there keeps a stack trace:
+    a millisecond, and ten kilobytes, of each step.
+    """
+    import torch
+
+    torch.default_generator.manual_seed(seed)
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).manual_seed(seed)
+
+
 def set_threads(count: int) -> None:
     """Threads that one operation may use on the CPU. Raises `ValueError` below 1."""
     import torch

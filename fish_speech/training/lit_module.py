@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from fish_speech.devices import seed_draws
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.lora import load_lora, lora_state_dict
 from fish_speech.training.graph import StepGraphs
@@ -212,4 +213,4 @@ class TextToSemantic(L.LightningModule):
 
     def _seed_step(self, micro: int) -> None:
         place = (self.global_step * 4096 + micro) * self.trainer.world_size + self.global_rank
-        torch.manual_seed((self.seed * 1_000_003 + place) % (1 << 63))
+        seed_draws((self.seed * 1_000_003 + place) % (1 << 63), self.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fish_speech.models.text2semantic.torch_passes import Update
 
-_LOGITS, _COLUMNS, _TILE = 4096, 128, (32, 128)  # elements that a program takes at once
+_LOGITS, _COLUMNS, _TILE = 4096, 128, (16, 128)  # elements that a program takes at once
 
 
 @triton.jit
