@@ -120,7 +120,7 @@ def compose_config(
             known = OmegaConf.load(remembered)
             for key in given:
                 OmegaConf.update(known, key, OmegaConf.select(composed, key), merge=False)
-            composed = known
+            composed = OmegaConf.merge(composed, known)  # what came since is as composed
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
     except Exception as error:  # hydra's grammar raises half a dozen unrelated kinds
         key = getattr(error, "full_key", None)

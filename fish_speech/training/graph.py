@@ -17,8 +17,8 @@ from fish_speech.devices import is_out_of_memory
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.training.loss import LossSums, Places, loss_parts
 
-_STEPS = 8  # of sizes from a power of two to the next: at most an eighth is filled up
-_MOST = 64  # graphs, each a few megabytes
+_STEPS = 4  # sizes from a power of two to the next: a batch is filled up by 9% on the average
+_MOST = 96  # graphs, each a few megabytes
 
 
 def rounded_up(size: int) -> int:
@@ -44,7 +44,8 @@ class StepGraphs:
 
     def __init__(self, model: DualARTransformer) -> None:
         self._model = model
-        self._steps: dict[tuple[int, ...], _Step | None] = {}
+        self._seen: set[tuple[int, ...]] = set()
+        self._steps: dict[tuple[int, ...], _Step] = {}
         self._shared: _Shared | None = None
         self._works = True
 
@@ -53,7 +54,10 @@ class StepGraphs:
     ) -> tuple[Tensor, LossSums] | None:
         """The loss, of which a label of row 0 and a code have `shares` [2], and the sums of a batch
         (see `loss.loss_sums`); None where there is no graph."""
-        columns = min(rounded_up(tokens.shape[2]), self._model.config.max_seq_len)
+        most = self._model.config.max_seq_len
+        if not self._works or tokens.shape[2] > most:
+            return None
+        columns = min(rounded_up(tokens.shape[2]), most)
         tokens, labels = (
             F.pad(part, (0, columns - part.shape[2]), value=value)
             for part, value in ((tokens, 0), (labels, IGNORED))
@@ -61,7 +65,7 @@ class StepGraphs:
         places = Places.of(labels)
         size = rounded_up(max(len(places.spoken), len(places.frames), 1))
         try:
-            step = self._step((len(tokens), columns, size)) if self._works else None
+            step = self._step((len(tokens), columns, size))
             return step and step(tokens, places, shares)
         except RuntimeError as error:
             if not is_out_of_memory(error) and not isinstance(error, CaptureError):
@@ -71,13 +75,11 @@ class StepGraphs:
         return None
 
     def _step(self, key: tuple[int, ...]) -> _Step | None:
-        step = self._steps.get(key)
-        if step is None and key in self._steps:
+        if key not in self._steps and key in self._seen and len(self._steps) < _MOST:
             self._shared = self._shared or _Shared(self._model)
-            step = _Step(self._shared, *key)
-        if key in self._steps or len(self._steps) < _MOST:
-            self._steps[key] = step
-        return step
+            self._steps[key] = _Step(self._shared, *key)
+        self._seen.add(key)
+        return self._steps.get(key)
 
 
 class _Parts(nn.Module):
@@ -170,10 +172,11 @@ def _captured(run: Callable[[], None], device: torch.device, pool: Any) -> Calla
     """What runs as a graph."""
     if device.type != "cuda":  # in tests
         return run
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
         with torch.cuda.graph(graph, pool=pool):
             run()
     except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # which a capture that fails does not bring back
         raise CaptureError(str(error)) from error
     return graph.replay

@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fish_speech.models.text2semantic import torch_passes
+from fish_speech.models.text2semantic.cuda_attention import attend, attend_slope, product
 from fish_speech.models.text2semantic.torch_passes import Update
+
+__all__ = [
+    "adapted", "adapted_gate", "adapted_gate_slope", "attend", "attend_slope", "entropy",
+    "entropy_slope", "gate", "gate_slope", "halves", "halves_back", "norm", "norm_slope", "turn",
+    "turn_back",
+]  # fmt: skip
 
 _LOGITS, _COLUMNS, _TILE = 4096, 128, (16, 128)  # elements that a program takes at once
 
@@ -62,13 +70,6 @@ def norm_slope(
 
 
 @triton.jit
-def _product(x, y, WIDE: tl.constexpr):
-    if WIDE:  # Triton's interpreter multiplies no bf16
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, input_precision="ieee")
-
-
-@triton.jit
 def _tile(N, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A program's rows and columns of [N, F], where they are, and which there are."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -91,19 +92,18 @@ def _updated(
         halves = tl.load(inner + row[:, None] * RANK + r[None, :], mask=inside, other=0.0)
         inside = real[:, None] & (column < F)[None, :]
         others = tl.load(up + r[:, None] * F + column[None, :], mask=inside, other=0.0)
-        value += _product(halves, others, WIDE)
+        value += product(halves, others, WIDE)
     return value
 
 
 @triton.jit
 def _add(
-    x, inner, up, onto, N, F: tl.constexpr, RANK: tl.constexpr, ONTO: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    x, inner, up, onto, N, F: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row, column, at, inside = _tile(N, F, ROWS, COLUMNS)
     value = _updated(x, inner, up, row, column, at, inside, N, F, RANK, BLOCK, WIDE)
-    if ONTO:
-        value += tl.load(onto + at, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(onto + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(x + at, value.to(x.dtype.element_ty), mask=inside)
 
 
@@ -136,14 +136,14 @@ def _gate_slope(
     tl.store(out + at, (value * opens * share).to(out.dtype.element_ty), mask=inside)
 
 
-def _launch_tiles(kernel: Any, x: Tensor, *others: Tensor, rank: int, **options: Any) -> None:
+def _launch_tiles(kernel: Any, x: Tensor, *others: Tensor, rank: int) -> None:
     """Launch a kernel over tiles of x [N, F], its first argument."""
     count, width = x.shape
     if count:
         grid = triton.cdiv(count, _TILE[0]), triton.cdiv(width, _TILE[1])
         kernel[grid](
             x, *others, count, F=width, RANK=rank, ROWS=_TILE[0], COLUMNS=_TILE[1],
-            BLOCK=max(16, triton.next_power_of_2(rank)), WIDE=not x.is_cuda, **options,
+            BLOCK=max(16, triton.next_power_of_2(rank)), WIDE=not x.is_cuda,
         )  # fmt: skip
 
 
@@ -164,10 +164,11 @@ def gate_slope(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
 
 
 def adapted(x: Tensor, update: Update, bias: Tensor | None, onto: Tensor | None) -> Tensor:
+    if onto is None:  # a pass less would round twice, and lose a small update
+        return torch_passes.adapted(x, update, bias, None)
     weight, inner, up = update
     out = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-    others = inner, up, out if onto is None else onto.contiguous()
-    _launch_tiles(_add, out, *others, rank=len(up), ONTO=onto is not None)
+    _launch_tiles(_add, out, inner, up, onto.contiguous(), rank=len(up))
     return out
 
 
@@ -248,94 +249,6 @@ def turn_back(parts: tuple[Tensor, ...], rotary: Tensor) -> Tensor:
     out = parts[0].new_empty(*parts[0].shape[:2], (heads + 2 * local) * size)
     _launch_turn(out, parts, rotary, heads, True)
     return out
-
-
-@triton.jit
-def _places(
-    T: tl.constexpr, HEADS: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of a row's queries that share a head of keys, and of these: their columns, where they are,
-    and which there are."""
-    row, local = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    m, n, i = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK)
-    head = local * (HEADS // LOCAL) + m // T
-    query = ((row * T + m % T) * HEADS + head)[:, None] * WIDTH + i[None, :]
-    key = ((row * T + n) * LOCAL + local)[:, None] * WIDTH + i[None, :]
-    asks = (m < HEADS // LOCAL * T)[:, None] & (i < WIDTH)[None, :]
-    return m % T, n, query, key, asks, (n < T)[:, None] & (i < WIDTH)[None, :]
-
-
-@triton.jit
-def _weights(queries, keys, t, n, scale, WIDE: tl.constexpr):
-    scores = _product(queries, tl.trans(keys), WIDE) * scale
-    scores = tl.where(n[None, :] <= t[:, None], scores, -float("inf"))
-    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
-    return weights / tl.sum(weights, 1)[:, None]
-
-
-@triton.jit
-def _attend(
-    q, k, v, out, scale, T: tl.constexpr, HEADS: tl.constexpr, LOCAL: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    t, n, query, key, asks, answers = _places(T, HEADS, LOCAL, WIDTH, BLOCK_Q, BLOCK_K, BLOCK)
-    queries = tl.load(q + query, mask=asks, other=0.0)
-    keys = tl.load(k + key, mask=answers, other=0.0)
-    values = tl.load(v + key, mask=answers, other=0.0)
-    weights = _weights(queries, keys, t, n, scale, WIDE).to(values.dtype)
-    made = _product(weights, values, WIDE)
-    tl.store(out + query, made.to(out.dtype.element_ty), mask=asks)
-
-
-@triton.jit
-def _attend_slope(
-    gradient, q, k, v, to_q, to_k, to_v, scale, T: tl.constexpr, HEADS: tl.constexpr,
-    LOCAL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    t, n, query, key, asks, answers = _places(T, HEADS, LOCAL, WIDTH, BLOCK_Q, BLOCK_K, BLOCK)
-    queries = tl.load(q + query, mask=asks, other=0.0)
-    keys = tl.load(k + key, mask=answers, other=0.0)
-    values = tl.load(v + key, mask=answers, other=0.0)
-    slope = tl.load(gradient + query, mask=asks, other=0.0)
-    weights = _weights(queries, keys, t, n, scale, WIDE)
-    to_weights = _product(slope, tl.trans(values), WIDE)
-    along = tl.sum(weights * to_weights, 1)[:, None]
-    to_scores = (weights * (to_weights - along) * scale).to(keys.dtype)
-    made = _product(to_scores, keys, WIDE)
-    tl.store(to_q + query, made.to(to_q.dtype.element_ty), mask=asks)
-    made = _product(tl.trans(to_scores), queries, WIDE)
-    tl.store(to_k + key, made.to(to_k.dtype.element_ty), mask=answers)
-    made = _product(tl.trans(weights.to(slope.dtype)), slope, WIDE)
-    tl.store(to_v + key, made.to(to_v.dtype.element_ty), mask=answers)
-
-
-def _launch_attend(kernel: Any, q: Tensor, k: Tensor, *others: Tensor) -> None:
-    (rows, length, heads, width), local = q.shape, k.shape[2]
-    kernel[rows, local](
-        *others, width**-0.5, T=length, HEADS=heads, LOCAL=local, WIDTH=width,
-        BLOCK_Q=max(16, triton.next_power_of_2(heads // local * length)),
-        BLOCK_K=max(16, triton.next_power_of_2(length)),
-        BLOCK=max(16, triton.next_power_of_2(width)), WIDE=not q.is_cuda,
-    )  # fmt: skip
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
-    if len(q):
-        _launch_attend(_attend, q, k, q, k, v, out)
-    return out
-
-
-def attend_slope(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    slopes = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if len(q):
-        _launch_attend(_attend_slope, q, k, gradient, q, k, v, *slopes)
-    return slopes
 
 
 @triton.jit

@@ -111,8 +111,8 @@ def step_of(kind: Any) -> int:
 
 
 def dot(weights, number, taken, column):
-    """A row of weights [N, K] times a row of `taken` [C, K]: int8 times int16, whose sum must fit
-    into 32 bits, or fp32, or bf16 as its bits (uint16), times fp32. Returns fp32."""
+    """A row of weights [N, K] times a row of `taken` [C, K], both in C's order, in fp32: int8 times
+    int16, whose sum must fit into 32 bits, or fp32, or bf16 as its bits (uint16), times fp32."""
 
 
 @njit(error_model="numpy")

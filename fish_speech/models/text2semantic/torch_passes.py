@@ -43,11 +43,13 @@ def gate_slope(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
 def adapted(x: Tensor, update: Update, bias: Tensor | None, onto: Tensor | None) -> Tensor:
     """x [N, in] times W^T and the update [N, out], plus a bias and what it is added to."""
     weight, inner, up = update
-    out = inner @ up if onto is None else torch.addmm(onto, inner, up)
+    out = inner @ up
     if bias is not None:
         out += bias
-    # Rounded once: in bf16 a small update of what is rounded already would be lost.
-    return out.addmm_(x, weight.T)
+    # Rounded once: in bf16 a small update of what is rounded already would be lost, or of what is
+    # as large as `onto`.
+    out.addmm_(x, weight.T)
+    return out if onto is None else out.add_(onto)
 
 
 def adapted_gate(x: Tensor, first: Update, second: Update) -> tuple[Tensor, Tensor, Tensor]:

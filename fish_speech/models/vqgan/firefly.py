@@ -82,8 +82,7 @@ def _follow(module: nn.Module, x: Tensor, size: int, memory: Memory | None) -> T
         return x
     before = None if memory is None else memory.get(module)
     if before is None:
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        order = torch.channels_last if last else torch.contiguous_format
+        order = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
         before = x.new_zeros(*x.shape[:-1], size).contiguous(memory_format=order)
     x = torch.cat([before, x], dim=-1)  # `F.pad` would write all of it twice
     if memory is not None:

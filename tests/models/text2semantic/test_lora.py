@@ -137,15 +137,18 @@ def test_targets_choose_the_modules(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_small_update_of_a_base_in_bf16_is_not_rounded_away(bias):
+@pytest.mark.parametrize("onto", [0, 10])
+def test_a_small_update_of_a_base_in_bf16_is_not_rounded_away(bias, onto):
+    """Nor where it is added to something larger, as all of a block is."""
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(256, 256, bias=bias).bfloat16(), LoRAConfig(), torch.Generator())
     nn.init.normal_(layer.lora_B, std=1e-4)
     x = torch.randn(2, 500, 256).bfloat16()
     wanted = x.float() @ layer.update().T  # far below what bf16 tells apart in the output
-    got = layer(x).float() - x.float() @ layer.weight.float().T
-    got = got - layer.bias.float() if bias else got
-    assert (got * wanted).sum() / wanted.square().sum() == pytest.approx(1, abs=0.1)
+    past = (onto * torch.randn(x.shape)).bfloat16() if onto else None
+    plain = F.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None)
+    got = layer(x, past).float() - plain - (past.float() if onto else 0)
+    assert (got * wanted).sum() / wanted.square().sum() == pytest.approx(1, abs=0.1 + onto / 40)
 
 
 def test_dropout_before_the_adapters_takes_its_share_and_keeps_the_mean():
