@@ -120,8 +120,9 @@ def compose_config(
             known = OmegaConf.load(remembered)
             for key in given:
                 OmegaConf.update(known, key, OmegaConf.select(composed, key), merge=False)
-            composed = OmegaConf.merge(composed, known)  # what came since is as composed
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
+        # A setting that came after a run is as composed.
+        layers = [composed] if remembered is None else [composed, known]
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), *layers))
     except Exception as error:  # hydra's grammar raises half a dozen unrelated kinds
         key = getattr(error, "full_key", None)
         what = str(error).strip().splitlines()[0]

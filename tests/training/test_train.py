@@ -536,8 +536,10 @@ def test_unknown_config_keys_are_refused():
 
 def test_a_setting_that_came_after_a_run_is_as_it_is_by_default(tmp_path):
     file = tmp_path / "latest.yaml"
-    lines = compose_config(["project=p", "train.max_steps=7"]).to_yaml().splitlines(True)
+    before = compose_config(["project=p", "train.max_steps=7", "model=tiny"])
+    lines = before.to_yaml().splitlines(True)
     file.write_text("".join(line for line in lines if "cuda_graphs" not in line))
     config = compose_config(["train.save_every=5"], remembered=file)
     assert (config.train.max_steps, config.train.save_every) == (7, 5)
     assert config.train.cuda_graphs
+    assert config.model == before.model
