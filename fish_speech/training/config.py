@@ -120,9 +120,11 @@ def compose_config(
             known = OmegaConf.load(remembered)
             for key in given:
                 OmegaConf.update(known, key, OmegaConf.select(composed, key), merge=False)
-        # A setting that came after a run is as composed.
-        layers = [composed] if remembered is None else [composed, known]
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), *layers))
+            # A setting that came after the run is as composed; of two models nothing is mixed.
+            OmegaConf.set_struct(composed, False)
+            composed.model = known.model
+            composed = OmegaConf.merge(composed, known)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
     except Exception as error:  # hydra's grammar raises half a dozen unrelated kinds
         key = getattr(error, "full_key", None)
         what = str(error).strip().splitlines()[0]
