@@ -17,6 +17,8 @@ from fish_speech.devices import is_out_of_memory
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.training.loss import LossSums, Places, loss_parts
 
+_log = logging.getLogger(__name__)
+
 _STEPS = 4  # sizes from a power of two to the next: a batch is filled up by 9% on the average
 _MOST = 96  # graphs, each a few megabytes
 
@@ -25,9 +27,6 @@ def rounded_up(size: int) -> int:
     """The size of a graph for so many columns or labels."""
     step = max(1, (1 << (size - 1).bit_length()) // (2 * _STEPS))
     return -(-size // step) * step
-
-
-_log = logging.getLogger(__name__)
 
 
 class CaptureError(RuntimeError):

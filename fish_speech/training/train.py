@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -17,15 +17,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
 from fish_speech.datasets.shards import Manifest, Sample, read_samples
-from fish_speech.devices import (
-    compile_problem,
-    free_memory,
-    is_out_of_memory,
-    resolve_device,
-    resolve_precision,
-)
+from fish_speech.devices import is_out_of_memory, resolve_device, resolve_precision
 from fish_speech.files import exclusive, file_digest, remove_temporaries, write_text
-from fish_speech.models.text2semantic import DualARTransformer, load_model
+from fish_speech.models.text2semantic import load_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora
 from fish_speech.models.vqgan import CodecConfig
@@ -41,18 +35,9 @@ from fish_speech.training.callbacks import (
 from fish_speech.training.config import RunConfig
 from fish_speech.training.graph import StepGraphs
 from fish_speech.training.lit_module import DivergedError, TextToSemantic
-from fish_speech.training.loss import LABELS_AT_ONCE
+from fish_speech.training.preflight import OUT_OF_MEMORY, Say, preflight
 from fish_speech.training.processes import is_first
 from fish_speech.training.runs import Checkpoint, Run, Start, recorded_lora
-
-OUT_OF_MEMORY = (
-    "out of memory; try --batch-size 1 with --gradient-accumulation-steps, "
-    "--override train.gradient_checkpointing=true, --lora-config r_4_alpha_8, "
-    "or shorter clips (--override data.max_length=512)"
-)
-
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -131,7 +116,7 @@ def _train(
     )
     model.train()  # Lightning leaves the mode as it finds it
     frame_rate = CodecConfig.from_pretrained(base_dir).frame_rate
-    if _preflight(config, model, data, frame_rate, device, say):
+    if preflight(config, model, data, frame_rate, device, say):
         module.graphs = StepGraphs(model)
     if is_first():
         _save_config(config, run)
@@ -288,66 +273,6 @@ def _data_module(
         seed=config.seed,
         num_workers=config.data.num_workers,
     )
-
-
-def _preflight(
-    config: RunConfig,
-    model: DualARTransformer,
-    data: SemanticDataModule,
-    frame_rate: float,
-    device: torch.device,
-    say: Say,
-) -> bool:
-    """Say what will be trained and what it needs; choose gradient checkpointing. Returns whether
-    batches become CUDA graphs, which need as much memory again."""
-    minutes = sum(map(data.train.frames, range(len(data.train)))) / frame_rate / 60
-    say(
-        f"{len(data.train)} utterances to learn from ({minutes:.1f} minutes), "
-        f"{len(data.validation)} held out, {len(data.train.by_speaker)} speaker(s); "
-        f"batch {data.batch_size} x {data.accumulate}, device {device}, base in {model.dtype}"
-    )
-    if not len(data.validation):
-        say("warning: nothing is held out, so there is no validation loss")
-    lengths = sorted(map(data.train.columns, range(len(data.train))))
-    longest = lengths[-1] + (lengths[-1] if config.data.reference_share else 0)
-    columns = data.batch_size * min(longest, config.data.max_length)
-    needs = {chosen: expected_memory(model, columns, chosen) for chosen in (False, True)}
-    free = free_memory(device)
-    setting = str(config.train.gradient_checkpointing).lower()
-    chosen = needs[False] > 0.8 * free if setting == "auto" else setting == "true"
-    model.gradient_checkpointing = chosen
-    say(
-        f"memory: about {needs[chosen] / 1e9:.1f} GB {'with' if chosen else 'without'} gradient "
-        f"checkpointing, {free / 1e9:.1f} GB are free"
-    )
-    if needs[chosen] > free:
-        say(f"warning: this may not fit: {OUT_OF_MEMORY}")
-    alone = config.train.devices * config.train.num_nodes == 1
-    possible = config.train.cuda_graphs and alone and not chosen and not compile_problem(device)
-    return possible and 2 * needs[False] < 0.8 * free
-
-
-def expected_memory(model: DualARTransformer, columns: int, checkpointing: bool) -> int:
-    """About how many bytes training needs for a batch of so many columns, all of them frames."""
-    c = model.config
-    size = model.embeddings.weight.element_size()
-    slow_learns = any(
-        p.requires_grad for name, p in model.named_parameters() if not name.startswith("fast_")
-    )
-    n_layer = c.n_layer if slow_learns else 0  # whose activations are kept
-    # The shares were measured: what a block keeps for its backward, adapters included.
-    slow = columns * size * (8 * c.dim + 2 * c.intermediate_size)
-    fast = columns * c.num_codebooks * size * (8 * c.fast_dim + 2 * c.fast_intermediate_size)
-    if checkpointing:  # the inputs of all blocks, and one block
-        inputs = columns * size * (n_layer * c.dim + c.n_fast_layer * c.num_codebooks * c.fast_dim)
-        blocks = inputs + max(slow, fast)
-    else:
-        blocks = n_layer * slow + c.n_fast_layer * fast
-    row_0 = min(columns, LABELS_AT_ONCE) * c.vocab_size
-    logits = 3 * 4 * (row_0 + columns * c.num_codebooks * c.codebook_size)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return weights + trained * 12 + blocks + logits  # gradients and two moments in fp32
 
 
 def _trainer(

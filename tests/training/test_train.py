@@ -24,8 +24,9 @@ from fish_speech.training.callbacks import Progress, peak_memory
 from fish_speech.training.config import compose_config
 from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
 from fish_speech.training.loss import loss_sums
+from fish_speech.training.preflight import expected_memory
 from fish_speech.training.runs import Run, choose_start
-from fish_speech.training.train import expected_memory, load_split, train
+from fish_speech.training.train import load_split, train
 from tests.conftest import ROOT, golden_tensors
 from tests.made_data import make_data_set
 

@@ -122,29 +122,14 @@ def _of_bits(bits):
 @overload(dot, inline="always")
 def _typed_dot(weights, number, taken, column):
     step = step_of(weights.dtype)
+    value_of = {int8: int64, uint16: _of_bits, float32: float32}[weights.dtype]
 
-    def of_int8(weights, number, taken, column):
+    def lines_and_rest(weights, number, taken, column):
         width = weights.shape[1]
         most = width - width % step
         total = _lines(weights, number * width, taken, column * width, most)
         for index in range(most, width):
-            total = int32(total + int32(weights[number, index]) * int32(taken[column, index]))
+            total += value_of(weights[number, index]) * taken[column, index]
         return float32(total)
 
-    def of_bf16(weights, number, taken, column):
-        width = weights.shape[1]
-        most = width - width % step
-        total = _lines(weights, number * width, taken, column * width, most)
-        for index in range(most, width):
-            total += _of_bits(weights[number, index]) * taken[column, index]
-        return total
-
-    def of_fp32(weights, number, taken, column):
-        width = weights.shape[1]
-        most = width - width % step
-        total = _lines(weights, number * width, taken, column * width, most)
-        for index in range(most, width):
-            total += weights[number, index] * taken[column, index]
-        return total
-
-    return {int8: of_int8, uint16: of_bf16, float32: of_fp32}[weights.dtype]
+    return lines_and_rest
