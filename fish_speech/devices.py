@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -114,6 +116,32 @@ def compile_problem(device: torch.device) -> str | None:
     return None
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device; a CUDA card is not waited for."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Values [N] for Python, when they are asked for: a CUDA card is waited for only then, and only
+    until it has made them."""
+    if values.device.type != "cuda":
+        return values.tolist
+    import torch
+
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    made = torch.cuda.Event()
+    made.record()
+
+    def read() -> list[float]:
+        made.synchronize()
+        return copy.tolist()
+
+    return read
+
+
 def seed_draws(seed: int, device: torch.device) -> None:
     """What is drawn on the CPU and on a device from here on follows from a seed.
 
@@ -166,6 +194,20 @@ def _glibc() -> Any:
 
     library = ctypes.CDLL(None) if os.name == "posix" else None
     return library if hasattr(library, "gnu_get_libc_version") else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a CUDA card, else that the process has had."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def free_memory(device: torch.device) -> int:

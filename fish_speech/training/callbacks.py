@@ -21,6 +21,10 @@ from fish_speech.models.weights import read_checkpoint, save_tensors
 from fish_speech.training.runs import Run
 
 _STEPS_TO_FORECAST = 10
+_PROGRESS = (
+    "loss {train/loss:.2f}, top-5 {train/top5_accuracy:.0%}, rate {train/learning_rate:.1e}, "
+    "{train/tokens_per_second:.0f} tokens/s, {train/memory_gb:.1f} GB"
+)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -130,8 +134,7 @@ class Progress(L.Callback):
     def __init__(self, max_steps: int) -> None:
         self.max_steps = max_steps
         self._bar: tqdm | None = None
-        self._since, self._tokens = 0.0, 0
-        self._first_step = 0
+        self._since, self._first_step = 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, module) -> None:
         if module.device.type == "cuda":  # encoding clips had a peak of its own
@@ -147,19 +150,9 @@ class Progress(L.Callback):
         )
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
-        self._tokens += int((~batch["key_padding_mask"]).sum()) * trainer.world_size
-        speed = self._tokens / (time.monotonic() - self._since)
-        # One process logs for all: its part of the tokens is as good as any.
-        module.log("train/tokens_per_second", speed)
-        module.log("train/memory_gb", peak_memory(module.device) / 1e9)
         if step_finished(trainer, batch_index) and self._bar is not None:
-            metrics = trainer.callback_metrics
-            self._bar.set_postfix_str(
-                f"loss {metrics['train/loss']:.2f}, top-5 {metrics['train/top5_accuracy']:.0%}, "
-                f"rate {trainer.optimizers[0].param_groups[0]['lr']:.1e}, {speed:.0f} tokens/s, "
-                f"{metrics['train/memory_gb']:.1f} GB",
-                refresh=False,
-            )
+            if module.figures:
+                self._bar.set_postfix_str(_PROGRESS.format(**module.figures), refresh=False)
             self._bar.update()
             self._forecast(trainer)
 
@@ -177,9 +170,8 @@ class Progress(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, module) -> None:
         metrics = trainer.callback_metrics
         if trainer.is_global_zero and "validation/loss" in metrics and not trainer.sanity_checking:
-            before = (
-                f"training loss {metrics['train/loss']:.3f}, " if "train/loss" in metrics else ""
-            )
+            learned = module.figures.get("train/loss")
+            before = "" if learned is None else f"training loss {learned:.3f}, "
             tqdm.write(
                 f"step {trainer.global_step}: {before}"
                 f"validation loss {metrics['validation/loss']:.3f}, "
@@ -201,18 +193,6 @@ class Progress(L.Callback):
 def step_finished(trainer: L.Trainer, batch_index: int) -> bool:
     """Whether this micro-batch was the last of its optimizer step."""
     return (batch_index + 1) % trainer.accumulate_grad_batches == 0
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a CUDA card, else that the process has had."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def plot_losses(run: Run, file: Path) -> None:

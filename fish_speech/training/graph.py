@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fish_speech.conversation import IGNORED
 from fish_speech.devices import is_out_of_memory
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.training.loss import LossSums, Places, loss_parts
@@ -49,19 +48,16 @@ class StepGraphs:
         self._works = True
 
     def __call__(
-        self, tokens: Tensor, labels: Tensor, shares: Tensor
+        self, tokens: Tensor, places: Places, shares: Tensor
     ) -> tuple[Tensor, LossSums] | None:
         """The loss, of which a label of row 0 and a code have `shares` [2], and the sums of a batch
         (see `loss.loss_sums`); None where there is no graph."""
-        most = self._model.config.max_seq_len
-        if not self._works or tokens.shape[2] > most:
+        most, width = self._model.config.max_seq_len, tokens.shape[2]
+        if not self._works or width > most:
             return None
-        columns = min(rounded_up(tokens.shape[2]), most)
-        tokens, labels = (
-            F.pad(part, (0, columns - part.shape[2]), value=value)
-            for part, value in ((tokens, 0), (labels, IGNORED))
-        )
-        places = Places.of(labels)
+        columns = min(rounded_up(width), most)
+        tokens = F.pad(tokens, (0, columns - width))
+        places = places.widened(width, columns)
         size = rounded_up(max(len(places.spoken), len(places.frames), 1))
         try:
             step = self._step((len(tokens), columns, size))

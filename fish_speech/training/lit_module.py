@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from fish_speech.devices import seed_draws
+from fish_speech.devices import peak_memory, read_later, seed_draws, sent
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.lora import load_lora, lora_state_dict
 from fish_speech.training.graph import StepGraphs
-from fish_speech.training.loss import loss_figures, loss_sums
+from fish_speech.training.loss import Places, loss_figures, loss_sums
 
 
 @dataclass
@@ -54,7 +56,21 @@ class OptimizerConfig:
 
 
 class DivergedError(ValueError):
-    """A loss is no finite number."""
+    """The loss at a step is no finite number."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class _Taken(NamedTuple):
+    """A step that was taken: what is known of it, and what a device may still be at, `totals` of
+    its losses and the norm of its gradient [6]."""
+
+    step: int
+    clips: list[str]
+    known: dict[str, float]
+    read: Callable[[], list[float]]
 
 
 class TextToSemantic(L.LightningModule):
@@ -80,6 +96,7 @@ class TextToSemantic(L.LightningModule):
         self.seed = seed
         self.run, self.clip_names = run or {}, clip_names
         self.graphs: StepGraphs | None = None
+        self.figures: dict[str, float] = {}  # of the last step that was looked at, as logged
         self.adapters_only = bool(lora_state_dict(model))
         self.strict_loading = not self.adapters_only
         # Added up: of the step at hand (whose last batch alone holds its longest clips), and of the
@@ -87,21 +104,30 @@ class TextToSemantic(L.LightningModule):
         self._step: Tensor | int = 0
         self._validation: Tensor | int = 0
         self._clips: list[str] = []  # of the step at hand
+        self._taken: deque[_Taken] = deque()
+        self._since, self._columns = 0.0, 0  # when it began, and what it has learned from
 
-    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+    def transfer_batch_to_device(
+        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """What the model takes; Python reads the rest, and would wait for a GPU to give it back."""
+        codes = batch["step_frames"] * self.model.config.num_codebooks
+        labels = torch.stack([batch["step_tokens"], codes])
+        places = Places(*(sent(part, device) for part in Places.of(batch["labels"])))
+        given = {"tokens": sent(batch["tokens"], device), "step_labels": sent(labels, device)}
+        return {**batch, **given, "places": places}
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         micro = batch_index % self.trainer.accumulate_grad_batches
-        self._note_clips(batch, micro)
+        self._note(batch, micro)
         self._seed_step(micro)
-        step_codes = batch["step_frames"] * self.model.config.num_codebooks
-        labels = torch.stack([batch["step_tokens"], step_codes])
-        made = self.graphs and self.graphs(batch["tokens"], batch["labels"], 1 / labels)
+        tokens, places, labels = batch["tokens"], batch["places"], batch["step_labels"]
+        made = self.graphs and self.graphs(tokens, places, 1 / labels)
         if made is None:
-            sums = loss_sums(self.model, batch["tokens"], batch["labels"])
+            sums = loss_sums(self.model, tokens, places)
             made = sums.loss(*labels), sums
         loss, sums = made
         self._step = sums.totals() + (self._step if micro else 0)
-        if micro + 1 == self.trainer.accumulate_grad_batches:
-            self._log_figures("train", self.trainer.strategy.reduce(self._step, reduce_op="sum"))
         # Lightning divides by the micro-batches and averages over processes; the sums are already
         # parts of the whole step's mean.
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -112,28 +138,60 @@ class TextToSemantic(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm; a norm that is not finite would make every adapter NaN.
-
-        The loss is looked at here too, not before its gradient: a GPU would wait for that.
-        """
-        self._refuse_unless_finite(self._step[0] + self._step[1], "loss", DivergedError)
+        """Clip the norm, and note what the step has made."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
-        self._refuse_unless_finite(norm, "gradient", ValueError)
+        totals = self.trainer.strategy.reduce(self._step, reduce_op="sum")
+        known = {
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "tokens_per_second": self._columns / (time.monotonic() - self._since),
+            "memory_gb": peak_memory(self.device) / 1e9,
+        }
+        read = read_later(torch.cat([totals, norm.detach().float()[None]]))
+        self._taken.append(_Taken(self.global_step, self._clips, known, read))
+        self.look(but=self._unseen())
 
-    def _refuse_unless_finite(self, value: Tensor, what: str, kind: type[ValueError]) -> None:
+    def _unseen(self) -> int:
+        """Steps whose figures are left to the next one: a card is at them while Python prepares
+        that. What a step has spoiled is seen before anything of it is kept."""
+        alone = self.trainer.world_size == 1
+        return int(alone and self.device.type == "cuda")
+
+    def look(self, but: int = 0) -> None:
+        """Log what the steps have made, the last ones left out.
+
+        Raises `ValueError` where that is no finite number: all adapters would be, or are, NaN.
+        """
+        while len(self._taken) > but:
+            taken = self._taken.popleft()
+            *totals, norm = taken.read()
+            self._refuse_unless_finite(taken, totals[0] + totals[1], "loss")
+            self._refuse_unless_finite(taken, norm, "gradient")
+            figures = {name: float(value) for name, value in loss_figures(totals).items()}
+            figures |= {"gradient_norm": norm, **taken.known}
+            self.figures = {f"train/{name}": value for name, value in figures.items()}
+            if (taken.step + 1) % self.trainer.log_every_n_steps == 0:
+                for logger in self.trainer.loggers:
+                    logger.log_metrics(self.figures, taken.step)
+                    logger.save()
+
+    def _refuse_unless_finite(self, taken: _Taken, value: float, what: str) -> None:
         """All processes stop where one of them would go on with nonsense."""
-        fine = bool(value.isfinite())
-        if not self.trainer.strategy.reduce_boolean_decision(fine, all=True):
-            clips = ", ".join(self._clips)
-            raise kind(
-                f"the {what} is {value.item()} at step {self.global_step}, in {clips}; "
-                "look at these clips, or lower --learning-rate"
-            )
+        fine = math.isfinite(value)
+        if self.trainer.strategy.reduce_boolean_decision(fine, all=True):
+            return
+        message = (
+            f"the {what} is {value} at step {taken.step}, in {', '.join(taken.clips)}; "
+            "look at these clips, or lower --learning-rate"
+        )
+        raise DivergedError(message, taken.step) if what == "loss" else ValueError(message)
 
-    def _note_clips(self, batch: dict[str, Tensor], micro: int) -> None:
+    def _note(self, batch: dict[str, Tensor], micro: int) -> None:
         indices = batch["indices"].tolist()
         names = [self.clip_names[i] if self.clip_names else f"sample {i}" for i in indices]
         self._clips = names if micro == 0 else self._clips + names
+        # One process counts for all: its part of the columns is as good as any.
+        columns = int((~batch["key_padding_mask"]).sum())
+        self._columns += columns * self.trainer.world_size
 
     def on_train_batch_end(self, outputs, batch: dict[str, Tensor], batch_index: int) -> None:
         # Where it stops, Lightning validates: the last step is to have its loss whatever the
@@ -141,21 +199,23 @@ class TextToSemantic(L.LightningModule):
         self.trainer.should_stop |= self.global_step == self.trainer.max_steps
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        sums = loss_sums(self.model, batch["tokens"], batch["labels"])
+        sums = loss_sums(self.model, batch["tokens"], batch["places"])
         self._validation = sums.totals() + self._validation
+
+    def on_validation_start(self) -> None:
+        self.look()
 
     def on_validation_epoch_end(self) -> None:
         totals, self._validation = self._validation, 0
         if not bool(totals[:2].sum().isfinite()):  # in every process: each saw all
+            step = self.global_step
             raise DivergedError(
-                f"the validation loss is {totals[:2].sum().item()} at step {self.global_step}; "
-                "lower --learning-rate"
+                f"the validation loss is {totals[:2].sum().item()} at step {step}; "
+                "lower --learning-rate",
+                step,
             )
-        self._log_figures("validation", totals, rank_zero_only=True)
-
-    def _log_figures(self, stage: str, totals: Tensor, **how: Any) -> None:
-        figures = {f"{stage}/{name}": value for name, value in loss_figures(totals).items()}
-        self.log_dict(figures, **how)
+        figures = {f"validation/{name}": value for name, value in loss_figures(totals).items()}
+        self.log_dict(figures, rank_zero_only=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.optimizer_config
@@ -174,6 +234,7 @@ class TextToSemantic(L.LightningModule):
         )
 
     def on_train_start(self) -> None:
+        self._since = time.monotonic()
         # A resumed optimizer has come with the settings that it was saved with.
         wanted = self.configure_optimizers().param_groups
         for group, fresh in zip(self.trainer.optimizers[0].param_groups, wanted, strict=True):
@@ -183,9 +244,12 @@ class TextToSemantic(L.LightningModule):
         rate = self.optimizer_config.rate(self.global_step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        self.log("train/learning_rate", rate)
+
+    def on_train_end(self) -> None:
+        self.look()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.look()
         checkpoint["run"] = self.run
         if self.adapters_only:
             adapters = lora_state_dict(self.model)

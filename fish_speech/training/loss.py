@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +38,16 @@ class LossSums:
 
     def totals(self) -> Tensor:
         """All five [5] (fp32), without their history: what `loss_figures` divides."""
-        counts = self.token.new_tensor([self.tokens, self.codes])
-        sums = torch.stack([self.token, self.codebook, self.top5.to(self.token.dtype)])
-        return torch.cat([sums, counts]).detach().float()
+        # Filled in: a GPU would be waited for before they were copied to it.
+        counts = [self.token.new_full((), count) for count in (self.tokens, self.codes)]
+        sums = [self.token, self.codebook, self.top5.to(self.token.dtype), *counts]
+        return torch.stack(sums).detach().float()
 
 
-def loss_figures(totals: Tensor) -> dict[str, Tensor]:
+def loss_figures(totals: Tensor | Sequence[float]) -> dict[str, Any]:
     """Mean losses a label and the top-5 accuracy, of `LossSums.totals` that were added up [5]."""
-    token, codebook, top5 = totals[:3] / totals[[3, 4, 4]]
+    token, codebook, top5, tokens, codes = totals
+    token, codebook, top5 = token / tokens, codebook / codes, top5 / codes
     return {
         "loss": token + codebook,
         "token_loss": token,
@@ -73,6 +76,13 @@ class Places(NamedTuple):
         frames = (labels[:, 1:] != IGNORED).all(1).nonzero()[:, 0]
         return cls(spoken, labels[spoken, 0], frames, labels[frames, 1:])
 
+    def widened(self, columns: int, wider: int) -> Places:
+        """Of a batch of `columns` that was filled up to `wider` ones."""
+        spoken, frames = (
+            place + place // columns * (wider - columns) for place in (self.spoken, self.frames)
+        )
+        return self._replace(spoken=spoken, frames=frames)
+
     def filled(self, size: int) -> Places:
         """With so many positions in either."""
         spoken, frames = (size - len(part) for part in (self.spoken, self.frames))
@@ -84,12 +94,12 @@ class Places(NamedTuple):
         )
 
 
-def loss_sums(model: DualARTransformer, tokens: Tensor, labels: Tensor) -> LossSums:
-    """Losses of tokens and labels [B, K+1, T], padded on the right.
+def loss_sums(model: DualARTransformer, tokens: Tensor, labels: Tensor | Places) -> LossSums:
+    """Losses of tokens and labels [B, K+1, T], padded on the right, or their `Places`.
 
     The output layer runs only on positions with a label, the fast transformer only on frames.
     """
-    places = Places.of(labels)
+    places = labels if isinstance(labels, Places) else Places.of(labels)
     return LossSums(*loss_parts(model, tokens, places), places.ids.numel(), places.codes.numel())
 
 

@@ -8,7 +8,7 @@ import torch
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
 from fish_speech.training import graph
 from fish_speech.training.graph import StepGraphs, rounded_up
-from fish_speech.training.loss import loss_sums
+from fish_speech.training.loss import Places, loss_sums
 from tests.conftest import golden_tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,7 +27,8 @@ def adapted(model):
 
 def batch(start):
     golden = golden_tensors("train_step.pt")["batch"]
-    return [golden[name][:, :, start:].to(DEVICE) for name in ("inputs", "labels")]
+    tokens, labels = (golden[name][:, :, start:].to(DEVICE) for name in ("inputs", "labels"))
+    return tokens, Places.of(labels)
 
 
 def gradients(model, loss):
@@ -39,10 +40,10 @@ def test_batches_of_about_a_size_share_a_graph_and_learn_what_they_are(adapted):
     graphs, shares = StepGraphs(adapted), torch.tensor([0.01, 0.002], device=DEVICE)
     made = []
     for start in (40, 41, 42, 43):
-        tokens, labels = batch(start)
-        wanted = loss_sums(adapted, tokens, labels)
+        tokens, places = batch(start)
+        wanted = loss_sums(adapted, tokens, places)
         expected = wanted.token * shares[0] + wanted.codebook * shares[1]
-        made.append(graphs(tokens, labels, shares))
+        made.append(graphs(tokens, places, shares))
         if made[-1] is not None:
             loss, sums = made[-1]
             torch.testing.assert_close(loss, expected)
@@ -56,14 +57,14 @@ def test_batches_of_about_a_size_share_a_graph_and_learn_what_they_are(adapted):
 def test_gradients_of_micro_batches_add_up(adapted):
     """What a graph wrote is read before it runs again."""
     graphs, shares = StepGraphs(adapted), torch.ones(2, device=DEVICE)
-    tokens, labels = batch(40)
+    tokens, places = batch(40)
     for _ in range(4):
-        made = graphs(tokens, labels, shares)
+        made = graphs(tokens, places, shares)
     once = gradients(adapted, made[0])
     for parameter in adapted.parameters():
         parameter.grad = None
     for _ in range(2):
-        graphs(tokens, labels, shares)[0].backward()
+        graphs(tokens, places, shares)[0].backward()
     added = [p.grad for p in adapted.parameters() if p.requires_grad]
     torch.testing.assert_close(added, [2 * slope for slope in once], atol=1e-4, rtol=1e-4)
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from fish_speech.datasets.shards import build_shards
-from fish_speech.devices import multiplies_bf16
+from fish_speech.devices import multiplies_bf16, peak_memory
 from fish_speech.models.text2semantic import load_model
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora, lora_state_dict
 from fish_speech.models.vqgan import load_codec
 from fish_speech.preparation.extract import extract_codes
 from fish_speech.text import split_text
-from fish_speech.training.callbacks import Progress, peak_memory
+from fish_speech.training.callbacks import Progress
 from fish_speech.training.config import compose_config
 from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
 from fish_speech.training.loss import loss_sums
@@ -106,10 +106,14 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(
 
 
 @pytest.mark.parametrize("val_every", [2, 3, 4])
-def test_every_step_is_logged_as_itself_wherever_a_run_goes_on(trainer, val_every):
+@pytest.mark.parametrize("behind", [0, 1])
+def test_every_step_is_logged_as_itself_wherever_a_run_goes_on(
+    trainer, monkeypatch, val_every, behind
+):
     """From checkpoints of the interval and of the end, at steps with a validation and without."""
     options = ("train.save_every=2", f"train.val_every={val_every}")
     trainer("whole", "train.max_steps=7", *options)
+    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)  # 1 is a card's
     trainer("parts", "train.max_steps=5", *options)
     back = str(Run.of("parts").checkpoint_path(4))
     trainer("parts", "train.max_steps=5", *options, resume_from=back)
@@ -118,6 +122,10 @@ def test_every_step_is_logged_as_itself_wherever_a_run_goes_on(trainer, val_ever
     validated = Run.of("parts").logged("validation/loss")
     for step, loss in Run.of("whole").logged("validation/loss").items():
         assert validated[step] == loss
+    for name in ("learning_rate", "gradient_norm"):
+        figures = [Run.of(project).logged(f"train/{name}") for project in ("parts", "whole")]
+        assert figures[0] == figures[1]
+        assert list(figures[0]) == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_the_last_step_has_a_validation_loss(trainer):
@@ -378,7 +386,11 @@ def test_a_diverged_loss_stops_with_the_clips_named_and_keeps_the_good_checkpoin
 
 
 @pytest.mark.parametrize("validated", [False, True])
-def test_a_step_that_ruins_the_adapters_is_put_aside_and_a_lower_rate_goes_on(trainer, validated):
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_step_that_ruins_the_adapters_is_put_aside_and_a_lower_rate_goes_on(
+    trainer, monkeypatch, validated, behind
+):
+    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)
     options = ("train.save_every=1", f"train.val_every={1 if validated else 100}")
     trainer("p", "train.max_steps=2", *options)
     seen = r"the (validation )?loss is nan at step 3.*moved to .*; .* is .*step_000000002\.ckpt"
@@ -442,7 +454,12 @@ def test_running_out_of_memory_says_what_to_change_and_following_it_loses_nothin
     torch.testing.assert_close(adapters(smaller), adapters(whole), atol=1e-5, rtol=1e-4)
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(trainer, monkeypatch):
+@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
+    trainer, monkeypatch, behind, every
+):
+    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)
     backward = TextToSemantic.on_after_backward
 
     def spoil(module):
@@ -453,10 +470,11 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(trainer, monke
 
     monkeypatch.setattr(TextToSemantic, "on_after_backward", spoil)
     with pytest.raises(ValueError, match=r"the gradient is \w+ at step 2, in Ann/clip_"):
-        trainer("p", "train.max_steps=6", "train.save_every=1", "train.keep_checkpoints=1")
-    kept = Run.of("p").checkpoint()
-    assert kept.step == 2
-    assert all(torch.isfinite(value).all() for value in adapters_of(kept).values())
+        trainer("p", "train.max_steps=6", f"train.save_every={every}", "train.keep_checkpoints=1")
+    kept = Run.of("p").checkpoints()
+    assert [checkpoint.step for checkpoint in kept] == [2] * (every < 100)
+    for checkpoint in kept:
+        assert all(torch.isfinite(value).all() for value in adapters_of(checkpoint).values())
 
 
 def test_held_out_clips_may_be_longer_than_any_batch(trainer, tmp_path):
