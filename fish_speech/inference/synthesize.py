@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fish_speech.audio import load_audio
 from fish_speech.conversation import Utterance
 from fish_speech.devices import (
     compile_problem,
@@ -24,23 +22,17 @@ from fish_speech.devices import (
     resolve_device,
     resolve_precision,
 )
-from fish_speech.files import file_digest
 from fish_speech.hub import check_model_dir
 from fish_speech.inference.context import Context
 from fish_speech.inference.generate import Past, Take, generate, graphs_of
+from fish_speech.inference.references import References
 from fish_speech.inference.sampling import Sampling
-from fish_speech.inference.streaming import SILENCE, decode_stream
-from fish_speech.inference.voices import check_reference, check_speaker, speaker_or_first
+from fish_speech.inference.streaming import decode_stream
+from fish_speech.inference.voices import check_speaker, speaker_or_first
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.packed import pack
 from fish_speech.models.vqgan import Codec, load_codec
-from fish_speech.text import (
-    is_speakable,
-    longest_speech,
-    shortest_speech,
-    split_text,
-    spoken_text,
-)
+from fish_speech.text import is_speakable, longest_speech, shortest_speech, split_text
 from fish_speech.tokenizer import FishTokenizer
 
 if TYPE_CHECKING:
@@ -51,7 +43,6 @@ logger = logging.getLogger(__name__)
 # Seconds of silence between two chunks, by the mark that the first ends with.
 _PAUSE_AFTER = dict.fromkeys(".!?…。！？．｡।؟።", 0.2) | dict.fromkeys(",;:—–，、；：،؛", 0.1)
 _CLOSING_MARKS = "\"'”’»›)]}」』】》）"
-_CACHED_REFERENCES = 16
 
 
 @dataclass(frozen=True)
@@ -122,10 +113,10 @@ class TextToSpeech:
             )
         self._model, self._codec, self._tokenizer = model, codec, tokenizer
         self._graphs = graphs
-        self._references: OrderedDict[str, Utterance] = OrderedDict()  # by the file's digest
+        self._references = References(codec, model.config)
         self._voice: Past | None = None  # the references of the last text, read
         self._adaptable = adaptable
-        self._lock = threading.Lock()  # of the references; the networks keep no state
+        self._lock = threading.Lock()  # of what was read; the networks keep no state
 
     @classmethod
     def from_pretrained(
@@ -199,51 +190,7 @@ class TextToSpeech:
         for the model, or the text has no words. A recording that its text can't fill, or longer
         than what the model was trained on, is logged as a warning.
         """
-        check_reference(audio, text)
-        digest, text = file_digest(audio), spoken_text(text)
-        with self._lock:
-            known = self._references.get(digest)
-            if known is None or known.text != text:
-                codes = self._encode(audio) if known is None else known.codes
-                if problem := self._mismatch(text, codes.shape[1]):
-                    logger.warning(f"{audio}: {problem}; it may be cloned badly")
-                known = self._references[digest] = Utterance(text, codes)
-            self._references.move_to_end(digest)
-            while len(self._references) > _CACHED_REFERENCES:
-                self._references.popitem(last=False)
-            return known
-
-    def _mismatch(self, text: str, frames: int) -> str | None:
-        """Why a reference of so many frames isn't a good one for its text, or for this model."""
-        seconds = frames / self._codec.frame_rate
-        if not shortest_speech(text) <= seconds <= longest_speech(text):
-            return f"{seconds:.1f} s for {text[:40]!r}: is that all it says?"
-        trained = self._model.config.extra.get("trained_seq_len", 2 * frames)
-        if 2 * frames > trained:
-            longest = trained / 2 / self._codec.frame_rate
-            return (
-                f"{seconds:.1f} s, and this model was trained on short texts: take {longest:.0f} s"
-            )
-        return None
-
-    @torch.inference_mode()
-    def _encode(self, audio: str | Path) -> Tensor:
-        """Codes [K, T] of a recording, on the CPU."""
-        longest = self._model.config.max_seq_len / self._codec.frame_rate  # seconds
-        waveform, rate = load_audio(audio, self._codec.sample_rate, max_seconds=longest + 1)
-        if waveform.shape[1] > longest * rate:
-            raise ValueError(
-                f"{audio}: longer than the {longest:.0f} s that the model can remember at all;"
-                " cut a reference of 5 to 30 s"
-            )
-        device = self._model.device
-        lengths = torch.tensor([waveform.shape[1]], device=device)
-        if not (waveform.abs() > SILENCE).any():
-            raise ValueError(f"{audio}: silent; give some seconds of speech")
-        codes, code_lengths = self._codec.encode(waveform[None].to(device), lengths)
-        if not code_lengths.item():
-            raise ValueError(f"{audio}: too short for a reference; give some seconds of speech")
-        return codes[0, :, : code_lengths.item()].cpu()
+        return self._references.encode(audio, text)
 
     def synthesize(
         self,

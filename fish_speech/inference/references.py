@@ -1,0 +1,82 @@
+"""Recordings to be cloned, as a prompt takes them: codes with their words."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fish_speech.audio import load_audio
+from fish_speech.conversation import Utterance
+from fish_speech.files import file_digest
+from fish_speech.inference.streaming import SILENCE
+from fish_speech.inference.voices import check_reference
+from fish_speech.models.text2semantic import ModelConfig
+from fish_speech.models.vqgan import Codec
+from fish_speech.text import longest_speech, shortest_speech, spoken_text
+
+logger = logging.getLogger(__name__)
+
+_MOST = 16  # recordings whose codes are kept
+
+
+class References:
+    """Recordings as utterances of a model with this config, encoded once for the same content;
+    several threads may ask."""
+
+    def __init__(self, codec: Codec, config: ModelConfig) -> None:
+        self._codec, self._config = codec, config
+        self._known: OrderedDict[str, Utterance] = OrderedDict()  # by the file's digest
+        self._lock = threading.Lock()
+
+    def encode(self, audio: str | Path, text: str) -> Utterance:
+        """See `TextToSpeech.encode_reference`."""
+        check_reference(audio, text)
+        digest, text = file_digest(audio), spoken_text(text)
+        with self._lock:
+            known = self._known.get(digest)
+            if known is None or known.text != text:
+                codes = self._encode(audio) if known is None else known.codes
+                if problem := self._mismatch(text, codes.shape[1]):
+                    logger.warning(f"{audio}: {problem}; it may be cloned badly")
+                known = self._known[digest] = Utterance(text, codes)
+            self._known.move_to_end(digest)
+            while len(self._known) > _MOST:
+                self._known.popitem(last=False)
+            return known
+
+    def _mismatch(self, text: str, frames: int) -> str | None:
+        """Why a reference of so many frames isn't a good one for its text, or for this model."""
+        seconds = frames / self._codec.frame_rate
+        if not shortest_speech(text) <= seconds <= longest_speech(text):
+            return f"{seconds:.1f} s for {text[:40]!r}: is that all it says?"
+        trained = self._config.extra.get("trained_seq_len", 2 * frames)
+        if 2 * frames > trained:
+            longest = trained / 2 / self._codec.frame_rate
+            return (
+                f"{seconds:.1f} s, and this model was trained on short texts: take {longest:.0f} s"
+            )
+        return None
+
+    @torch.inference_mode()
+    def _encode(self, audio: str | Path) -> Tensor:
+        """Codes [K, T] of a recording, on the CPU."""
+        longest = self._config.max_seq_len / self._codec.frame_rate  # seconds
+        waveform, rate = load_audio(audio, self._codec.sample_rate, max_seconds=longest + 1)
+        if waveform.shape[1] > longest * rate:
+            raise ValueError(
+                f"{audio}: longer than the {longest:.0f} s that the model can remember at all;"
+                " cut a reference of 5 to 30 s"
+            )
+        device = self._codec.device
+        lengths = torch.tensor([waveform.shape[1]], device=device)
+        if not (waveform.abs() > SILENCE).any():
+            raise ValueError(f"{audio}: silent; give some seconds of speech")
+        codes, code_lengths = self._codec.encode(waveform[None].to(device), lengths)
+        if not code_lengths.item():
+            raise ValueError(f"{audio}: too short for a reference; give some seconds of speech")
+        return codes[0, :, : code_lengths.item()].cpu()
