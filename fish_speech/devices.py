@@ -133,7 +133,7 @@ def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     copy.copy_(values, non_blocking=True)
     made = torch.cuda.Event()
-    made.record()
+    made.record(torch.cuda.current_stream(values.device))
 
     def read() -> list[float]:
         made.synchronize()

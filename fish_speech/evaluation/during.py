@@ -61,6 +61,7 @@ class EvaluateDuringTraining(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
         due = step_finished(trainer, batch_index) and trainer.global_step % self.every == 0
         if due and trainer.is_global_zero and not trainer.should_stop:
+            module.look()  # adapters that this step has spoiled are not to be heard
             module.model.eval()
             try:
                 self._evaluate(trainer, module)

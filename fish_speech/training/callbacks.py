@@ -64,6 +64,10 @@ class SaveCheckpoints(L.Callback):
         self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:
+        try:
+            module.look()  # at the steps that were taken: they are logged
+        except Exception:  # that step has spoiled the adapters, or the device is gone
+            return
         # Between two steps the adapters are what the last one left, so a run that ran out of
         # memory loses nothing. (Not among several processes: the others are elsewhere, and saving
         # waits for them.)

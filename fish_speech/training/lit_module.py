@@ -64,12 +64,13 @@ class DivergedError(ValueError):
 
 
 class _Taken(NamedTuple):
-    """A step that was taken: what is known of it, and what a device may still be at, `totals` of
-    its losses and the norm of its gradient [6]."""
+    """A step that was taken, with its learning rate, the columns learned from up to it, and what a
+    device may still be at: `totals` of its losses and the norm of its gradient [6]."""
 
     step: int
     clips: list[str]
-    known: dict[str, float]
+    rate: float
+    columns: int
     read: Callable[[], list[float]]
 
 
@@ -96,7 +97,7 @@ class TextToSemantic(L.LightningModule):
         self.seed = seed
         self.run, self.clip_names = run or {}, clip_names
         self.graphs: StepGraphs | None = None
-        self.figures: dict[str, float] = {}  # of the last step that was looked at, as logged
+        self.figures: dict[str, float] = {}  # of the last step that was looked at, as it is logged
         self.adapters_only = bool(lora_state_dict(model))
         self.strict_loading = not self.adapters_only
         # Added up: of the step at hand (whose last batch alone holds its longest clips), and of the
@@ -105,17 +106,21 @@ class TextToSemantic(L.LightningModule):
         self._validation: Tensor | int = 0
         self._clips: list[str] = []  # of the step at hand
         self._taken: deque[_Taken] = deque()
+        self._unlogged: int | None = None  # the last step that was looked at, if it isn't logged
         self._since, self._columns = 0.0, 0  # when it began, and what it has learned from
 
     def transfer_batch_to_device(
         self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
     ) -> dict[str, Any]:
-        """What the model takes; Python reads the rest, and would wait for a GPU to give it back."""
+        """What the model takes, on its device, and what Python reads, which would wait for one."""
         codes = batch["step_frames"] * self.model.config.num_codebooks
-        labels = torch.stack([batch["step_tokens"], codes])
-        places = Places(*(sent(part, device) for part in Places.of(batch["labels"])))
-        given = {"tokens": sent(batch["tokens"], device), "step_labels": sent(labels, device)}
-        return {**batch, **given, "places": places}
+        return {
+            "tokens": sent(batch["tokens"], device),
+            "places": Places(*(sent(part, device) for part in Places.of(batch["labels"]))),
+            "step_labels": sent(torch.stack([batch["step_tokens"], codes]), device),
+            "indices": batch["indices"].tolist(),
+            "columns": int((~batch["key_padding_mask"]).sum()),
+        }
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         micro = batch_index % self.trainer.accumulate_grad_batches
@@ -141,38 +146,44 @@ class TextToSemantic(L.LightningModule):
         """Clip the norm, and note what the step has made."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
         totals = self.trainer.strategy.reduce(self._step, reduce_op="sum")
-        known = {
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "tokens_per_second": self._columns / (time.monotonic() - self._since),
-            "memory_gb": peak_memory(self.device) / 1e9,
-        }
         read = read_later(torch.cat([totals, norm.detach().float()[None]]))
-        self._taken.append(_Taken(self.global_step, self._clips, known, read))
+        rate = optimizer.param_groups[0]["lr"]
+        self._taken.append(_Taken(self.global_step, self._clips, rate, self._columns, read))
         self.look(but=self._unseen())
 
     def _unseen(self) -> int:
         """Steps whose figures are left to the next one: a card is at them while Python prepares
-        that. What a step has spoiled is seen before anything of it is kept."""
+        that. Who keeps what a step has made, or goes by it, looks before."""
         alone = self.trainer.world_size == 1
         return int(alone and self.device.type == "cuda")
 
     def look(self, but: int = 0) -> None:
         """Log what the steps have made, the last ones left out.
 
-        Raises `ValueError` where that is no finite number: all adapters would be, or are, NaN.
+        Raises `ValueError` where that is no finite number: the adapters are NaN, or would be.
         """
         while len(self._taken) > but:
             taken = self._taken.popleft()
             *totals, norm = taken.read()
             self._refuse_unless_finite(taken, totals[0] + totals[1], "loss")
             self._refuse_unless_finite(taken, norm, "gradient")
-            figures = {name: float(value) for name, value in loss_figures(totals).items()}
-            figures |= {"gradient_norm": norm, **taken.known}
+            figures = loss_figures(totals) | {
+                "gradient_norm": norm,
+                "learning_rate": taken.rate,
+                "tokens_per_second": taken.columns / (time.monotonic() - self._since),
+                "memory_gb": peak_memory(self.device) / 1e9,
+            }
             self.figures = {f"train/{name}": value for name, value in figures.items()}
+            self._unlogged = taken.step
             if (taken.step + 1) % self.trainer.log_every_n_steps == 0:
-                for logger in self.trainer.loggers:
-                    logger.log_metrics(self.figures, taken.step)
-                    logger.save()
+                self._log()
+
+    def _log(self) -> None:
+        if self._unlogged is not None:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(self.figures, self._unlogged)
+                logger.save()
+        self._unlogged = None
 
     def _refuse_unless_finite(self, taken: _Taken, value: float, what: str) -> None:
         """All processes stop where one of them would go on with nonsense."""
@@ -185,13 +196,12 @@ class TextToSemantic(L.LightningModule):
         )
         raise DivergedError(message, taken.step) if what == "loss" else ValueError(message)
 
-    def _note(self, batch: dict[str, Tensor], micro: int) -> None:
-        indices = batch["indices"].tolist()
-        names = [self.clip_names[i] if self.clip_names else f"sample {i}" for i in indices]
-        self._clips = names if micro == 0 else self._clips + names
+    def _note(self, batch: dict[str, Any], micro: int) -> None:
+        names = self.clip_names or {i: f"sample {i}" for i in batch["indices"]}
+        clips = [names[i] for i in batch["indices"]]
+        self._clips = clips if micro == 0 else self._clips + clips
         # One process counts for all: its part of the columns is as good as any.
-        columns = int((~batch["key_padding_mask"]).sum())
-        self._columns += columns * self.trainer.world_size
+        self._columns += batch["columns"] * self.trainer.world_size
 
     def on_train_batch_end(self, outputs, batch: dict[str, Tensor], batch_index: int) -> None:
         # Where it stops, Lightning validates: the last step is to have its loss whatever the
@@ -247,6 +257,7 @@ class TextToSemantic(L.LightningModule):
 
     def on_train_end(self) -> None:
         self.look()
+        self._log()  # the last step, whatever the interval
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.look()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,9 +15,15 @@ from fish_speech.conversation import IGNORED
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.passes import cross_entropy
 
-# Of row 0, whose logits take 0.4 MB a label at the published size (0.2 where they stay in bf16).
-LABELS_AT_ONCE = 256
-_MORE = 4  # times as many on a GPU, which would wait for more launches
+# At the published size a label's logits of row 0 take 0.4 MB (0.2 where they stay in bf16), and
+# what the fast transformer keeps of a frame for its gradient takes 1 MB in bf16.
+LABELS_AT_ONCE, FRAMES_AT_ONCE = 256, 512
+_MORE = 4  # times as many on a GPU, whose kernels are the slower, the less they have to do
+
+
+def at_once(most: int, device: torch.device) -> int:
+    """How many of `LABELS_AT_ONCE` or `FRAMES_AT_ONCE` there are at a time on a device."""
+    return most * (_MORE if device.type == "cuda" else 1)
 
 
 @dataclass
@@ -109,61 +115,93 @@ def loss_parts(
     """`token`, `codebook` and `top5` of `LossSums`; nothing here waits for a device."""
     x = model.hidden_states(tokens).flatten(0, 1)  # [B * T, D]
     token = token_loss(model, x[places.spoken], places.ids)
-
-    codes, labels = places.codes.clamp(min=0), places.codes.flatten()
-    logits = model.codebook_logits(x[places.frames], codes).flatten(0, 1)  # [N·K, C]
-    with torch.no_grad():
-        # Counting what is ahead of the label is cheaper than sorting.
-        label_logits = logits.gather(1, codes.flatten()[:, None])
-        likely = (logits > label_logits).sum(1) < 5
-        top5 = (likely & (labels != IGNORED)).sum()
-    return token, cross_entropy(logits, labels), top5
+    return token, *codebook_loss(model, x[places.frames], places.codes)
 
 
 def token_loss(model: DualARTransformer, x: Tensor, targets: Tensor) -> Tensor:
-    """Summed loss of row 0: hidden states [N, D], labels [N] (or `IGNORED`) -> scalar.
-
-    Of many labels a part at a time has logits. Their gradients are taken at once, so that none are
-    kept, or computed twice.
-    """
-    most = LABELS_AT_ONCE * (_MORE if x.is_cuda else 1)
-    if len(targets) <= most:
-        return cross_entropy(model.token_logits(x), targets)
+    """Summed loss of row 0: hidden states [N, D], labels [N] (or `IGNORED`) -> scalar."""
     output = model.embeddings if model.config.tie_word_embeddings else model.output
-    trained = [p for m in (model.norm, output) for p in m.parameters() if p.requires_grad]
+    trained = [*model.norm.parameters(), *output.parameters()]
+    (loss,) = _in_pieces(
+        lambda x, targets: (cross_entropy(model.token_logits(x), targets),),
+        x, targets, LABELS_AT_ONCE, trained,
+    )  # fmt: skip
+    return loss
+
+
+def codebook_loss(model: DualARTransformer, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss of the codes [N, K] (or `IGNORED`) of frames, of hidden states [N, D] before
+    each; and how many of them are among the five most likely."""
+
+    def piece(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        codes, labels = targets.clamp(min=0), targets.flatten()
+        logits = model.codebook_logits(x, codes).flatten(0, 1)  # [N * K, C]
+        with torch.no_grad():
+            # Counting what is ahead of the label is cheaper than sorting.
+            label_logits = logits.gather(1, codes.flatten()[:, None])
+            likely = (logits > label_logits).sum(1) < 5
+            top5 = (likely & (labels != IGNORED)).sum()
+        return cross_entropy(logits, labels), top5
+
+    trained = [p for name, p in model.named_parameters() if name.startswith("fast_")]
+    loss, top5 = _in_pieces(piece, x, targets, FRAMES_AT_ONCE, trained)
+    return loss, top5
+
+
+def _in_pieces(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    x: Tensor,
+    targets: Tensor,
+    most: int,
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """A loss, and counts, of x [N, D] and targets [N, ...], added up over pieces of about a size.
+
+    With each loss its gradients are taken, for x and for the `parameters` that are trained (all
+    that the function uses), so that what it is made of exists for one piece at a time, and nothing
+    is computed twice.
+    """
+    pieces = -(-len(x) // at_once(most, x.device))
+    if pieces < 2:
+        return function(x, targets)
+    size = -(-len(x) // pieces)
+    trained = [p for p in parameters if p.requires_grad]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *trained))
-    return _TokenLoss.apply(model, targets, most, wanted, x, *trained)
+    return _InPieces.apply(function, targets, size, wanted, x, *trained)
 
 
-class _TokenLoss(torch.autograd.Function):
+class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        model: DualARTransformer,
+        ctx: Any,
+        function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
         targets: Tensor,
-        most: int,
+        size: int,
         wanted: bool,
         x: Tensor,
         *trained: Tensor,
-    ) -> Tensor:
-        total, to_x = x.new_zeros((), dtype=torch.float32), []
+    ) -> tuple[Tensor, ...]:
+        sums, to_x, learns = [], [], ctx.needs_input_grad[4]
         to_trained = [torch.zeros_like(parameter) for parameter in trained]
-        pieces = zip(x.split(most), targets.split(most), strict=True)
-        for piece, labels in pieces:
+        for piece, labels in zip(x.split(size), targets.split(size), strict=True):
             with torch.set_grad_enabled(wanted):
-                piece = piece.detach().requires_grad_(wanted)
-                loss = cross_entropy(model.token_logits(piece), labels)
-            total += loss.detach()
+                piece = piece.detach().requires_grad_(learns)
+                loss, *counts = function(piece, labels)
+            sums.append([loss.detach(), *counts])
             if wanted:
-                slope, *slopes = torch.autograd.grad(loss, (piece, *trained))
-                to_x.append(slope)
-                for sum_, more in zip(to_trained, slopes, strict=True):
+                slopes = torch.autograd.grad(loss, (piece, *trained) if learns else trained)
+                to_x += slopes[:learns]
+                for sum_, more in zip(to_trained, slopes[learns:], strict=True):
                     sum_ += more
         if wanted:
-            ctx.save_for_backward(torch.cat(to_x), *to_trained)
-        return total
+            ctx.save_for_backward(torch.cat(to_x) if learns else None, *to_trained)
+        loss, *counts = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+        ctx.mark_non_differentiable(*counts)
+        return loss, *counts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        return None, None, None, None, *(slope * gradient for slope in ctx.saved_tensors)
+    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        to_x, *to_trained = ctx.saved_tensors
+        to_x = None if to_x is None else to_x * gradient
+        return None, None, None, None, to_x, *(slope * gradient for slope in to_trained)

@@ -10,7 +10,7 @@ from fish_speech.datasets.semantic import SemanticDataModule
 from fish_speech.devices import compile_problem, free_memory
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.training.config import RunConfig
-from fish_speech.training.loss import LABELS_AT_ONCE
+from fish_speech.training.loss import FRAMES_AT_ONCE, LABELS_AT_ONCE, at_once
 
 OUT_OF_MEMORY = (
     "out of memory; try --batch-size 1 with --gradient-accumulation-steps, "
@@ -43,7 +43,7 @@ def preflight(
     longest = max(map(data.train.columns, range(len(data.train))))
     longest *= 2 if config.data.reference_share else 1
     columns = data.batch_size * min(longest, config.data.max_length)
-    needs = {chosen: expected_memory(model, columns, chosen) for chosen in (False, True)}
+    needs = {chosen: expected_memory(model, columns, chosen, device) for chosen in (False, True)}
     free = free_memory(device)
     setting = str(config.train.gradient_checkpointing).lower()
     chosen = needs[False] > 0.8 * free if setting == "auto" else setting == "true"
@@ -59,8 +59,13 @@ def preflight(
     return possible and 2 * needs[False] < 0.8 * free
 
 
-def expected_memory(model: DualARTransformer, columns: int, checkpointing: bool) -> int:
+def expected_memory(
+    model: DualARTransformer, columns: int, checkpointing: bool, device: torch.device
+) -> int:
     """About how many bytes training needs for a batch of so many columns, all of them frames."""
+    labels, frames = (
+        min(columns, at_once(most, device)) for most in (LABELS_AT_ONCE, FRAMES_AT_ONCE)
+    )
     c = model.config
     size = model.embeddings.weight.element_size()
     slow_learns = any(
@@ -69,14 +74,14 @@ def expected_memory(model: DualARTransformer, columns: int, checkpointing: bool)
     n_layer = c.n_layer if slow_learns else 0  # whose activations are kept
     # The shares were measured: what a block keeps for its backward, adapters included.
     slow = columns * size * (8 * c.dim + 2 * c.intermediate_size)
-    fast = columns * c.num_codebooks * size * (8 * c.fast_dim + 2 * c.fast_intermediate_size)
+    fast = frames * c.num_codebooks * size * (8 * c.fast_dim + 2 * c.fast_intermediate_size)
     if checkpointing:  # the inputs of all blocks, and one block
-        inputs = columns * size * (n_layer * c.dim + c.n_fast_layer * c.num_codebooks * c.fast_dim)
+        inputs = columns * size * n_layer * c.dim
+        inputs += frames * size * c.n_fast_layer * c.num_codebooks * c.fast_dim
         blocks = inputs + max(slow, fast)
     else:
         blocks = n_layer * slow + c.n_fast_layer * fast
-    row_0 = min(columns, LABELS_AT_ONCE) * c.vocab_size
-    logits = 3 * 4 * (row_0 + columns * c.num_codebooks * c.codebook_size)
+    logits = 3 * 4 * (labels * c.vocab_size + frames * c.num_codebooks * c.codebook_size)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return weights + trained * 12 + blocks + logits  # gradients and two moments in fp32

@@ -128,8 +128,9 @@ def _train(
             trainer = _trainer(config, run, device, data, [*own, *callbacks])
             trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.exact else None)
     except DivergedError as error:
-        begin, log = start.checkpoint.step if start.exact else 0, trainer.loggers[0].version
-        raise ValueError(f"{error}; {_undo_step(run, error.step, log, begin)}") from error
+        begin = start.checkpoint.step if start.exact else 0
+        undone = _undo_step(run, error.step, begin, log_name=trainer.loggers[0].version)
+        raise ValueError(f"{error}; {undone}") from error
     except SystemExit as error:  # Lightning's answer to a second Ctrl+C
         raise KeyboardInterrupt from error
     except (RuntimeError, MemoryError) as error:
@@ -143,14 +144,14 @@ def _train(
     return Trained(run.checkpoint(trainer.global_step), stop.signal)
 
 
-def _undo_step(run: Run, step: int, log: int, begin: int) -> str:
+def _undo_step(run: Run, step: int, begin: int, *, log_name: str) -> str:
     """Put the checkpoint aside that a run saved of the step at which it diverged; where to go
     on."""
     earlier = [checkpoint.path for checkpoint in run.checkpoints() if checkpoint.step < step]
     if step == begin:  # the start itself: it is not this run's to move
         others = f" (--resume-from-checkpoint {earlier[-1]})" if earlier else ""
         return f"that is where it started: go on from another checkpoint{others}"
-    aside = run.set_aside(step - 1, f"diverged_{log}") if is_first() else None
+    aside = run.set_aside(step - 1, f"diverged_{log_name}") if is_first() else None
     moved = f"the checkpoint of this step was moved to {aside}; " if aside else ""
     return moved + (f"the last before it is {earlier[-1]}" if earlier else "there is none before")
 

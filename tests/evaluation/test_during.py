@@ -5,6 +5,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import finetune_tts
+from fish_speech.evaluation.during import EvaluateDuringTraining
+from fish_speech.training.lit_module import TextToSemantic
 from fish_speech.training.runs import Run
 from tests.evaluation.conftest import Hearing
 from tests.evaluation.test_project import project, trained  # noqa: F401 (fixtures)
@@ -39,3 +41,22 @@ def test_without_held_out_clips_it_says_so_before_training(project, capsys):  # 
     assert finetune_tts.main(["--project", "q", *flags]) == 2
     assert "no clip is held out" in capsys.readouterr().err
     assert not Run.of("q").checkpoints()
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_adapters_that_a_step_has_spoiled_are_not_heard(project, monkeypatch, capsys, behind):  # noqa: F811
+    def spoil(module):
+        if module.global_step == 1:
+            next(p for p in module.parameters() if p.grad is not None).grad.fill_(torch.inf)
+
+    def heard(*_):
+        raise AssertionError("spoke with adapters that are NaN")
+
+    monkeypatch.setattr(
+        "fish_speech.evaluation.project.choose_recogniser", lambda *a: (Hearing(), None)
+    )
+    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)
+    monkeypatch.setattr(TextToSemantic, "on_after_backward", spoil)
+    monkeypatch.setattr(EvaluateDuringTraining, "_evaluate", heard)
+    assert finetune_tts.main(["--project", "spoiled", *FLAGS, "--eval-every", "2"]) != 0
+    assert "the gradient is" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The loss of row 0 in parts of few labels."""
+"""The loss, of which a piece at a time is computed."""
 
 import pytest
 import torch
@@ -22,25 +22,36 @@ def gradients(model):
     return sums, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+TARGETS = ("wqkv", "w1", "w2", "w3", "output", "fast_output", "fast_embeddings")
+
+
 @pytest.mark.parametrize("low", [False, True])
-def test_labels_in_parts_are_as_all_at_once(model, low, monkeypatch):
-    """No label's logits are computed twice, and the gradients are the same, in the number formats
-    that a base in bf16 is trained with too."""
-    add_lora(model, LoRAConfig(dropout=0, targets=("wqkv", "output")))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_pieces_are_as_all_at_once(model, low, checkpointing, monkeypatch):
+    """Nothing is computed twice, and the gradients are the same, in the number formats that a base
+    in bf16 is trained with too."""
+    add_lora(model, LoRAConfig(dropout=0, targets=TARGETS))
     for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
+        if name.endswith(("lora_B", "embeddings.lora_A")):
             torch.nn.init.normal_(parameter, std=0.1)
     if low:
         to_bf16(model)
+    model.gradient_checkpointing = checkpointing
     whole, wanted = gradients(model)
-    rows = []
-    model.output.register_forward_hook(lambda _module, _args, out: rows.append(len(out)))
+    rows = {"output": [], "fast_output": []}
+    for name, seen in rows.items():
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda _module, _args, out, seen=seen: seen.append(len(out)))
     monkeypatch.setattr(loss, "LABELS_AT_ONCE", 5)
-    parts, got = gradients(model)
-    assert parts.tokens % 5, "the last part is to be a smaller one"
-    assert max(rows) == 5
-    assert sum(rows) == parts.tokens
-    torch.testing.assert_close(parts.token, whole.token, rtol=1e-3 if low else 1e-6, atol=0)
+    monkeypatch.setattr(loss, "FRAMES_AT_ONCE", 7)
+    pieces, got = gradients(model)
+    frames = pieces.codes // 8
+    for seen, count, most in ((rows["output"], pieces.tokens, 5), (rows["fast_output"], frames, 7)):
+        assert max(seen) <= most < sum(seen) == count
+        assert len(seen) == -(-count // most)
+    assert pieces.top5 == whole.top5 or low
+    for one, other in ((pieces.token, whole.token), (pieces.codebook, whole.codebook)):
+        torch.testing.assert_close(one, other, rtol=1e-3 if low else 1e-6, atol=0)
     for name, gradient in wanted.items():
         off = (got[name] - gradient).norm() / gradient.norm()
         assert off < (0.02 if low else 1e-5), name
@@ -48,7 +59,17 @@ def test_labels_in_parts_are_as_all_at_once(model, low, monkeypatch):
         assert not loss.loss_sums(model, *batch()).token.requires_grad
 
 
-def test_tied_embeddings_learn_from_labels_in_parts(monkeypatch):
+@pytest.mark.parametrize("part", ["all", "fast_"])
+def test_parameters_themselves_learn_from_pieces(model, part, monkeypatch):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part == "all" or name.startswith(part))
+    _, wanted = gradients(model)
+    monkeypatch.setattr(loss, "LABELS_AT_ONCE", 5)
+    monkeypatch.setattr(loss, "FRAMES_AT_ONCE", 7)
+    torch.testing.assert_close(gradients(model)[1], wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_tied_embeddings_learn_from_pieces(monkeypatch):
     torch.manual_seed(0)
     tied = ModelConfig(
         vocab_size=1436, dim=16, n_layer=1, n_head=2, n_local_heads=1, head_dim=8,
@@ -59,8 +80,8 @@ def test_tied_embeddings_learn_from_labels_in_parts(monkeypatch):
     torch.nn.init.normal_(model.embeddings.lora_A, std=0.1)
     whole, wanted = gradients(model)
     monkeypatch.setattr(loss, "LABELS_AT_ONCE", 5)
-    parts, got = gradients(model)
-    torch.testing.assert_close(parts.token, whole.token)
+    pieces, got = gradients(model)
+    torch.testing.assert_close(pieces.token, whole.token)
     torch.testing.assert_close(got, wanted)
     with torch.no_grad():
         merge_lora(model)

@@ -82,11 +82,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer):
     torch.testing.assert_close(*moments, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "behind"), [(signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGHUP, 0)]
+)
 def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(
-    trainer, monkeypatch, number
+    trainer, monkeypatch, number, behind
 ):
     whole = trainer("whole", "train.max_steps=5")
+    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)
     step = TextToSemantic.training_step
 
     def interrupted(module, batch, index):
@@ -126,6 +129,28 @@ def test_every_step_is_logged_as_itself_wherever_a_run_goes_on(
         figures = [Run.of(project).logged(f"train/{name}") for project in ("parts", "whole")]
         assert figures[0] == figures[1]
         assert list(figures[0]) == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_the_last_step_is_logged_whatever_the_interval(trainer, monkeypatch, behind):
+    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)
+    trainer("p", "train.max_steps=5", "train.log_every=3")
+    assert list(losses("p")) == [3, 5]
+
+
+def test_what_was_learned_before_an_error_is_logged(trainer, monkeypatch):
+    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: 1)
+    step = TextToSemantic.training_step
+
+    def failing(module, batch, index):
+        if module.global_step == 3:
+            raise KeyError("some error")
+        return step(module, batch, index)
+
+    monkeypatch.setattr(TextToSemantic, "training_step", failing)
+    with pytest.raises(KeyError, match="some error"):
+        trainer("p", "train.max_steps=5")
+    assert list(losses("p")) == [1, 2, 3]
 
 
 def test_the_last_step_has_a_validation_loss(trainer):
@@ -425,14 +450,16 @@ def test_what_does_not_learn_is_not_expected_to_keep_its_activations(model, chec
     for adapted, preset in ((whole, "r_8_alpha_16"), (model, "fast_r_8_alpha_160")):
         add_lora(adapted, compose_config(["project=p", f"lora={preset}"]).adapters)
     c, columns = model.config, 1000
-    saved = expected_memory(whole, columns, checkpointing)
-    saved -= expected_memory(model, columns, checkpointing)
+    saved = expected_memory(whole, columns, checkpointing, model.device)
+    saved -= expected_memory(model, columns, checkpointing, model.device)
     assert saved > columns * 4 * c.n_layer * c.dim  # at least the inputs of all its blocks
 
 
+@pytest.mark.parametrize("behind", [0, 1])
 def test_running_out_of_memory_says_what_to_change_and_following_it_loses_nothing(
-    trainer, monkeypatch
+    trainer, monkeypatch, behind
 ):
+    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)
     options = ("lora.dropout=0", "data.reference_share=0", "train.max_steps=5", "precision=fp32")
     whole = trainer("whole", "data.batch_size=4", *options)
     step, calls = TextToSemantic.training_step, []
