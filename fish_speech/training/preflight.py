@@ -81,7 +81,9 @@ def expected_memory(
         blocks = inputs + max(slow, fast)
     else:
         blocks = n_layer * slow + c.n_fast_layer * fast
-    logits = 3 * 4 * (labels * c.vocab_size + frames * c.num_codebooks * c.codebook_size)
+    # A card needs a copy in fp32 at most, torch's operations two.
+    copies = 4 + size if device.type == "cuda" else 3 * 4
+    logits = copies * (labels * c.vocab_size + frames * c.num_codebooks * c.codebook_size)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return weights + trained * 12 + blocks + logits  # gradients and two moments in fp32

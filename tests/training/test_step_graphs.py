@@ -7,6 +7,7 @@ import torch
 
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
 from fish_speech.training import graph
+from fish_speech.training import loss as loss_module
 from fish_speech.training.graph import StepGraphs, rounded_up
 from fish_speech.training.loss import Places, loss_sums
 from tests.conftest import golden_tensors
@@ -36,7 +37,10 @@ def gradients(model, loss):
     return torch.autograd.grad(loss, trained)
 
 
-def test_batches_of_about_a_size_share_a_graph_and_learn_what_they_are(adapted):
+@pytest.mark.parametrize("most", [5, 1000])
+def test_batches_of_about_a_size_share_a_graph_and_learn_what_they_are(adapted, monkeypatch, most):
+    for at_once in ("LABELS_AT_ONCE", "FRAMES_AT_ONCE"):  # in pieces, and whole
+        monkeypatch.setattr(loss_module, at_once, most)
     graphs, shares = StepGraphs(adapted), torch.tensor([0.01, 0.002], device=DEVICE)
     made = []
     for start in (40, 41, 42, 43):
