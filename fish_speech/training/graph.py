@@ -14,18 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from fish_speech.devices import is_out_of_memory
 from fish_speech.models.text2semantic import DualARTransformer
-from fish_speech.training.loss import LossSums, Places, loss_parts
+from fish_speech.training.loss import LossSums, Places, loss_parts, rounded_up
 
 _log = logging.getLogger(__name__)
 
 _STEPS = 4  # sizes from a power of two to the next: a batch is filled up by 9% on the average
 _MOST = 96  # graphs, each a few megabytes
-
-
-def rounded_up(size: int) -> int:
-    """The size of a graph for so many columns or labels."""
-    step = max(1, (1 << (size - 1).bit_length()) // (2 * _STEPS))
-    return -(-size // step) * step
 
 
 class CaptureError(RuntimeError):
@@ -55,10 +49,10 @@ class StepGraphs:
         most, width = self._model.config.max_seq_len, tokens.shape[2]
         if not self._works or width > most:
             return None
-        columns = min(rounded_up(width), most)
+        columns = min(rounded_up(width, _STEPS), most)
         tokens = F.pad(tokens, (0, columns - width))
         places = places.widened(width, columns)
-        size = rounded_up(max(len(places.spoken), len(places.frames), 1))
+        size = rounded_up(max(places.size(), 1), _STEPS)
         try:
             step = self._step((len(tokens), columns, size))
             return step and step(tokens, places, shares)

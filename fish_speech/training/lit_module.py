@@ -129,7 +129,7 @@ class TextToSemantic(L.LightningModule):
         tokens, places, labels = batch["tokens"], batch["places"], batch["step_labels"]
         made = self.graphs and self.graphs(tokens, places, 1 / labels)
         if made is None:
-            sums = loss_sums(self.model, tokens, places)
+            sums = loss_sums(self.model, tokens, places, fill_up=True)
             made = sums.loss(*labels), sums
         loss, sums = made
         self._step = sums.totals() + (self._step if micro else 0)
@@ -209,7 +209,7 @@ class TextToSemantic(L.LightningModule):
         self.trainer.should_stop |= self.global_step == self.trainer.max_steps
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        sums = loss_sums(self.model, batch["tokens"], batch["places"])
+        sums = loss_sums(self.model, batch["tokens"], batch["places"], fill_up=True)
         self._validation = sums.totals() + self._validation
 
     def on_validation_start(self) -> None:

@@ -19,6 +19,7 @@ from fish_speech.models.text2semantic.passes import cross_entropy
 # what the fast transformer keeps of a frame for its gradient takes 1 MB in bf16.
 LABELS_AT_ONCE, FRAMES_AT_ONCE = 256, 512
 _MORE = 4  # times as many on a GPU, whose kernels are the slower, the less they have to do
+_FILLED = 16, 16  # sizes from a power of two to the next, and how far they are apart at least
 
 
 def at_once(most: int, device: torch.device) -> int:
@@ -89,6 +90,9 @@ class Places(NamedTuple):
         )
         return self._replace(spoken=spoken, frames=frames)
 
+    def size(self) -> int:
+        return max(len(self.spoken), len(self.frames))
+
     def filled(self, size: int) -> Places:
         """With so many positions in either."""
         spoken, frames = (size - len(part) for part in (self.spoken, self.frames))
@@ -100,13 +104,31 @@ class Places(NamedTuple):
         )
 
 
-def loss_sums(model: DualARTransformer, tokens: Tensor, labels: Tensor | Places) -> LossSums:
+def rounded_up(size: int, steps: int, least: int = 1) -> int:
+    """The next of the sizes of which there are so many from a power of two to the next, `least`
+    apart at least."""
+    step = max(least, (1 << max(0, size - 1).bit_length()) // (2 * steps))
+    return -(-size // step) * step
+
+
+def loss_sums(
+    model: DualARTransformer, tokens: Tensor, labels: Tensor | Places, *, fill_up: bool = False
+) -> LossSums:
     """Losses of tokens and labels [B, K+1, T], padded on the right, or their `Places`.
 
     The output layer runs only on positions with a label, the fast transformer only on frames.
+    `fill_up` is for many batches: their sizes are rounded up by some percent, to such as come
+    again. What multiplies on a CPU is compiled for every size, and kept: at the published size a
+    second and 20 MB.
     """
     places = labels if isinstance(labels, Places) else Places.of(labels)
-    return LossSums(*loss_parts(model, tokens, places), places.ids.numel(), places.codes.numel())
+    counts = places.ids.numel(), places.codes.numel()
+    if fill_up:
+        width, most = tokens.shape[2], model.config.max_seq_len
+        columns = max(width, min(rounded_up(width, *_FILLED), most))
+        tokens = F.pad(tokens, (0, columns - width))
+        places = places.widened(width, columns).filled(rounded_up(places.size(), *_FILLED))
+    return LossSums(*loss_parts(model, tokens, places), *counts)
 
 
 def loss_parts(

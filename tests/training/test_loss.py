@@ -89,6 +89,22 @@ def test_tied_embeddings_learn_from_pieces(monkeypatch):
     torch.testing.assert_close(merged.token, whole.token.detach(), rtol=1e-4, atol=0)
 
 
+def test_batches_of_many_lengths_have_few_sizes_and_the_losses_that_they_have(model):
+    tokens, labels = batch()
+    parts = [(tokens[:, :, start:], labels[:, :, start:]) for start in range(24)]
+    with torch.no_grad():
+        exact = [loss.loss_sums(model, *part) for part in parts]
+    columns, rows = set(), set()
+    model.layers[0].register_forward_hook(lambda _module, _args, out: columns.add(out.shape[1]))
+    model.output.register_forward_hook(lambda _module, _args, out: rows.add(len(out)))
+    for part, wanted in zip(parts, exact, strict=True):
+        with torch.no_grad():
+            filled = loss.loss_sums(model, *part, fill_up=True)
+        torch.testing.assert_close(filled.totals(), wanted.totals(), rtol=1e-5, atol=0)
+    assert len(columns) <= 3
+    assert len(rows) <= 6
+
+
 def to_bf16(model):
     for name, parameter in model.named_parameters():
         if "lora_" not in name:

@@ -8,8 +8,8 @@ import torch
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
 from fish_speech.training import graph
 from fish_speech.training import loss as loss_module
-from fish_speech.training.graph import StepGraphs, rounded_up
-from fish_speech.training.loss import Places, loss_sums
+from fish_speech.training.graph import StepGraphs
+from fish_speech.training.loss import Places, loss_sums, rounded_up
 from tests.conftest import golden_tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,6 +96,6 @@ def test_where_no_graph_can_be_made_batches_are_left_to_the_caller(adapted, monk
 
 
 def test_little_is_filled_up():
-    sizes = [rounded_up(size) for size in range(1, 3000)]
+    sizes = [rounded_up(size, 4) for size in range(1, 3000)]
     assert all(size <= full <= size * 1.25 + 1 for size, full in enumerate(sizes, 1))
     assert len({full for full in sizes if 128 < full <= 1024}) == 12

@@ -435,8 +435,8 @@ def test_a_start_that_makes_nonsense_is_named_and_stays_where_it_is(trainer, mon
     assert [checkpoint.step for checkpoint in Run.of("p").checkpoints()] == [1, 2]
 
 
-def broken_sums(*args):
-    sums = loss_sums(*args)
+def broken_sums(*args, **how):
+    sums = loss_sums(*args, **how)
     return replace(sums, token=sums.token * math.nan)
 
 
