@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fish_speech.devices import is_out_of_memory
 from fish_speech.models.text2semantic import DualARTransformer
-from fish_speech.training.loss import LossSums, Places, loss_parts, rounded_up
+from fish_speech.training.loss import LossSums, Places, filled_up, loss_parts
 
 _log = logging.getLogger(__name__)
 
@@ -46,16 +45,16 @@ class StepGraphs:
     ) -> tuple[Tensor, LossSums] | None:
         """The loss, of which a label of row 0 and a code have `shares` [2], and the sums of a batch
         (see `loss.loss_sums`); None where there is no graph."""
-        most, width = self._model.config.max_seq_len, tokens.shape[2]
-        if not self._works or width > most:
+        most, counts = self._model.config.max_seq_len, places.counts
+        if not self._works or tokens.shape[2] > most:
             return None
-        columns = min(rounded_up(width, _STEPS), most)
-        tokens = F.pad(tokens, (0, columns - width))
-        places = places.widened(width, columns)
-        size = rounded_up(max(places.size(), 1), _STEPS)
+        tokens, places = filled_up(tokens, places, most, _STEPS)
         try:
-            step = self._step((len(tokens), columns, size))
-            return step and step(tokens, places, shares)
+            step = self._step((len(tokens), tokens.shape[2], len(places.spoken)))
+            if step is None:
+                return None
+            loss, parts = step(tokens, places, shares)
+            return loss, LossSums(*parts, *counts)
         except RuntimeError as error:
             if not is_out_of_memory(error) and not isinstance(error, CaptureError):
                 raise
@@ -127,8 +126,11 @@ class _Step:
         self._play: Callable[[], None] | None = None
         self._warm = False
 
-    def __call__(self, tokens: Tensor, places: Places, shares: Tensor) -> tuple[Tensor, LossSums]:
-        given = tokens, *places.filled(len(self._places.spoken)), shares
+    def __call__(
+        self, tokens: Tensor, places: Places, shares: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its parts."""
+        given = tokens, *places, shares
         for to, part in zip((self._tokens, *self._places, self._shares), given, strict=True):
             to.copy_(part)
         if self._play is None and self._warm:
@@ -136,8 +138,7 @@ class _Step:
         (self._play or self._run)()
         self._warm = True
         loss, *parts = self._figures.clone()
-        sums = LossSums(*parts, places.ids.numel(), places.codes.numel())
-        return _Made.apply(loss, self._shared.slopes, *self._shared.trained), sums
+        return _Made.apply(loss, self._shared.slopes, *self._shared.trained), parts
 
     def _run(self) -> None:
         self._figures.copy_(self._shared.run(self._tokens, self._places, self._shares))

@@ -90,8 +90,10 @@ class Places(NamedTuple):
         )
         return self._replace(spoken=spoken, frames=frames)
 
-    def size(self) -> int:
-        return max(len(self.spoken), len(self.frames))
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Labels of row 0, and codes."""
+        return self.ids.numel(), self.codes.numel()
 
     def filled(self, size: int) -> Places:
         """With so many positions in either."""
@@ -111,6 +113,17 @@ def rounded_up(size: int, steps: int, least: int = 1) -> int:
     return -(-size // step) * step
 
 
+def filled_up(
+    tokens: Tensor, places: Places, most: int, steps: int, least: int = 1
+) -> tuple[Tensor, Places]:
+    """A batch with columns, `most` of them if it hasn't more, and labels of a size as
+    `rounded_up` gives."""
+    width = tokens.shape[2]
+    columns = max(width, min(rounded_up(width, steps, least), most))
+    size = rounded_up(max(len(places.spoken), len(places.frames), 1), steps, least)
+    return F.pad(tokens, (0, columns - width)), places.widened(width, columns).filled(size)
+
+
 def loss_sums(
     model: DualARTransformer, tokens: Tensor, labels: Tensor | Places, *, fill_up: bool = False
 ) -> LossSums:
@@ -122,12 +135,9 @@ def loss_sums(
     second and 20 MB.
     """
     places = labels if isinstance(labels, Places) else Places.of(labels)
-    counts = places.ids.numel(), places.codes.numel()
+    counts = places.counts
     if fill_up:
-        width, most = tokens.shape[2], model.config.max_seq_len
-        columns = max(width, min(rounded_up(width, *_FILLED), most))
-        tokens = F.pad(tokens, (0, columns - width))
-        places = places.widened(width, columns).filled(rounded_up(places.size(), *_FILLED))
+        tokens, places = filled_up(tokens, places, model.config.max_seq_len, *_FILLED)
     return LossSums(*loss_parts(model, tokens, places), *counts)
 
 

@@ -62,6 +62,12 @@ def trainer(tmp_path, base_dir, monkeypatch):
     return run
 
 
+@pytest.fixture(params=[0, 1])
+def behind(request, monkeypatch):
+    """Steps whose figures are looked at later: none, as on a CPU, and one, as on a card."""
+    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: request.param)
+
+
 def adapters(trained):
     return trained.checkpoint.read()["state_dict"]
 
@@ -131,9 +137,7 @@ def test_every_step_is_logged_as_itself_wherever_a_run_goes_on(
         assert list(figures[0]) == [1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("behind", [0, 1])
-def test_the_last_step_is_logged_whatever_the_interval(trainer, monkeypatch, behind):
-    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)
+def test_the_last_step_is_logged_whatever_the_interval(trainer, behind):
     trainer("p", "train.max_steps=5", "train.log_every=3")
     assert list(losses("p")) == [3, 5]
 
@@ -411,11 +415,9 @@ def test_a_diverged_loss_stops_with_the_clips_named_and_keeps_the_good_checkpoin
 
 
 @pytest.mark.parametrize("validated", [False, True])
-@pytest.mark.parametrize("behind", [0, 1])
 def test_a_step_that_ruins_the_adapters_is_put_aside_and_a_lower_rate_goes_on(
-    trainer, monkeypatch, validated, behind
+    trainer, validated, behind
 ):
-    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)
     options = ("train.save_every=1", f"train.val_every={1 if validated else 100}")
     trainer("p", "train.max_steps=2", *options)
     seen = r"the (validation )?loss is nan at step 3.*moved to .*; .* is .*step_000000002\.ckpt"
@@ -455,11 +457,9 @@ def test_what_does_not_learn_is_not_expected_to_keep_its_activations(model, chec
     assert saved > columns * 4 * c.n_layer * c.dim  # at least the inputs of all its blocks
 
 
-@pytest.mark.parametrize("behind", [0, 1])
 def test_running_out_of_memory_says_what_to_change_and_following_it_loses_nothing(
     trainer, monkeypatch, behind
 ):
-    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)
     options = ("lora.dropout=0", "data.reference_share=0", "train.max_steps=5", "precision=fp32")
     whole = trainer("whole", "data.batch_size=4", *options)
     step, calls = TextToSemantic.training_step, []
@@ -481,12 +481,10 @@ def test_running_out_of_memory_says_what_to_change_and_following_it_loses_nothin
     torch.testing.assert_close(adapters(smaller), adapters(whole), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("behind", [0, 1])
 @pytest.mark.parametrize("every", [1, 2, 100])
 def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
     trainer, monkeypatch, behind, every
 ):
-    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)
     backward = TextToSemantic.on_after_backward
 
     def spoil(module):
