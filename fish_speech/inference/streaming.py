@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -10,43 +11,43 @@ from torch import Tensor
 from fish_speech.models.vqgan import Codec
 from fish_speech.models.vqgan.firefly import Memory
 
-# Frames of the first block and of the longest: the first is heard soon, the later ones take fewer
-# calls.
-FIRST_BLOCK, LONGEST_BLOCK = 6, 48
-_GROWTH = 1.2  # no faster: while a block plays, the next has to be made
-_GROWTH_ON_A_CARD = 2.0  # which makes them much sooner, but plans every length that is new to it
+# Frames of a block: the first is heard soon, the later ones take fewer calls. Few lengths, for
+# every one that is new to a process is planned by what computes it: on a CPU that takes as long as
+# decoding it twice.
+BLOCKS = 6, 12, 24, 48
+_TIMES = 4  # of each length: while a block plays, the next, twice as long, has to be made
+_TIMES_ON_A_CARD = 1  # which makes them much sooner
 
 SILENCE = 10 ** (-50 / 20)  # amplitude, -50 dBFS
 _MARGIN = 0.05  # seconds that stay before the first and after the last sound
 
 
 def decode_stream(
-    codec: Codec, frames: Iterable[Tensor], few_lengths: bool | None = None
+    codec: Codec, frames: Iterable[Tensor], times: int | None = None
 ) -> Iterator[tuple[Tensor, int]]:
     """Decode frames [K] in blocks: yields waveforms [1, n] on the CPU with their number of frames.
 
     The codec is causal and remembers what a block depends on: every block equals the same stretch
     of the whole. Blocks do not depend on time, so that the same frames always give the same blocks.
-    `few_lengths` decodes blocks of a few lengths only (None: on a CUDA card).
+    Each length of `BLOCKS` is decoded `times` times before the next (None: as suits the device).
     """
+    if times is None:
+        times = _TIMES_ON_A_CARD if codec.device.type == "cuda" else _TIMES
     memory: Memory = {}
-    block: list[Tensor] = []
-    if few_lengths is None:
-        few_lengths = codec.device.type == "cuda"
-    size, growth = float(FIRST_BLOCK), _GROWTH_ON_A_CARD if few_lengths else _GROWTH
-    for frame in frames:
-        block.append(frame)
-        if len(block) >= int(size):
-            yield _decode(codec, block, memory, len(block)), len(block)
-            block, size = [], min(size * growth, LONGEST_BLOCK)
-    if block:
-        length = int(size) if few_lengths else len(block)
-        yield _decode(codec, block, memory, length), len(block)
+    frames = iter(frames)
+    for number in itertools.count():
+        length = BLOCKS[min(number // times, len(BLOCKS) - 1)]
+        block = list(itertools.islice(frames, length))
+        if block:
+            yield _decode(codec, block, memory), len(block)
+        if len(block) < length:
+            return
 
 
-def _decode(codec: Codec, frames: list[Tensor], memory: Memory, length: int) -> Tensor:
-    """Waveform [1, n] of the frames [K] that come next, float32 on the CPU; decoded as `length`
-    frames, which changes nothing in those before."""
+def _decode(codec: Codec, frames: list[Tensor], memory: Memory) -> Tensor:
+    """Waveform [1, n] of the frames [K] that come next, float32 on the CPU; decoded as the shortest
+    block that holds them, for what follows changes nothing in them."""
+    length = min(length for length in BLOCKS if length >= len(frames))
     codes = torch.stack(frames + frames[-1:] * (length - len(frames)), dim=1)
     waveforms, _ = codec.decode(codes[None].to(codec.device), memory=memory)
     return waveforms[0, :, : len(frames) * codec.frame_length].float().cpu()

@@ -1,13 +1,10 @@
 """Decoding in blocks, and the silence at both ends."""
 
+import pytest
 import torch
 
-from fish_speech.inference.streaming import (
-    FIRST_BLOCK,
-    LONGEST_BLOCK,
-    SilenceTrimmer,
-    decode_stream,
-)
+from fish_speech.inference.streaming import BLOCKS, SilenceTrimmer, decode_stream
+from fish_speech.models.vqgan.firefly import CausalConv1d, CausalConvTranspose1d
 
 RATE = 8000
 
@@ -19,22 +16,44 @@ def test_blocks_join_to_the_whole_decoded_at_once(tts):
     whole, _ = codec.decode(codes[None])
     assert torch.allclose(torch.cat([block for block, _ in blocks], dim=1), whole[0], atol=1e-4)
     sizes = [size for _, size in blocks]
-    assert sizes[0] == FIRST_BLOCK
-    assert max(sizes) == LONGEST_BLOCK
+    assert sizes[0] == BLOCKS[0]
+    assert max(sizes) == BLOCKS[-1]
     assert sum(sizes) == 403
 
 
-def test_blocks_of_few_lengths_join_to_the_whole_too(tts, monkeypatch):
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [(1, [6, 12, 24, 48, 48, 48, 24]), (4, [6] * 4 + [12] * 4 + [24] * 4 + [48])],
+)
+def test_blocks_are_of_few_lengths_the_last_one_too(tts, monkeypatch, times, expected):
     codec, plain, lengths = tts._codec, tts._codec.decode, []
     codes = torch.randint(0, 1000, (8, 200), generator=torch.Generator().manual_seed(0))  # [K, T]
     whole, _ = plain(codes[None])
     monkeypatch.setattr(
         codec, "decode", lambda x, **more: lengths.append(x.shape[2]) or plain(x, **more)
     )
-    blocks = list(decode_stream(codec, codes.T, few_lengths=True))
+    blocks = list(decode_stream(codec, codes.T, times))
     assert torch.allclose(torch.cat([block for block, _ in blocks], dim=1), whole[0], atol=1e-4)
     assert sum(size for _, size in blocks) == 200
-    assert lengths == [6, 12, 24, 48, 48, 48, 48]
+    assert lengths == expected
+
+
+def test_every_block_is_computed_with_a_frames_channels_side_by_side(tts):
+    """As the whole is; otherwise a CPU takes two to three times as long in bfloat16."""
+    orders = []
+    hooks = [
+        module.register_forward_hook(
+            lambda module, inputs, output: orders.append((inputs[0].stride(1), output.stride(1)))
+        )
+        for module in tts._codec.head.modules()
+        if isinstance(module, CausalConv1d | CausalConvTranspose1d)
+    ]
+    for _ in decode_stream(tts._codec, torch.zeros(30, 8, dtype=torch.long)):
+        pass
+    for hook in hooks:
+        hook.remove()
+    assert len(orders) == 5 * len(hooks)
+    assert set(orders) == {(1, 1)}
 
 
 def test_two_streams_of_one_codec_do_not_mix(tts):
@@ -56,7 +75,7 @@ def test_the_first_block_comes_before_the_frames_have_ended(tts):
             yield made[-1]
 
     next(decode_stream(tts._codec, frames()))
-    assert len(made) == FIRST_BLOCK
+    assert len(made) == BLOCKS[0]
 
 
 def test_silence_goes_at_both_ends_and_stays_in_the_middle():

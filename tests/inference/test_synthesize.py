@@ -77,8 +77,7 @@ def test_the_same_seed_gives_the_same_samples_however_the_output_is_cut(
 ):
     scripted((60, True))
     usual = tts.synthesize(HELLO, seed=2)
-    monkeypatch.setattr("fish_speech.inference.streaming.FIRST_BLOCK", block)
-    monkeypatch.setattr("fish_speech.inference.streaming.LONGEST_BLOCK", block)
+    monkeypatch.setattr("fish_speech.inference.streaming.BLOCKS", (block,))
     assert torch.allclose(tts.synthesize(HELLO, seed=2), usual, atol=1e-4)
 
 

@@ -80,14 +80,16 @@ def _follow(module: nn.Module, x: Tensor, size: int, memory: Memory | None) -> T
     x = x[:, :, None]
     if size == 0:
         return x
-    before = None if memory is None else memory.get(module)
-    if before is None:
-        order = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-        before = x.new_zeros(*x.shape[:-1], size).contiguous(memory_format=order)
-    x = torch.cat([before, x], dim=-1)  # `F.pad` would write all of it twice
+    # Not `torch.cat`: a single column looks the same in either order, and it would take the wrong.
+    order = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    whole = torch.empty(
+        *x.shape[:-1], size + x.shape[-1], dtype=x.dtype, device=x.device, memory_format=order
+    )
+    whole[..., :size] = 0 if memory is None else memory.get(module, 0)
+    whole[..., size:] = x
     if memory is not None:
-        memory[module] = x[..., -size:].clone()
-    return x
+        memory[module] = whole[..., -size:].clone()
+    return whole
 
 
 class ChannelsFirstLayerNorm(nn.LayerNorm):
