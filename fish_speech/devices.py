@@ -7,6 +7,8 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from fish_speech import allowance
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -165,8 +167,18 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def limit_threads() -> None:
+    """No more threads than cores, where a container allows fewer of them than torch counts."""
+    import torch
+
+    if torch.get_num_threads() > allowance.cores():
+        set_threads(allowance.cores())
+
+
 def suit_threads(weights: Path) -> None:
-    """One thread for a model of so few bytes that more would only wait for each other."""
+    """One thread for a model of so few bytes that more would only wait for each other; for others
+    as many as there are cores."""
+    limit_threads()
     if weights.stat().st_size < _SMALL_MODEL:
         set_threads(1)
 
@@ -222,7 +234,9 @@ def free_memory(device: torch.device) -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+        allowed = allowance.memory()
+        return available if allowed is None else min(available, allowed)
     except (OSError, KeyError):
         if not hasattr(os, "sysconf"):  # Windows
             return _ASSUMED_MEMORY

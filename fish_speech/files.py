@@ -213,17 +213,27 @@ class InUseError(ValueError):
 @contextmanager
 def exclusive(folder: str | Path, what: str) -> Iterator[None]:
     """Hold the only right to write under `folder`. Raises `InUseError` that says who holds it, and
-    `ValueError` where nobody may write there.
+    `ValueError` where nobody may write there, or a file is in the way.
 
-    The operating system frees the lock when its holder dies, however it dies.
+    Where the file system has locks, the operating system frees it when its holder dies, however it
+    dies.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        way = next(part for part in (folder, *folder.parents) if part.exists())
+        raise ValueError(
+            f"{way}: is a file, and a folder is to be here; move it or choose another name"
+        ) from error
     lock, holder = FileLock(folder / ".lock"), folder / ".lock-holder"
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        try:
+            who = holder.read_text(encoding="utf-8")
+        except OSError:  # just ended, or not written yet
+            who = "another process"
         raise InUseError(f"{what} is in use by {who}; wait for it to end, or stop it") from None
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -163,3 +163,21 @@ def test_a_folder_has_one_writer(tmp_path):
         second.__enter__()
     with files.exclusive(tmp_path, "data set x"):
         assert (tmp_path / ".lock-holder").exists()
+
+
+def test_a_writer_that_can_not_be_named_is_one_all_the_same(tmp_path):
+    holder = tmp_path / ".lock-holder"
+    with files.exclusive(tmp_path, "data set x"):
+        holder.unlink()
+        holder.mkdir()  # as where it goes away between two looks: there, and not to be read
+        with pytest.raises(files.InUseError, match="in use by another process"):
+            files.exclusive(tmp_path, "data set x").__enter__()
+        holder.rmdir()
+
+
+@pytest.mark.parametrize("below", ["", "data"])
+def test_no_folder_can_be_where_a_file_is(tmp_path, below):
+    (tmp_path / "voice").write_text("mine")
+    said = r"voice: is a file, .* choose another name"
+    with pytest.raises(ValueError, match=said), files.exclusive(tmp_path / "voice" / below, "x"):
+        pass

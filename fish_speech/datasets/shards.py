@@ -210,6 +210,7 @@ def _place(name: str) -> float:
 def _source_digest(clips: list[Clip], settings: tuple) -> str:
     digest = hashlib.sha256(repr(settings).encode())
     for clip in clips:
+        digest.update(repr(clip.speaker).encode())  # the data set's name, for clips at its top
         for file in (clip.transcript, clip.codes):
             state = file.stat() if file.is_file() else None
             stamp = (state.st_size, state.st_mtime_ns) if state else None

@@ -64,6 +64,10 @@ def extract_codes(
         if current and (clip.codes.is_file() if named else _fits(clip, codec)):
             stamps[clip.name] = stamp
             result.kept += 1
+        elif not named and (what := _something_else(clip.codes)):
+            result.failed[clip.name] = (
+                f"{clip.codes}: {what}, where the clip's codes are to be; move or delete it"
+            )
         else:
             work.append(clip)
             if clip.codes.is_file():
@@ -170,6 +174,16 @@ def _fits(clip: Clip, codec: Codec) -> bool:
     except (ValueError, OSError):
         return False
     return abs(codes.shape[1] - _duration(clip) * codec.frame_rate) <= 2
+
+
+def _something_else(file: Path) -> str | None:
+    """What an array is that nobody can have meant as codes; None for codes, even bad ones."""
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        return None
+    whole = array.ndim == 2 and array.dtype.kind in "iu"
+    return None if whole else f"an array {list(array.shape)} of {array.dtype}"
 
 
 def _stamp(file: Path) -> list[int]:

@@ -47,6 +47,13 @@ def test_packing_again_does_nothing_until_something_changes(tmp_path):
     assert build(data)[1]
 
 
+def test_a_data_set_that_was_renamed_has_its_new_name_for_a_speaker(tmp_path):
+    data = make_data_set(tmp_path / "voice", {"Ann": 5}) / "Ann"
+    build(data)
+    manifest, _ = build(data.rename(tmp_path / "Anna"))
+    assert manifest.speakers == ["Anna"]
+
+
 def test_what_was_trained_on_is_never_held_out_later(tmp_path):
     few, _ = build(make_data_set(tmp_path / "few", {"Ann": 30}), validation_share=0.2)
     many, _ = build(make_data_set(tmp_path / "many", {"Ann": 120}), validation_share=0.2)

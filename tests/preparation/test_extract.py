@@ -87,6 +87,15 @@ def test_codes_made_elsewhere_are_kept_where_they_fit(data, codec, codec_dir):
     assert (result.made, result.kept) == (4, 1)
 
 
+def test_an_array_of_something_else_beside_a_clip_is_named_and_kept(data, codec, codec_dir):
+    mel = np.ones((80, 30), np.float32)
+    np.save(data / "Ann" / "c0.npy", mel)
+    result = extract_codes(data, codec, codec_dir)
+    assert result.made == 4
+    assert "c0.npy: an array [80, 30] of float32" in result.failed["Ann/c0"]
+    assert np.array_equal(np.load(data / "Ann" / "c0.npy"), mel)
+
+
 def test_a_clip_that_fails_is_named_and_the_others_are_made(data, codec, codec_dir):
     (data / "Ann" / "c0.wav").write_bytes(b"RIFF no audio")
     soundfile.write(data / "Ann" / "c1.wav", np.zeros(100), 44100)
