@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
-from fish_speech.console import print_anything, some_of, stop_as_ctrl_c_does
+from fish_speech.console import nobody_reads, print_anything, some_of, stop_as_ctrl_c_does
 from fish_speech.devices import (
     PRECISIONS,
     compile_problem,
@@ -172,8 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("\nInterrupted; what was not finished was not written.")
         return INTERRUPTED
-    except BrokenPipeError:  # who reads the output wants no more of it, as "| head" does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    except BrokenPipeError:
+        nobody_reads()
         return FAILED
     except (ValueError, OSError) as error:
         return complain(error, args, BAD_INPUT)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fish_speech.console import print_anything, stop_as_ctrl_c_does
+from fish_speech.console import nobody_reads, print_anything, stop_as_ctrl_c_does
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,10 +140,15 @@ def main(argv: list[str] | None = None) -> int:
     print_anything()
     arguments = build_parser().parse_args(argv)
     try:
-        return run(arguments)
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from here")
         return 130
+    except BrokenPipeError:
+        nobody_reads()
+        return 1
     except Exception as error:
         if arguments.debug:
             raise

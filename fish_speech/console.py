@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -13,6 +14,11 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # somebody else's stream, or none
             stream.reconfigure(errors="replace")
+
+
+def nobody_reads() -> None:
+    """Let all that is still printed go nowhere: whoever read it wants no more, as `| head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def some_of(names: Iterable[str], most: int = 3) -> str:

@@ -145,16 +145,22 @@ def split_text(text: str, *, min_bytes: int = 100, max_bytes: int = 150) -> list
 
 def longest_speech(text: str) -> float:
     """Seconds that no reading of `text` exceeds, about twice an unhurried one."""
-    letters = sum(map(str.isalpha, text))
-    wide = len(regex.findall(_SYLLABLE, text))
+    letters, wide = _letters(text)
     digits = sum(map(str.isnumeric, text))  # each may be a word of its own: "1984" is four
-    others = len(text) - letters - digits
-    return 1.5 + 0.15 * (letters - wide) + 0.5 * wide + 0.6 * digits + 0.1 * others
+    others = len(text) - letters - wide - digits
+    return 1.5 + 0.15 * letters + 0.5 * wide + 0.6 * digits + 0.1 * others
 
 
 def shortest_speech(text: str) -> float:
     """Seconds below which words of `text` must be missing: faster than anybody reads."""
-    return sum(map(str.isalpha, text)) / 40
+    letters, wide = _letters(text)
+    return letters / 40 + wide / 12
+
+
+def _letters(text: str) -> tuple[int, int]:
+    """How many letters there are, and how many that are a syllable each."""
+    wide = len(regex.findall(_SYLLABLE, text))
+    return sum(map(str.isalpha, text)) - wide, wide
 
 
 def _find_cuts(

@@ -267,8 +267,8 @@ def test_a_speaker_is_a_folder_never_a_path(home, capsys):
 
 def test_an_output_that_cannot_be_written_is_said(home, capsys, monkeypatch):
     (home / "file").touch()
-    assert run("--input", "samples", "--output", "file/data") == 1
-    assert "file" in capsys.readouterr().err
+    assert run("--input", "samples", "--output", "file/data") == 2
+    assert "file: is a file" in capsys.readouterr().err
 
     def full(path, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -287,6 +287,19 @@ def test_ctrl_c_exits_with_130(home, capsys, monkeypatch):
     monkeypatch.setattr("fish_speech.preparation.pipeline.carry_out", interrupt)
     assert run("--input", "samples", "--output", "data") == 130
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_who_reads_no_further_is_not_told_about_it(home):
+    assert run("--input", "samples", "--output", "data") == 0
+    program = subprocess.Popen(
+        [sys.executable, REPOSITORY / "prepare_dataset.py", "--check", "data"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with program:
+        program.stdout.close()
+        assert program.stderr.read() == b""
+    assert program.returncode == 1
 
 
 def test_help_loads_nothing_heavy():

@@ -144,6 +144,13 @@ def test_an_unhurried_reading_lies_within_the_bounds(text, seconds):
     assert longest_speech(text) < 4 * seconds + 2
 
 
+@pytest.mark.parametrize(
+    "text", ["你好，今天天气很好。", "안녕하세요, 반갑습니다", "Good morning to all"]
+)
+def test_nobody_reads_a_sentence_in_a_third_of_a_second(text):
+    assert shortest_speech(text) > 0.35
+
+
 @pytest.mark.parametrize("mark", ["!", "?", "…", "。", ",", "、"])
 def test_a_hundred_thousand_marks_are_cut_as_any_text(mark):
     """Quadratic work would take minutes here."""

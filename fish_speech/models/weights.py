@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fish_speech.devices import is_out_of_memory
 from fish_speech.files import atomic_path
 
 _SHOWN = 5
@@ -31,10 +32,10 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
         mappable = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
         content = torch.load(file, map_location="cpu", mmap=mappable, weights_only=True)
     except Exception as error:  # a few flipped bytes raise almost anything
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
-            f"{file}: damaged, cut short or no PyTorch weight file ({first_line}); "
-            "get or make it again"
+            f"{file}: damaged, cut short or no PyTorch weight file; get or make it again"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not a state dict")

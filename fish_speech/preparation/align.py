@@ -28,7 +28,7 @@ _TOKEN = regex.compile(
 )
 _CLOSERS = r"[\"'”’»›)\]}」』】》）]*\s*$"
 _SENTENCE_END = regex.compile(rf"[.!?…。！？｡।؟]{_CLOSERS}")
-_CLAUSE_END = regex.compile(rf"[,;:–—-，、；：،؛]{_CLOSERS}")
+_CLAUSE_END = regex.compile(rf"[,;:–—\-，、；：،؛]{_CLOSERS}")
 _LONG_UNIT = 12  # tokens without punctuation after which any gap between words may be a pause
 
 

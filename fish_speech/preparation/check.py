@@ -51,7 +51,7 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
     labels = {
         path
         for path in list_files(folder, lambda error: None)  # which `find_local` has named
-        if path.suffix == ".lab" and sources.REJECTED not in path.relative_to(folder).parts
+        if path.suffix == ".lab" and path.relative_to(folder).parts[0] != sources.REJECTED
     }
     for label in sorted(labels - {item.path.with_suffix(".lab") for item in found}):
         source = sources.printable(shown_path(label))

@@ -30,7 +30,7 @@ LONGEST_UNCUT = (
 ENOUGH_CLIPS = 12  # of a recording, to tell its language by
 TOUCHES_SECONDS = 0.1  # before the end of what is used, in which the VAD sees no pause
 SILENT, QUIET = 1e-8, 1e-5  # power: below these nothing, or no speech, can be heard
-VERSION = 5  # raise it where the same options make other clips: old ones are then made anew
+VERSION = 6  # raise it where the same options make other clips: old ones are then made anew
 
 
 @dataclass(frozen=True)

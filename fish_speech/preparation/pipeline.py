@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread, current_thread, main_thread
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from fish_speech import allowance
 from fish_speech.audio import audio_info
 from fish_speech.console import some_of
 from fish_speech.files import exclusive, remove_temporaries
@@ -24,6 +27,9 @@ from fish_speech.preparation.clips import Job, carry_out
 from fish_speech.preparation.quality import Thresholds
 from fish_speech.preparation.summary import Books, Record, Summary
 from fish_speech.preparation.transcribe import Journal, Recogniser, load_recogniser
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Semaphore
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,12 @@ def prepare(
         plain, heard = ([job for job in jobs if not books.is_done(job)] for jobs in (plain, heard))
         if before := len(recordings) - len(plain) - len(heard):
             say(f"{before} of {len(recordings)} recordings were prepared before")
-        done = in_processes(carry_out, plain, options.num_workers)
-        for record in chain(done, _listen(heard, journal)):
-            books.enter(record)
-            if options.strict and record.failure is not None:
-                break
+        # Closed before the summary is composed: no worker may still write clips then.
+        with closing(in_processes(carry_out, plain, options.num_workers)) as done:
+            for record in chain(done, _listen(heard, journal)):
+                books.enter(record)
+                if options.strict and record.failure is not None:
+                    break
         return books.compose(options.limits, drop_flagged=options.drop_flagged)
 
 
@@ -154,8 +161,9 @@ def _sort_work(
 ) -> tuple[list[Job], list[Job], Journal | None]:
     """Jobs without and with a recogniser, and its journal where there are any of the latter.
 
-    Raises `ValueError` where a model is needed and can't be had. Where it would only be of use (for
-    the times of a script's words, to check transcripts), its absence is said.
+    Raises `ValueError` where nothing can be done without a model and it can't be had. Where others
+    can be, those that need it are failures; where it would only be of use (for the times of a
+    script's words, to check transcripts), its absence is said.
     """
     if not options.auto_transcribe:
         return [Job(recording, options) for recording in recordings], [], None
@@ -165,10 +173,14 @@ def _sort_work(
         try:
             recogniser = recogniser_for(options)
         except ValueError as error:
-            if needed:
+            if needed and not any(r.problem is None and r.transcript for r in recordings):
                 raise
             say(f"{error}; going on without it")
-            useful = []
+            without = (
+                "it has no text beside it, and the recogniser that was to write one is missing"
+            )
+            recordings = [replace(r, problem=without) if r in needed else r for r in recordings]
+            needed = useful = []
     listen = {id(recording) for recording in (*needed, *useful)}
     journal = None
     if recogniser is not None and listen:
@@ -210,27 +222,33 @@ def in_processes(
 
     0 means as many as pay for their start. What a job yields doesn't depend on who does it.
     """
-    workers = min(len(work), num_workers or min(os.cpu_count() or 1, 1 + len(work) // 16))
+    workers = min(len(work), num_workers or min(allowance.cores(), 1 + len(work) // 16))
     with tqdm(total=len(work), desc="preparing", unit="file", disable=None) as progress:
         if workers <= 1:
             for job in work:
                 yield function(job)
                 progress.update()
             return
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=die_with_parent)
+        context = get_context("spawn")
+        begun = context.Semaphore(0)
+        pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(begun,))
         finished = False
         try:
-            for future in as_completed([pool.submit(function, job) for job in work]):
+            with _interrupted_later():
+                futures = [pool.submit(function, job) for job in work]
+            for future in as_completed(futures):
                 yield future.result()
                 progress.update()
             finished = True
         except BrokenProcessPool as error:
-            raise ValueError(
-                "a worker process died; with less memory use --num-workers 1"
-            ) from error
+            if begun.acquire(block=False):
+                remedy = "; with less memory use --num-workers 1"
+            else:  # each process runs the script that started it up to there
+                remedy = " at its start: put what your script does under if __name__ == '__main__':"
+            raise ValueError(f"a worker process died{remedy}") from error
         finally:
             if not finished:  # else the jobs at hand would be waited for
-                for worker in active_children():
+                for worker in list((pool._processes or {}).values()):
                     worker.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -243,6 +261,31 @@ def _listen(work: list[Job], journal: Journal | None) -> Iterator[Record]:
             yield carry_out(job, journal, progress.update)
 
 
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Hold Ctrl+C back: here, and in processes started meanwhile until they are ready for it."""
+    if not hasattr(signal, "pthread_sigmask") or current_thread() is not main_thread():
+        yield  # Windows has no such thing; other threads are never interrupted
+        return
+    came: list[tuple] = []  # blocked is the main thread alone: the kernel may choose another
+    usual = signal.signal(signal.SIGINT, lambda *what: came.append(what))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, usual)
+        if came and callable(usual):
+            usual(*came[0])
+
+
+def _begin(begun: Semaphore) -> None:
+    die_with_parent()
+    if hasattr(signal, "pthread_sigmask"):  # ready for what was held back
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    begun.release()
+
+
 def die_with_parent() -> None:
     """Make a worker end at once with the run that started it: by Ctrl+C, or however it dies."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -251,4 +294,4 @@ def die_with_parent() -> None:
         parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    Thread(target=watch, daemon=True).start()

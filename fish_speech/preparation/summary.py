@@ -7,24 +7,34 @@ The summary is a function of the records alone, so it is the same however often 
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fish_speech.files import read_json, read_text, write_json, write_text
+from fish_speech.files import (
+    AUDIO_SUFFIXES,
+    read_json,
+    read_text,
+    shown_path,
+    write_json,
+    write_text,
+)
 from fish_speech.preparation import quality
 from fish_speech.preparation.corrections import Corrections
-from fish_speech.preparation.sources import RECORDS, REJECTED, SUMMARY_NAME, has_vanished
+from fish_speech.preparation.sources import (
+    RECORDS,
+    REJECTED,
+    SUMMARY_NAME,
+    has_vanished,
+    printable,
+)
 
 if TYPE_CHECKING:
     from fish_speech.preparation.clips import Job
 
 FRESH = f"{RECORDS}/.tmp-clips"  # in the data set: clips that are made and not yet entered
-_CLIP_FILE = re.compile(r"(.+)_\d{4,}\.(wav|lab|json)")
-
 _DELETED = "was deleted"
 
 Key = tuple[str, str]  # (speaker, name), casefolded: file systems may not tell cases apart
@@ -37,7 +47,8 @@ class Record:
     `clips` and `skipped` are entries of the summary, the clips yet without flags; `failure` says
     why nothing of it could be used; `recipe` tells what it was made with. `scripted`: its texts are
     those of a transcript beside it, whose `encoding` is there where it was guessed. `language` is
-    what a recogniser was to hear, where that was told or found out.
+    what a recogniser was to hear, where that was told or found out. `pending` are the files of old
+    and new clips while these change places: a run that ends then leaves some of both.
     """
 
     speaker: str
@@ -54,6 +65,7 @@ class Record:
     scripted: bool = False
     encoding: str | None = None
     language: str | None = None
+    pending: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,8 @@ class Books:
                 continue  # of another version: its recording is prepared anew
             self.records[_key(record.speaker, record.name)] = record
         self._any_clip_is_there = any(
-            self._is_there(clip) for record in self.records.values() for clip in record.clips
+            record.pending or any(map(self._is_there, record.clips))
+            for record in self.records.values()
         )
         self.corrections = Corrections(folder / "corrections.json")
 
@@ -124,6 +137,7 @@ class Books:
             record is not None
             and record.recipe == job.recipe
             and record.failure is None
+            and not record.pending
             and (self._any_clip_is_there or not record.clips)
         )
 
@@ -131,6 +145,13 @@ class Books:
         """Note what became of a recording. Where it failed, clips that it has from before stay."""
         key = _key(record.speaker, record.name)
         old = self.records.get(key)
+        own = _files_of(old)
+        if (foreign := self._foreign(record, own)) is not None:
+            record.failure = (
+                f"a clip of it would take the place of {printable(shown_path(foreign))}, which is "
+                "not known to be one: rename that file and its .lab"
+            )
+            record.clips, record.skipped = [], []
         if record.failure is not None:
             self.failures[key] = record
             if old is not None and any(map(self._is_there, old.clips)):
@@ -139,7 +160,12 @@ class Books:
         self._note_corrections(old)
         if old is not None and old.digest == record.digest and self._any_clip_is_there:
             self._keep_away(record, old)
-        self.clear([key])
+        # What was kept away is on the books before the old clips go, lest a crash forget it.
+        self._write(replace(record, clips=[], pending=sorted(own | _files_of(record))))
+        before = self._path_of(old or record)
+        if before.exists() and not before.samefile(self._path_of(record)):  # in another case
+            before.unlink()
+        self._remove(own)
         for clip in record.clips:
             fresh, home = self.folder / FRESH / clip["file"], self.folder / clip["file"]
             home.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +174,16 @@ class Books:
         self._correct(record, old)
         self.records[key] = record
         self._write(record)
+
+    def _foreign(self, record: Record, own: set[str]) -> Path | None:
+        """Sound that is in the place of a new clip and is not of the recording's `own` clips."""
+        own = {file.casefold() for file in own}
+        for clip in record.clips:
+            home, away = self._places(clip)
+            for path in (away, *map(home.with_suffix, sorted(AUDIO_SUFFIXES))):
+                if clip["file"].casefold() not in own and path.exists():
+                    return path
+        return None
 
     def _keep_away(self, record: Record, old: Record) -> None:
         """Leave out those new clips whose speech is mostly of clips that were deleted by hand."""
@@ -162,16 +198,12 @@ class Books:
                 record.clips.remove(clip)
                 record.skipped.append(_deleted(clip))
 
-    def clear(self, keys: Iterable[Key]) -> None:
-        """Remove what stands under these names, finished or left half done."""
-        keys = set(keys)
-        for key in keys & self.records.keys():
-            record = self.records.pop(key)
-            (self.folder / RECORDS / record.speaker / f"{record.name}.json").unlink(missing_ok=True)
-        for speaker in {key[0] for key in keys}:
-            for parent in (self.folder, self.folder / REJECTED):
-                for path in _clips_of(parent, speaker, keys):
-                    path.unlink()
+    def _remove(self, files: set[str]) -> None:
+        """Remove these clips, wherever they are."""
+        for file in files:
+            home, away = self._places({"file": file})
+            for path in (home, home.with_suffix(".lab"), away, away.with_suffix(".json")):
+                path.unlink(missing_ok=True)
 
     def compose(self, thresholds: quality.Thresholds, *, drop_flagged: bool = False) -> Summary:
         """Make the summary of all records and write it.
@@ -191,7 +223,10 @@ class Books:
         return summary
 
     def _write(self, record: Record) -> None:
-        write_json(self.folder / RECORDS / record.speaker / f"{record.name}.json", asdict(record))
+        write_json(self._path_of(record), asdict(record))
+
+    def _path_of(self, record: Record) -> Path:
+        return self.folder / RECORDS / record.speaker / f"{record.name}.json"
 
     def _places(self, clip: dict[str, Any]) -> tuple[Path, Path]:
         return self.folder / clip["file"], self.folder / REJECTED / clip["file"]
@@ -294,7 +329,8 @@ class Books:
                 and (key[0], record.address) in done
             )
             if not record.clips and (is_mended or has_vanished(record.address)):
-                self.clear([key])
+                self._remove(_files_of(record))
+                self._path_of(self.records.pop(key)).unlink(missing_ok=True)
             elif deleted:
                 self._write(record)
 
@@ -316,14 +352,6 @@ def _key(speaker: str, name: str) -> Key:
     return speaker.casefold(), name.casefold()
 
 
-def _clips_of(parent: Path, speaker: str, keys: set[Key]) -> list[Path]:
-    """The files under `parent` that are clips of recordings among `keys` by this speaker."""
-    if not parent.is_dir():
-        return []
-    return [
-        path
-        for folder in parent.iterdir()
-        if folder.is_dir() and folder.name.casefold() == speaker
-        for path in folder.iterdir()
-        if (found := _CLIP_FILE.fullmatch(path.name)) and _key(speaker, found[1]) in keys
-    ]
+def _files_of(record: Record | None) -> set[str]:
+    """The clips that are in the data set because of a recording, or may be."""
+    return {clip["file"] for clip in record.clips} | {*record.pending} if record else set()

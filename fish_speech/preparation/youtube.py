@@ -169,15 +169,24 @@ def _ask(address: str, settings: dict[str, Any]) -> dict[str, Any]:
         with yt_dlp.YoutubeDL(settings) as downloader:
             return downloader.extract_info(address) or {}
     except yt_dlp.utils.YoutubeDLError as error:
-        reason = str(error).removeprefix("ERROR: ").split("; please report")[0].strip()
+        reason = _plain(str(error).removeprefix("ERROR: "))
         raise ValueError(
             f"{address} can't be downloaded: {reason.rstrip('.')}. {_remedy(reason)}"
         ) from error
 
 
+def _plain(message: str) -> str:
+    """What yt-dlp says, without what is for its developers."""
+    return re.split(r"; please report|\(caused by", message)[0].strip()
+
+
 def _remedy(reason: str) -> str:
+    if re.search(r"resolve|[Nn]ame resolution|Network is unreachable", reason):
+        return "Is there a network? The same command goes on where this one stopped"
     if re.search(r"time[d ]+out|Giving up|resolv|[Cc]onnection|HTTP Error 5", reason):
         return "The same command goes on where this one stopped"
+    if re.search(r"truncated|not a valid URL", reason):
+        return "Copy the address of the video from the browser, whole"
     return (
         "Update yt-dlp (pip install -U 'yt-dlp[default,deno]'); a video that asks for a login "
         "needs --cookies or --cookies-from-browser"
@@ -188,7 +197,7 @@ class _Quiet:
     """yt-dlp's messages: warnings are passed on, its errors are raised and said once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.warning = say
+        self.warning = lambda message: say(_plain(message))
 
     def debug(self, message: str) -> None:
         pass

@@ -152,6 +152,29 @@ def test_lengths_keep_every_word_whatever_the_islands():
             assert all(piece.text for piece in pieces)
 
 
+@pytest.mark.parametrize(
+    "clauses",
+    [
+        ["昨天下了雨，", "今天很晴朗。”", "我们去公园！", "他说；", "她也去。"],
+        ["昨日は雨でした、", "今日は晴れです。", "行こう」：", "と言った。"],
+        ["어제는 비가 왔고, ", "오늘은 맑다. ", "“산책하자!” ", "그가 말했다."],
+        ["It rained — ", "it’s “very” dry now; ", "a well-known ‘sea’ - ", "so."],
+    ],
+)
+def test_clauses_end_at_punctuation_in_any_script(clauses):
+    script = "".join(clauses)
+    assert [text for text, _ in align._units(script)] == clauses
+    islands, time = [], 0.0
+    for clause in clauses:
+        islands.append((time, time + 0.1 * align.spoken_letters(clause)))
+        time = islands[-1][1] + 0.5
+    assert [piece.text for piece in align.align_lengths(script, islands)] == clauses
+
+
+def test_a_long_chinese_script_has_few_units():
+    assert len(align._units("今天天气很好，我们走。" * 2500)) == 5000
+
+
 def test_hours_are_aligned_in_seconds():
     sentences = sentences_of(900)  # more than one hour
     words, islands = spoken(sentences)

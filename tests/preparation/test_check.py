@@ -68,6 +68,15 @@ def test_everything_that_is_wrong_is_named(by_hand, utterances):
     assert "spoil training" in text
 
 
+def test_only_the_folder_of_rejected_clips_is_not_looked_at(by_hand):
+    for folder in (by_hand / "rejected", by_hand / "Anna" / "rejected"):
+        folder.mkdir()
+        (folder / "alone.lab").write_text("Nobody says this.")
+    (entry,) = look(by_hand).skipped
+    assert entry["source"].endswith("Anna/rejected/alone.lab")
+    assert entry["reason"] == "has no recording"
+
+
 def test_transcripts_are_compared_where_a_recogniser_is_there(by_hand, monkeypatch, utterances):
     texts = [utterances[0].text, utterances[1].text.upper(), "Wrong.", utterances[3].text]
 

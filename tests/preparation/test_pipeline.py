@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,7 +21,7 @@ import soundfile
 from fish_speech import files
 from fish_speech.preparation import clips, transcribe
 from fish_speech.preparation.align import Word
-from fish_speech.preparation.pipeline import prepare
+from fish_speech.preparation.pipeline import carry_out, in_processes, prepare
 from fish_speech.preparation.quality import Thresholds
 from fish_speech.preparation.transcribe import Heard
 
@@ -416,6 +418,23 @@ def test_a_model_that_would_only_help_is_done_without(take, options, monkeypatch
     assert said == ["whisper model 'base' can't be downloaded; going on without it"]
 
 
+def test_without_a_model_what_has_its_text_is_prepared_and_the_rest_named(
+    folder, options, monkeypatch
+):
+    def offline(*_, **__):
+        raise ValueError("no network")
+
+    monkeypatch.setattr("fish_speech.preparation.pipeline.load_recogniser", offline)
+    source = folder(2)
+    sorted(source.rglob("*.txt"))[0].unlink()
+    said = []
+    summary = prepare(replace(options, input=str(source), auto_transcribe=True), say=said.append)
+    assert said == ["no network; going on without it"]
+    assert len(summary.clips) == 1
+    (left_out,) = summary.skipped
+    assert "no text beside it" in left_out["reason"]
+
+
 def test_only_the_first_minutes_are_used(take, options, reader):
     recording = take(8)
     options = replace(options, input=str(recording.path), max_duration=9 / 60)
@@ -483,6 +502,60 @@ def test_strict_stops_at_the_first_failure(folder, options):
     summary = prepare(replace(options, input=str(source), strict=True, num_workers=1))
     assert (len(summary.clips), summary.failed) == (0, 1)
     assert len(prepare(replace(options, input=str(source))).clips) == 2
+
+
+def test_no_worker_goes_on_when_the_summary_is_composed(folder, options, monkeypatch):
+    source, summaries = folder(3), []
+    (source / "take 0.txt").unlink()
+
+    def working(function, jobs, num_workers):
+        try:
+            yield from map(carry_out, jobs)
+        finally:
+            summaries.append((options.output / "dataset_summary.json").exists())
+
+    monkeypatch.setattr("fish_speech.preparation.pipeline.in_processes", working)
+    assert prepare(replace(options, input=str(source), strict=True)).failed == 1
+    assert summaries == [False]
+
+
+def test_as_many_workers_as_there_are_cores_for_this_process(monkeypatch):
+    monkeypatch.setattr("fish_speech.allowance.cores", lambda: 1)
+    done = in_processes(lambda job: os.getpid(), [None] * 64, 0)
+    assert set(done) == {os.getpid()}
+
+
+@pytest.mark.slow
+def test_an_interruption_ends_the_workers_and_no_other_process():
+    other_end, end = multiprocessing.Pipe()
+    other = multiprocessing.get_context("spawn").Process(target=end.recv)
+    other.start()
+    done = in_processes(math.sqrt, [4.0] * 3, 2)
+    assert next(done) == 2
+    done.close()
+    assert multiprocessing.active_children() == [other]
+    other_end.send(None)
+    other.join()
+    assert other.exitcode == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_said_with_the_remedy(folder, tmp_path):
+    with pytest.raises(ValueError, match="a worker process died; with less memory use --num-work"):
+        list(in_processes(os._exit, [1, 1], 2))
+    source = folder(2)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from fish_speech.preparation import Options, prepare\n"
+        f"prepare(Options({str(source)!r}, {str(tmp_path / 'data')!r}, num_workers=2))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True
+    )
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ValueError: a worker process died at its start: ")
+    assert "under if __name__ == '__main__':" in last
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +71,74 @@ def test_a_deleted_clip_stays_away_when_the_others_are_made_anew(take, options):
     assert [(clip["start"], clip["end"]) for clip in after.clips] == [spans[0], *spans[2:]]
     assert f"its clip {before[1]['file']} was deleted" in [s["reason"] for s in after.skipped]
     assert prepare(replace(options, normalize=False)) == after
+
+
+@pytest.mark.parametrize("replaced", [0, 1, 4])
+def test_a_deleted_clip_stays_away_after_a_crash_too(take, options, monkeypatch, replaced):
+    recording = take(6, (0.8,))
+    recording.path.with_suffix(".txt").write_text(" ".join(recording.texts))
+    options = replace(options, input=str(recording.path), segment_duration=4.0)
+    others = replace(options, output=options.output.with_name("others"))
+    for output in (options.output, others.output):
+        before = prepare(replace(options, output=output)).clips
+        (output / before[1]["file"]).unlink()
+    expected = prepare(replace(others, normalize=False))
+    left = [replaced]
+
+    class Killed(BaseException):
+        pass
+
+    def dying(*paths):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        os.replace(*paths)
+
+    monkeypatch.setattr("fish_speech.preparation.summary.os", SimpleNamespace(replace=dying))
+    with pytest.raises(Killed):  # while old and new clips change places
+        prepare(replace(options, normalize=False))
+    monkeypatch.undo()
+    assert prepare(replace(options, normalize=False)) == expected
+    assert len(expected.clips) == len(before) - 1
+    trees = [
+        {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        for folder in (options.output, others.output)
+    ]
+    assert trees[0] == trees[1]
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_clips_that_were_made_by_hand_stay(folder, options, suffix):
+    options = replace(options, input=str(folder(2)))
+    (speaker := options.output / "Me").mkdir(parents=True)
+    for name in (f"take_0_0001{suffix}", "take_0_0001.lab", "take_0_0007.wav", "take_0_0007.lab"):
+        (speaker / name).write_text(f"{name}, by hand")
+    by_hand = contents(speaker)
+    for normalize in (True, False):
+        summary = prepare(replace(options, normalize=normalize))
+        assert by_hand.items() <= contents(speaker).items()
+        assert [clip["file"] for clip in summary.clips] == ["Me/take_1_0001.wav"]
+        assert summary.failed == 1
+        (entry,) = summary.skipped
+        assert f"Me/take_0_0001{suffix}" in entry["reason"]
+    for path in speaker.glob("take_0_0001*"):
+        path.rename(path.with_stem("mine"))
+    made = set(speaker.glob("take_1*"))
+    by_hand = {path: data for path, data in contents(speaker).items() if path not in made}
+    for normalize in (True, False):
+        summary = prepare(replace(options, normalize=normalize))
+        assert (len(summary.clips), summary.failed) == (2, 0)
+        assert by_hand.items() <= contents(speaker).items()
+
+
+def test_a_speaker_in_capitals_is_the_same_one(folder, options):
+    options = replace(options, input=str(folder(2)))
+    prepare(options)
+    for name in ("ME", "Me"):
+        summary = prepare(replace(options, speaker=name, normalize=False))
+        prepare(replace(options, speaker=name))
+        assert (len(summary.clips), summary.speakers, summary.failed) == (2, [name], 0)
+        assert len(list(options.output.glob("*/*.wav"))) == 2
 
 
 def test_corrections_survive_rejection(folder, options):

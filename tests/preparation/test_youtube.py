@@ -119,6 +119,19 @@ def test_what_a_busy_server_refuses_is_to_be_tried_again(server, tmp_path):
         youtube.fetch(f"{server.address}/a.wav", tmp_path / "downloads", "me")
 
 
+@pytest.mark.parametrize(
+    ("address", "remedy"),
+    [
+        ("http://127.0.0.1:1/talk.mp3", "Connection refused. The same command goes on"),
+        ("https://youtube.com/watch?v=VIDEO_ID", "Copy the address of the video"),
+    ],
+)
+def test_what_can_not_be_reached_is_said_without_exceptions(tmp_path, address, remedy):
+    with pytest.raises(ValueError, match=remedy) as caught:
+        youtube.fetch(address, tmp_path / "downloads", "me")
+    assert "caused by" not in str(caught.value)
+
+
 def test_a_missing_video_ends_in_one_line_with_the_remedy(server, tmp_path):
     with pytest.raises(ValueError, match="404") as caught:
         youtube.fetch(f"{server.address}/none.webm", tmp_path / "downloads", "me")
