@@ -15,6 +15,8 @@ from fish_speech.devices import keep_freed_memory, resolve_device, resolve_preci
 from fish_speech.files import list_audio, list_files
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fish_speech.datasets.shards import Manifest
     from fish_speech.evaluation.leaderboard import Leaderboard
     from fish_speech.training.config import RunConfig
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 EPILOG = """\
-exit codes: 0 done, 1 done but some clips failed, 2 bad usage or bad input, 130 interrupted
+exit codes: 0 done, 1 done but some clips or the evaluation failed, 2 bad usage or bad input,
+  130 interrupted
 
 examples:
   finetune_tts.py --project me --data-dir training_data/me --full-pipeline --max-steps 300
@@ -107,6 +110,24 @@ def build_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
+_STAGES = (
+    *("full_pipeline", "prepare_data", "extract_tokens", "build_dataset", "train"),
+    *("merge_weights", "merge_best", "evaluate", "list_checkpoints"),
+)
+_HEEDED_BY = {  # flags that are ignored elsewhere
+    "resume_latest": ("train",),
+    "resume_from_checkpoint": ("train",),
+    "eval_every": ("train",),
+    "checkpoint_path": ("train", "merge_weights"),
+    "checkpoint_step": ("merge_weights", "merge_best", "evaluate"),
+    "eval_samples": ("evaluate", "merge_best"),
+    "texts": ("evaluate", "merge_best"),
+    "speaker_encoder": ("evaluate", "merge_best", "eval_every"),
+    "whisper_model": ("prepare_data", "evaluate", "merge_best", "eval_every"),
+    "speaker": ("prepare_data",),
+    "batch_size_extract": ("extract_tokens", "train"),
+    "num_workers_extract": ("extract_tokens", "train"),
+}
 _POSITIVE = ("batch_size_extract", "eval_samples", "eval_every")  # the config checks its own
 
 
@@ -121,15 +142,12 @@ def make_config(
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise `ValueError` for impossible values and combinations."""
-    stages = ("full_pipeline", "prepare_data", "extract_tokens", "build_dataset", "train",
-              "merge_weights", "merge_best", "evaluate", "list_checkpoints")  # fmt: skip
-    if not any(getattr(args, stage) for stage in stages):
-        names = ", ".join("--" + stage.replace("_", "-") for stage in stages)
-        raise ValueError(f"nothing to do: give a stage ({names})")
+    if not any(getattr(args, stage) for stage in _STAGES):
+        raise ValueError(f"nothing to do: give a stage ({', '.join(map(as_flag, _STAGES))})")
     for name in _POSITIVE:
         value = getattr(args, name)
         if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+            raise ValueError(f"{as_flag(name)} {value}: must be above 0")
     if args.force_mps:
         if args.device not in (None, "mps"):
             raise ValueError(f"--force-mps and --device {args.device} exclude each other")
@@ -149,9 +167,27 @@ def check_arguments(args: argparse.Namespace) -> None:
             )
         if args.checkpoint_step:
             raise ValueError("--checkpoint-path names what to merge: no --checkpoint-step")
-    needs_data = stages[:5]
-    if args.data_dir is None and any(getattr(args, stage) for stage in needs_data):
+    parser = build_parser()
+    for name, stages in _HEEDED_BY.items():
+        if args.evaluate is False and "evaluate" in stages:
+            continue  # --no-evaluate says by itself what they are worth
+        if getattr(args, name) != parser.get_default(name) and not does_any_of(args, stages):
+            names = " or ".join(map(as_flag, stages))
+            raise ValueError(f"{as_flag(name)} belongs to {names}: leave it out here")
+    if args.data_dir is None and any(getattr(args, stage) for stage in _STAGES[:5]):
         raise ValueError("--data-dir is missing: the data set, or the raw recordings")
+
+
+def as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def does_any_of(args: argparse.Namespace, stages: Sequence[str]) -> bool:
+    """Whether one of these is asked for, by itself or as a part of `--full-pipeline`."""
+    parts = _STAGES[1:6] if args.full_pipeline else ()
+    if args.full_pipeline and args.evaluate is None:
+        parts += ("evaluate",)
+    return any(getattr(args, stage) or stage in parts for stage in stages)
 
 
 def prepare_stage(args: argparse.Namespace) -> None:
@@ -278,7 +314,7 @@ def train_stage(
 
 def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
     """Checkpoints -> `results/<project>/evaluation`; None where nobody asked and it failed."""
-    from fish_speech.evaluation.project import Request, evaluate
+    from fish_speech.evaluation.project import NothingToMeasureError, Request, evaluate
 
     try:
         board = evaluate(run, Request.of_flags(vars(args)), say)
@@ -288,6 +324,7 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
         if args.debug:
             traceback.print_exc()
         say(f"not evaluated: {error}")  # the pipeline goes on
+        args.failures += not isinstance(error, NothingToMeasureError)
         return None
     print(board.recommendation)
     return board
@@ -336,8 +373,9 @@ def run_stages(args: argparse.Namespace) -> int:
         if not is_first():
             return OK  # the first process goes on, and answers for all
         if stopped_by is not None:
-            named = "--resume-latest in place of --resume-from-checkpoint"
-            say(f"stopped; {named if args.resume_from_checkpoint else 'the same command'} goes on")
+            named = "resume_from_checkpoint" if args.resume_from_checkpoint else "checkpoint_path"
+            other = f"--resume-latest in place of {as_flag(named)}"
+            say(f"stopped; {other if getattr(args, named) else 'the same command'} goes on")
             return INTERRUPTED if stopped_by == signal.SIGINT else 128 + stopped_by
     board = None
     if args.evaluate or (everything and args.evaluate is None):
@@ -355,6 +393,10 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
     everything, data_dir = args.full_pipeline, args.data_dir
     training = everything or args.train
     config = make_config(args, data_dir)  # which refuses what can't be before hours of preparing
+    if processes.is_first() and does_any_of(args, ("evaluate", "merge_best", "eval_every")):
+        from fish_speech.evaluation.project import Request, check_named
+
+        check_named(Request.of_flags(vars(args)))  # for the same reason
     with processes.data_processes() as (rank, world_size):
         if args.prepare_data or (everything and is_raw(data_dir)):
             if processes.is_first():
@@ -371,8 +413,9 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             return None
         if training:
             start = find_start(args, config, run)
-            if start.exact and run.remembered_config.is_file():
-                config = make_config(args, data_dir, remembered=run.remembered_config)
+        goes_on = start.exact if training else run.checkpoints()
+        if goes_on and run.remembered_config.is_file():
+            config = make_config(args, data_dir, remembered=run.remembered_config)
         device = resolve_device(config.device, config.train.devices if training else 1)
         if training:
             resolve_precision(config.precision, device, training=True)

@@ -58,6 +58,17 @@ def recordings(folder: Path, count: int) -> None:
             (folder / part.name).write_bytes(part.read_bytes())
 
 
+def test_no_command_that_stands_in_writing_is_refused():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
+    written = [COMMANDS, finetune_tts.EPILOG, readme, makefile]
+    commands = re.findall(r"finetune_tts\.py (--project .*)", "\n".join(written))
+    assert len(commands) > 25
+    for command in commands:
+        args = finetune_tts.build_parser().parse_args(shlex.split(command))
+        finetune_tts.check_arguments(args)
+
+
 @pytest.mark.slow
 def test_every_command_of_the_guide_works_as_typed(tmp_path, monkeypatch, base_dir, capsys):
     monkeypatch.chdir(tmp_path)

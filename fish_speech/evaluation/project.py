@@ -39,7 +39,7 @@ from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import add_lora, load_lora, merge_lora
 from fish_speech.models.vqgan.codec import find_codec
 from fish_speech.preparation.extract import codecs_of_codes
-from fish_speech.preparation.transcribe import Journal
+from fish_speech.preparation.transcribe import Journal, load_recogniser
 from fish_speech.text import is_speakable, lines_of
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.runs import Checkpoint, Run, recorded_lora
@@ -100,6 +100,10 @@ class Request:
             ("--speaker-encoder", self.speaker_encoder),
         )
         return join(str(word) for flag in given if flag[1:] not in ((), (None,)) for word in flag)
+
+
+class NothingToMeasureError(ValueError):
+    """No clip is held out, and no texts are given."""
 
 
 class AdaptedBase:
@@ -171,7 +175,10 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     device = resolve_device(request.device)
     usual = SAMPLES // 2 if request.brief and device.type == "cpu" else SAMPLES
     samples = request.samples or usual
-    lines = data.plan(further, samples, say)
+    try:
+        lines = data.plan(further, samples, say)
+    except ValueError as error:
+        raise NothingToMeasureError(str(error)) from error
     base = AdaptedBase(base_dir, device, resolve_precision(request.precision, device))
     folder = evaluation_folder(run)
     with exclusive(folder, f"the evaluation of project '{run.project}'"):
@@ -249,6 +256,17 @@ def listener_for(
     if recogniser is not None and journal is not None:
         recogniser = Journal(recogniser, journal)
     return Listener(recogniser, load_encoder(speaker_encoder, device))
+
+
+def check_named(request: Request) -> None:
+    """Raise `FileNotFoundError` or `ValueError` where texts or models that were asked for by name
+    can't be had."""
+    if request.texts:
+        read_texts(request.texts)
+    if request.speaker_encoder:
+        load_encoder(request.speaker_encoder, "cpu")
+    if request.whisper_model:
+        load_recogniser(request.whisper_model, device="cpu")
 
 
 def read_texts(file: Path) -> list[str]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import MISSING, OmegaConf
 
 from fish_speech.hub import model_versions
 from fish_speech.models.text2semantic.lora import LoRAConfig
 from fish_speech.training.lit_module import OptimizerConfig
 
+SCHEDULES = ("constant", "wsd", "cosine")  # of `OptimizerConfig.rate`
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _GROUPS = {"model_version": "model", "lora_config": "lora"}  # by flag
 _KEYS = {
@@ -157,23 +160,56 @@ def lora_presets() -> list[str]:
 
 
 _AT_LEAST_ONE = (
-    *("max_steps", "gradient_accumulation_steps", "save_every", "val_every", "log_every"),
-    *("keep_checkpoints", "devices", "num_nodes", "batch_size", "max_length"),
+    *("train.max_steps", "train.gradient_accumulation_steps", "train.save_every"),
+    *("train.val_every", "train.log_every", "train.keep_checkpoints", "train.devices"),
+    *("train.num_nodes", "data.batch_size", "data.max_length"),
+)
+_AT_LEAST_ZERO = (
+    *("train.gradient_clip", "data.num_workers", "optimizer.warmup_steps", "optimizer.eps"),
+    "optimizer.weight_decay",
+)
+_SHARES = (
+    *("data.validation_share", "data.reference_share"),
+    *("optimizer.decay_share", "optimizer.final_share"),
 )
 
 
 def _check_ranges(config: RunConfig) -> None:
-    for name, section in (("data", config.data), ("train", config.train)):
-        for item in fields(section):
-            value = getattr(section, item.name)
-            if item.name in _AT_LEAST_ONE and value is not None and value < 1:
-                raise ValueError(f"config: {name}.{item.name} is {value}; it must be at least 1")
-    if not config.optimizer.learning_rate > 0:
-        rate = config.optimizer.learning_rate
-        raise ValueError(f"config: optimizer.learning_rate is {rate}; it must be above 0")
-    for name in ("validation_share", "reference_share"):
-        if not 0 <= getattr(config.data, name) <= 1:
-            raise ValueError(f"config: data.{name} is {getattr(config.data, name)}, not 0 to 1")
+    for least, keys in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
+        for key in keys:
+            value = attrgetter(key)(config)
+            if value is not None and not value >= least:
+                raise ValueError(f"config: {key} is {value}; it must be at least {least}")
+    for key in ("optimizer.learning_rate", "lora.alpha"):
+        if not attrgetter(key)(config) > 0:
+            raise ValueError(f"config: {key} is {attrgetter(key)(config)}; it must be above 0")
+    for key in _SHARES:
+        if not 0 <= attrgetter(key)(config) <= 1:
+            raise ValueError(f"config: {key} is {attrgetter(key)(config)}, not 0 to 1")
+    for key in ("lora.dropout", "train.dropout"):
+        value = attrgetter(key)(config)
+        if not 0 <= value < 1:
+            raise ValueError(f"config: {key} is {value}; it must be from 0 to below 1")
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(
+            f"config: optimizer.betas is {list(betas)}; it must be two numbers from 0 to below 1"
+        )
+    schedule, strategy = config.optimizer.schedule, config.train.strategy
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"config: optimizer.schedule is {schedule!r}; use one of {', '.join(SCHEDULES)}"
+        )
+    if strategy not in ("auto", *StrategyRegistry.available_strategies()):
+        raise ValueError(
+            f"config: train.strategy is {strategy!r}, none of Lightning's; use auto or ddp"
+        )
+    device, cards = config.device, config.train.devices
+    if device.startswith("cuda:") and cards > 1:
+        raise ValueError(
+            f"--device {device} is one card and --devices {cards} are several: give --device cuda, "
+            "or --devices 1"
+        )
     if str(config.train.gradient_checkpointing).lower() not in ("auto", "true", "false"):
         raise ValueError(
             f"config: train.gradient_checkpointing is {config.train.gradient_checkpointing!r}; "

@@ -73,7 +73,7 @@ class Run:
 
     @property
     def remembered_config(self) -> Path:
-        """The composed config of the latest start."""
+        """The composed config of the latest start that came to a checkpoint."""
         return self.configs / "latest.yaml"
 
     def new_log(self) -> str:
@@ -255,6 +255,11 @@ def choose_start(
             raise ValueError(
                 f"project '{run.project}' has checkpoints of its own, up to step {own[-1].step}, "
                 f"that did not start from {named}; choose another --project"
+            )
+        if is_own and other.path.resolve() != own[-1].path.resolve():
+            raise ValueError(
+                f"--checkpoint-path {named}: project '{run.project}' goes on from its newest, "
+                f"{own[-1].path.name}; --resume-from-checkpoint {named} goes back to that one"
             )
         return Start(own[-1], True, f"going on from {own[-1].path} exactly")
     if other is not None:

@@ -119,17 +119,20 @@ def _train(
     if preflight(config, model, data, frame_rate, device, say):
         module.graphs = StepGraphs(model)
     if is_first():
-        _save_config(config, run)
+        time = datetime.now().strftime("%Y%m%d-%H%M%S")
+        write_text(run.configs / f"{time}.yaml", config.to_yaml())
     checkpoints = SaveCheckpoints(run, config.train.save_every, config.train.keep_checkpoints, say)
-    stop = StopCleanly(checkpoints)
+    stop, remember = StopCleanly(checkpoints), _Remember(config, run)
     try:
         with _quiet_lightning():
-            own = [checkpoints, Progress(max_steps), stop]
+            own = [checkpoints, remember, Progress(max_steps), stop]
             trainer = _trainer(config, run, device, data, [*own, *callbacks])
             trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.exact else None)
     except DivergedError as error:
         begin = start.checkpoint.step if start.exact else 0
         undone = _undo_step(run, error.step, begin, log_name=trainer.loggers[0].version)
+        if is_first() and not any(checkpoint.step > begin for checkpoint in run.checkpoints()):
+            remember.undo()
         raise ValueError(f"{error}; {undone}") from error
     except SystemExit as error:  # Lightning's answer to a second Ctrl+C
         raise KeyboardInterrupt from error
@@ -142,6 +145,23 @@ def _train(
         if is_first():
             _plot(run, say)
     return Trained(run.checkpoint(trainer.global_step), stop.signal)
+
+
+class _Remember(L.Callback):
+    """Keeps the config that the next start goes on with: from the first checkpoint on, for settings
+    that came to none would fail that start too."""
+
+    def __init__(self, config: RunConfig, run: Run) -> None:
+        self.config, self.file = config, run.remembered_config
+        self._before = self.file.read_text(encoding="utf-8") if self.file.is_file() else None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            write_text(self.file, self.config.to_yaml())
+
+    def undo(self) -> None:
+        if self._before is not None:
+            write_text(self.file, self._before)
 
 
 def _undo_step(run: Run, step: int, begin: int, *, log_name: str) -> str:
@@ -331,9 +351,3 @@ def _quiet_lightning() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _save_config(config: RunConfig, run: Run) -> None:
-    time = datetime.now().strftime("%Y%m%d-%H%M%S")
-    write_text(run.configs / f"{time}.yaml", config.to_yaml())
-    write_text(run.remembered_config, config.to_yaml())

@@ -378,14 +378,14 @@ def test_the_whole_pipeline_evaluates_unless_told_not_to(project, monkeypatch, c
     assert finetune(*flags) == 0
     assert Leaderboard.read(f"{FOLDER}/leaderboard.json").title == "p"
     capsys.readouterr()
-    assert finetune(*flags, "--texts", "none.txt") == 0  # voices are not lost over a figure
-    assert "not evaluated: --texts none.txt: no such file" in capsys.readouterr().err
+    assert finetune(*flags, "--texts", "none.txt") == 2
+    assert "error: --texts none.txt: no such file" in capsys.readouterr().err
 
     def full(*arguments, **more):
         raise MemoryError("out of memory; try --device cpu")
 
     monkeypatch.setattr("fish_speech.evaluation.project.measure", full)
-    assert finetune(*flags) == 0
+    assert finetune(*flags) == 1  # voices are not lost over a figure
     assert "not evaluated: out of memory; try --device cpu" in capsys.readouterr().err
     assert finetune("--evaluate") == 2
 

@@ -133,6 +133,16 @@ def test_own_checkpoints_are_not_given_up_for_another_projects():
     assert (start.checkpoint.step, start.exact) == (100, True)
 
 
+def test_of_its_own_checkpoints_only_the_newest_is_gone_on_from_by_its_path():
+    run = make_checkpoints("p", 100, 200)
+    start = choose_start(run, Path("data"), checkpoint_path=str(run.checkpoint_path(200)))
+    assert (start.checkpoint.step, start.exact) == (200, True)
+    older = str(run.checkpoint_path(100))
+    with pytest.raises(ValueError, match=f"--resume-from-checkpoint {older} goes back"):
+        choose_start(run, Path("data"), checkpoint_path=older)
+    assert choose_start(run, Path("data"), resume_from=older).checkpoint.step == 100
+
+
 def test_damage_and_other_bases_are_passed_over_in_the_search():
     make_checkpoints("fits", 100)
     make_checkpoints("damaged", 100).checkpoint_path(100).write_bytes(b"half")
