@@ -10,8 +10,13 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fish_speech.console import print_anything
-from fish_speech.devices import keep_freed_memory, resolve_device, resolve_precision
+from fish_speech.console import nobody_reads, print_anything
+from fish_speech.devices import (
+    keep_freed_memory,
+    limit_threads,
+    resolve_device,
+    resolve_precision,
+)
 from fish_speech.files import list_audio, list_files
 
 if TYPE_CHECKING:
@@ -217,8 +222,9 @@ def prepare_stage(args: argparse.Namespace) -> None:
 
 def extract_stage(
     args: argparse.Namespace, config: RunConfig, base_dir: Path, rank: int, world_size: int
-) -> None:
-    """Clips -> codes beside them; of several processes each encodes its share."""
+) -> set[str]:
+    """Clips -> codes beside them; of several processes each encodes its share. Returns the names of
+    those that failed."""
     from fish_speech.devices import is_out_of_memory
     from fish_speech.models.vqgan import load_codec
     from fish_speech.preparation.extract import extract_codes
@@ -247,10 +253,13 @@ def extract_stage(
     for name, reason in failed.items():
         say(f"failed: {name}: {reason}")
     args.failures += len(failed)
+    return set(failed)
 
 
-def build_stage(args: argparse.Namespace, config: RunConfig, base_dir: Path) -> Manifest:
-    """Codes -> shards."""
+def build_stage(
+    args: argparse.Namespace, config: RunConfig, base_dir: Path, failed: set[str]
+) -> Manifest:
+    """Codes -> shards. Of clips that `failed` before all is said."""
     from tqdm import tqdm
 
     from fish_speech.datasets.shards import build_shards
@@ -264,9 +273,10 @@ def build_stage(args: argparse.Namespace, config: RunConfig, base_dir: Path) -> 
         validation_share=config.data.validation_share,
         progress=lambda clips: tqdm(clips, desc="packing", unit="clip", disable=None),
     )
-    for reason in manifest.skipped.values():
+    left_out = {name: why for name, why in manifest.skipped.items() if name not in failed}
+    for reason in left_out.values():
         say(f"left out: {reason}")
-    args.failures += len(manifest.skipped)
+    args.failures += len(left_out)
     say(
         f"shards: {len(manifest.train)} clips to train on, {len(manifest.validation)} held out"
         + ("" if rebuilt else " (unchanged)")
@@ -280,7 +290,9 @@ def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
     from fish_speech.training.runs import choose_start, recorded_lora
 
     def fits(record: dict) -> bool:
-        same_base = Path(record["base"]) == find_model(config.base).resolve()
+        same_base = (
+            not names_base(args) or Path(record["base"]) == find_model(config.base).resolve()
+        )
         return same_base and config.adapters.fits(recorded_lora(record))
 
     return choose_start(
@@ -291,6 +303,10 @@ def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
         checkpoint_path=args.checkpoint_path,
         fits=fits,
     )
+
+
+def names_base(args: argparse.Namespace) -> bool:
+    return args.model_version is not None or args.pretrained_ckpt_path is not None
 
 
 def train_stage(
@@ -350,7 +366,12 @@ def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -
     else:
         checkpoint = run.checkpoint(*args.checkpoint_step or ())
     folder = Path("checkpoints") / f"{run.project}-merged"
-    say(f"merging {checkpoint.path}")
+    advice = board and board.recommendation
+    odd = advice and not args.merge_best and advice.step not in (None, checkpoint.step)
+    say(
+        f"merging {checkpoint.path}"
+        + (", the latest; to merge only what measures best there is --merge-best" if odd else "")
+    )
     merged = merge(checkpoint, folder, base_dir=base_dir, lora=lora)
     say(
         f"merged: {folder}; the adapters move the logits by {merged.change:.2%}, "
@@ -416,6 +437,8 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
         goes_on = start.exact if training else run.checkpoints()
         if goes_on and run.remembered_config.is_file():
             config = make_config(args, data_dir, remembered=run.remembered_config)
+        elif training and start.checkpoint and not names_base(args):
+            config.base_model = start.checkpoint.read()["run"]["base"]
         device = resolve_device(config.device, config.train.devices if training else 1)
         if training:
             resolve_precision(config.precision, device, training=True)
@@ -425,11 +448,14 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
         base_dir = processes.first_then_all(lambda: find_model(config.base))
         with processes.alone_with(data_dir, say):
             # What Lightning starts finds the clips encoded, and the lock given back.
+            failed: set[str] = set()
             if (training or args.extract_tokens) and (processes.is_first() or world_size > 1):
-                extract_stage(args, config, base_dir, rank, world_size)
+                failed = extract_stage(args, config, base_dir, rank, world_size)
                 processes.wait_for_all()
             if training or args.build_dataset:
-                manifest = processes.first_then_all(lambda: build_stage(args, config, base_dir))
+                manifest = processes.first_then_all(
+                    lambda: build_stage(args, config, base_dir, failed)
+                )
     return train_stage(args, config, base_dir, start, manifest) if training else None
 
 
@@ -466,7 +492,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_arguments(args)
         keep_freed_memory()
-        return run_stages(args)
+        limit_threads()
+        code = run_stages(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        nobody_reads()
+        return FAILED
     except KeyboardInterrupt:
         say("interrupted; what is finished stays, the same command goes on from there")
         return INTERRUPTED

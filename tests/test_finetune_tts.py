@@ -340,6 +340,32 @@ def test_stages_by_themselves_are_over_the_projects_base(
     assert "(unchanged)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("q", ("--resume-from-checkpoint", "results/p/checkpoints/step_000000001.ckpt")),
+        ("q", ("--checkpoint-path", "results/p/checkpoints")),
+        ("q", ("--resume-latest",)),
+        ("p", ()),
+    ],
+)
+def test_what_goes_on_without_a_base_named_is_over_the_checkpoints(project, tmp_path, name, flags):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 1) == 0
+    shutil.rmtree(tmp_path / "results/p/training_configs")
+    arguments = ["--project", name, *TRAIN, "--max-steps", 2, *flags]
+    assert finetune_tts.main([*map(str, arguments)]) == 0
+    assert (tmp_path / f"results/{name}/checkpoints/step_000000002.ckpt").is_file()
+
+
+def test_what_can_not_be_encoded_is_named_once(project, tmp_path, capsys):
+    keep_codes(tmp_path)
+    (tmp_path / "data/Ann/clip_0001.npy").unlink()
+    (tmp_path / "data/Ann/clip_0001.wav").write_bytes(b"RIFF no audio")
+    assert project("--data-dir", "data", "--extract-tokens", "--build-dataset") == 1
+    assert capsys.readouterr().err.count("clip_0001") == 2  # its name, and its file in the reason
+
+
 def test_an_older_checkpoint_of_its_own_is_not_taken_for_the_newest(project, tmp_path, capsys):
     keep_codes(tmp_path)
     assert project(*TRAIN, "--max-steps", 2, "--save-every", 1) == 0
@@ -438,6 +464,9 @@ def test_a_checkpoint_cut_short_is_named_and_an_earlier_one_goes_on(project, tmp
         assert project(*flags) == 2
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert "step_000000004.ckpt: damaged, cut short" in last
+        assert "step 2 is whole: --resume-from-checkpoint" in last
+    assert project("--list-checkpoints") == 0
+    assert capsys.readouterr().out.endswith("Latest: step_000000002.ckpt\n")
     earlier = ("--resume-from-checkpoint", folder / "step_000000002.ckpt")
     assert project(*TRAIN, "--max-steps", 4, *earlier) == 0
     assert (folder / "step_000000004.ckpt").stat().st_size > 0.9 * len(data)

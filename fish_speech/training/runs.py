@@ -33,6 +33,13 @@ class Checkpoint:
             raise ValueError(f"{self.path}: not a checkpoint of finetune_tts.py")
         return content
 
+    def is_sound(self) -> bool:
+        """Whether it can be read."""
+        try:
+            return bool(self.read())
+        except ValueError:
+            return False
+
     def is_ours(self) -> bool:
         """Whether it says what it was trained on; the reference's checkpoints do not."""
         return "run" in self._content()
@@ -97,7 +104,8 @@ class Run:
         return checkpoints_in(self.checkpoint_folder)
 
     def checkpoint(self, step: int | None = None) -> Checkpoint:
-        """That of a step, or the latest. Raises `FileNotFoundError` that lists what there is."""
+        """That of a step, or the latest. Raises `FileNotFoundError` that lists what there is, or
+        `ValueError` where the latest is damaged."""
         found = self.checkpoints()
         if not found:
             raise FileNotFoundError(
@@ -105,7 +113,7 @@ class Run:
                 f"(finetune_tts.py --project {self.project} --data-dir DIR --train)"
             )
         if step is None:
-            return found[-1]
+            return self.newest()
         for checkpoint in found:
             if checkpoint.step == step:
                 return checkpoint
@@ -113,6 +121,21 @@ class Run:
         raise FileNotFoundError(
             f"--checkpoint-step {step}: project '{self.project}' has no such step, only {there}"
         )
+
+    def newest(self) -> Checkpoint:
+        """The latest. Raises `ValueError` where it is damaged, with what can be done."""
+        newest, *earlier = reversed(self.checkpoints())
+        try:
+            newest.read()
+        except ValueError as error:
+            sound = next(filter(Checkpoint.is_sound, earlier), None)
+            if sound is None:
+                raise
+            raise ValueError(
+                f"{error}; step {sound.step} is whole: --resume-from-checkpoint {sound.path} goes "
+                f"back to it, --checkpoint-step {sound.step} merges it"
+            ) from error
+        return newest
 
     def set_aside(self, step: int, name: str) -> Path | None:
         """Move the checkpoints after `step` into a folder of that name beside them.
@@ -209,7 +232,8 @@ def describe_checkpoints(run: Run) -> str:
             notes.append(f"from {parent}")
         size = stat.st_size / 1e6
         lines.append(f"📄 {checkpoint.path.name} ({size:.1f} MB, {time}) {', '.join(notes)}")
-    lines.append(f"🎯 Latest: {found[-1].path.name}")
+    latest = next(filter(Checkpoint.is_sound, reversed(found)), found[-1])
+    lines.append(f"🎯 Latest: {latest.path.name}")
     return "\n".join(lines)
 
 
@@ -249,7 +273,7 @@ def choose_start(
     if resume_from and is_own:
         return Start(other, True, f"going on from {other.path} exactly")
     if own:
-        parent = own[-1].read()["run"]["parent"]
+        parent = run.newest().read()["run"]["parent"]
         is_parent = other and parent and _is_in(Path(parent), real_path(named))
         if other and not (is_own or is_parent):
             raise ValueError(
