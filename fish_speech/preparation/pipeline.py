@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fish_speech import allowance
 from fish_speech.audio import audio_info
 from fish_speech.console import some_of
-from fish_speech.files import exclusive, remove_temporaries
+from fish_speech.files import exclusive, list_audio, remove_temporaries
 from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.clips import Job, carry_out
 from fish_speech.preparation.quality import Thresholds
@@ -106,7 +106,12 @@ def prepare(
                 books.enter(record)
                 if options.strict and record.failure is not None:
                     break
-        return books.compose(options.limits, drop_flagged=options.drop_flagged)
+        summary = books.compose(options.limits, drop_flagged=options.drop_flagged)
+        known = {output / clip["file"] for clip in summary.clips}
+        clips = {file for file in list_audio(output) if file.with_suffix(".lab").is_file()}
+        if others := sorted(map(str, clips - known)):
+            say(f"not made here, but clips to train on as well: {some_of(others)}")
+        return summary
 
 
 def _say_what_is_odd(

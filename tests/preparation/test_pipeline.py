@@ -435,6 +435,19 @@ def test_without_a_model_what_has_its_text_is_prepared_and_the_rest_named(
     assert "no text beside it" in left_out["reason"]
 
 
+def test_clips_that_are_there_by_hand_are_named(folder, options):
+    options = replace(options, input=str(folder(1)))
+    said = []
+    prepare(options, say=said.append)
+    assert not said
+    other = options.output / "Me" / "mine.wav"
+    other.parent.mkdir(exist_ok=True)
+    soundfile.write(other, np.zeros(8000), 16000)
+    other.with_suffix(".lab").write_text("words")
+    prepare(options, say=said.append)
+    assert said[-1] == f"not made here, but clips to train on as well: {other}"
+
+
 def test_only_the_first_minutes_are_used(take, options, reader):
     recording = take(8)
     options = replace(options, input=str(recording.path), max_duration=9 / 60)
