@@ -197,7 +197,7 @@ def test_losses_that_cannot_be_drawn_cost_no_training(project, tmp_path, monkeyp
         ((*TRAIN[:3], "--override", "data.batch_size=0"), "data.batch_size is 0"),
         ((*TRAIN, "--override", "seed=null"), "seed"),
         ((*TRAIN, "--override", "train=3"), "config: "),
-        ((*TRAIN, "--override", "lora.r=x"), "config: "),
+        ((*TRAIN, "--override", "lora.r=x"), "configs/text2semantic_finetune.yaml"),
         ((*TRAIN, "--override", "+train.foo=1"), "foo"),
         ((*TRAIN, "--override", "train.gradient_checkpointing=maybe"), "auto, true or false"),
         ((*TRAIN, "--override", "(("), "config: "),

@@ -18,6 +18,7 @@ from fish_speech.training.lit_module import OptimizerConfig
 
 SCHEDULES = ("constant", "wsd", "cosine")  # of `OptimizerConfig.rate`
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_FILE = "text2semantic_finetune"
 _GROUPS = {"model_version": "model", "lora_config": "lora"}  # by flag
 _KEYS = {
     "max_steps": "train.max_steps",
@@ -115,7 +116,7 @@ def compose_config(
     values = values or {}
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = compose("text2semantic_finetune", overrides=list(overrides))
+            composed = compose(_FILE, overrides=list(overrides))
         for key, value in values.items():
             OmegaConf.update(composed, key, value)
         if remembered is not None:
@@ -130,8 +131,13 @@ def compose_config(
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
     except Exception as error:  # hydra's grammar raises half a dozen unrelated kinds
         key = getattr(error, "full_key", None)
-        what = str(error).strip().splitlines()[0]
-        raise ValueError(f"config: {key}: {what}" if key else f"config: {what}") from error
+        what = str(error).strip().splitlines()[0].rstrip(".")
+        hint = (
+            f" (--override KEY=VALUE, with the keys of {CONFIGS.name}/{_FILE}.yaml)"
+            if overrides
+            else ""
+        )
+        raise ValueError(f"config: {f'{key}: ' if key else ''}{what}{hint}") from error
     _check_ranges(config)
     return config
 
