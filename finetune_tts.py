@@ -306,7 +306,9 @@ def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
 
 
 def names_base(args: argparse.Namespace) -> bool:
-    return args.model_version is not None or args.pretrained_ckpt_path is not None
+    keys = {text.partition("=")[0].lstrip("+") for text in args.override}
+    given = (args.model_version, args.pretrained_ckpt_path)
+    return given != (None, None) or not keys.isdisjoint(("base_model", "model"))
 
 
 def train_stage(
@@ -414,11 +416,11 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
     everything, data_dir = args.full_pipeline, args.data_dir
     training = everything or args.train
     config = make_config(args, data_dir)  # which refuses what can't be before hours of preparing
-    if processes.is_first() and does_any_of(args, ("evaluate", "merge_best", "eval_every")):
-        from fish_speech.evaluation.project import Request, check_named
-
-        check_named(Request.of_flags(vars(args)))  # for the same reason
     with processes.data_processes() as (rank, world_size):
+        if processes.is_first() and does_any_of(args, ("evaluate", "merge_best", "eval_every")):
+            from fish_speech.evaluation.project import Request, check_named
+
+            check_named(Request.of_flags(vars(args)))  # for the same reason
         if args.prepare_data or (everything and is_raw(data_dir)):
             if processes.is_first():
                 prepare_stage(args)
@@ -436,7 +438,10 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             start = find_start(args, config, run)
         goes_on = start.exact if training else run.checkpoints()
         if goes_on and run.remembered_config.is_file():
+            device = config.device
             config = make_config(args, data_dir, remembered=run.remembered_config)
+            if not training:  # encoding and packing need no card that the training had
+                config.device = device
         elif training and start.checkpoint and not names_base(args):
             config.base_model = start.checkpoint.read()["run"]["base"]
         device = resolve_device(config.device, config.train.devices if training else 1)

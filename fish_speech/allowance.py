@@ -37,16 +37,17 @@ def memory() -> int | None:
     """
     left = []
     for group in _groups("memory"):
-        for limit, used, files in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+        for limit, used, total in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # version 1
         ):
             size, taken = "".join(_words(group / limit)), "".join(_words(group / used))
             # Version 1 says "no limit" as a number that is more than any machine has.
             if size.isdecimal() and taken.isdecimal() and int(size) < 1 << 60:
                 stat = _words(group / "memory.stat")
-                cached = dict(zip(stat[::2], stat[1::2], strict=False)).get(files, "0")
-                left.append(max(0, int(size) - int(taken) + int(cached)))
+                known = dict(zip(stat[::2], stat[1::2], strict=False))
+                files = (known.get(f"{total}{kind}_file", "0") for kind in ("active", "inactive"))
+                left.append(max(0, int(size) - int(taken) + sum(map(int, files))))
     return min(left, default=None)
 
 
@@ -70,6 +71,6 @@ def _words(file: Path) -> list[str]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []

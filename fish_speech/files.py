@@ -222,7 +222,7 @@ def exclusive(folder: str | Path, what: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        way = next(part for part in (folder, *folder.parents) if part.exists())
+        way = next(part for part in (folder, *folder.parents) if part.is_symlink() or part.exists())
         raise ValueError(
             f"{way}: is a file, and a folder is to be here; move it or choose another name"
         ) from error

@@ -26,7 +26,7 @@ def groups(tmp_path, monkeypatch):
     allowance.cores.cache_clear()
 
 
-STAT = "anon 900\nfile 300\ninactive_file 200\n"
+STAT = "anon 900\nfile 300\nactive_file 50\ninactive_file 150\n"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,8 @@ STAT = "anon 900\nfile 300\ninactive_file 200\n"
                 "cpu,cpuacct/cpu.cfs_period_us": "100000\n",
                 "memory/memory.limit_in_bytes": "2000\n",
                 "memory/memory.usage_in_bytes": "1200\n",
-                "memory/memory.stat": "total_inactive_file 200\n",
+                "memory/memory.stat": "active_file 7\n"
+                "total_active_file 50\ntotal_inactive_file 150\n",
             },
             id="version 1, with the host's path",
         ),

@@ -358,6 +358,14 @@ def test_what_goes_on_without_a_base_named_is_over_the_checkpoints(project, tmp_
     assert (tmp_path / f"results/{name}/checkpoints/step_000000002.ckpt").is_file()
 
 
+def test_a_base_named_by_an_override_is_the_one_that_counts(project, tmp_path, capsys):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 1) == 0
+    flags = ("--resume-latest", "--override", f"base_model={tmp_path}/other")
+    assert finetune_tts.main([*map(str, ("--project", "q", *TRAIN, *flags))]) == 2
+    assert f"{tmp_path}/other" in capsys.readouterr().err
+
+
 def test_what_can_not_be_encoded_is_named_once(project, tmp_path, capsys):
     keep_codes(tmp_path)
     (tmp_path / "data/Ann/clip_0001.npy").unlink()

@@ -182,6 +182,8 @@ def _something_else(file: Path) -> str | None:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError):
         return None
+    if not isinstance(array, np.ndarray):
+        return "an archive of arrays"
     whole = array.ndim == 2 and array.dtype.kind in "iu"
     return None if whole else f"an array {list(array.shape)} of {array.dtype}"
 

@@ -146,20 +146,20 @@ class Books:
         key = _key(record.speaker, record.name)
         old = self.records.get(key)
         own = _files_of(old)
+        self._note_corrections(old)
+        if old is not None and old.digest == record.digest and self._any_clip_is_there:
+            self._keep_away(record, old)
         if (foreign := self._foreign(record, own)) is not None:
             record.failure = (
                 f"a clip of it would take the place of {printable(shown_path(foreign))}, which is "
-                "not known to be one: rename that file and its .lab"
+                "not known to be one: rename or delete that file and its .lab"
             )
             record.clips, record.skipped = [], []
         if record.failure is not None:
             self.failures[key] = record
-            if old is not None and any(map(self._is_there, old.clips)):
+            if self._any_is_there(own):
                 record.failure += "; its clips from before are kept"
                 return
-        self._note_corrections(old)
-        if old is not None and old.digest == record.digest and self._any_clip_is_there:
-            self._keep_away(record, old)
         # What was kept away is on the books before the old clips go, lest a crash forget it.
         self._write(replace(record, clips=[], pending=sorted(own | _files_of(record))))
         before = self._path_of(old or record)
@@ -233,6 +233,9 @@ class Books:
 
     def _is_there(self, clip: dict[str, Any]) -> bool:
         return any(path.is_file() for path in self._places(clip))
+
+    def _any_is_there(self, files: set[str]) -> bool:
+        return any(self._is_there({"file": file}) for file in files)
 
     def _with_text(self, clip: dict[str, Any]) -> dict[str, Any]:
         """The entry of a clip with its text as it is on disk, which may have been corrected."""
@@ -328,8 +331,9 @@ class Books:
                 and key not in self.failures
                 and (key[0], record.address) in done
             )
-            if not record.clips and (is_mended or has_vanished(record.address)):
-                self._remove(_files_of(record))
+            files = _files_of(record)
+            if not self._any_is_there(files) and (is_mended or has_vanished(record.address)):
+                self._remove(files)
                 self._path_of(self.records.pop(key)).unlink(missing_ok=True)
             elif deleted:
                 self._write(record)

@@ -295,7 +295,8 @@ def choose_start(
     if related is None:
         raise FileNotFoundError(
             f"--resume-latest: no checkpoint, neither of project '{run.project}' nor of another "
-            f"one trained on {data_dir} over this base; leave the flag out to start from the base"
+            f"one trained on {data_dir} that fits (base, LoRA config); leave the flag out to start "
+            "from the base"
         )
     return Start(
         related,

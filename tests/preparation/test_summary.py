@@ -73,6 +73,22 @@ def test_a_deleted_clip_stays_away_when_the_others_are_made_anew(take, options):
     assert prepare(replace(options, normalize=False)) == after
 
 
+def test_a_deleted_clip_that_is_put_back_stays_and_stops_nothing(take, options):
+    recording = take(6, (0.8,))
+    recording.path.with_suffix(".txt").write_text(" ".join(recording.texts))
+    options = replace(options, input=str(recording.path), segment_duration=4.0)
+    clips = prepare(options).clips
+    deleted = options.output / clips[1]["file"]
+    content = deleted.read_bytes()
+    deleted.unlink()
+    prepare(options)
+    deleted.write_bytes(content)
+    after = prepare(replace(options, normalize=False))
+    assert len(after.clips) == len(clips) - 1
+    assert not [entry for entry in after.skipped if "take the place" in entry["reason"]]
+    assert deleted.read_bytes() == content
+
+
 @pytest.mark.parametrize("replaced", [0, 1, 4])
 def test_a_deleted_clip_stays_away_after_a_crash_too(take, options, monkeypatch, replaced):
     recording = take(6, (0.8,))

@@ -194,7 +194,8 @@ def load_codec(
             remove_parametrizations(module, "weight")
     codec.to(device=device, dtype=torch.float32)
     codec.head.to(dtype).conv_post.float()
-    for module in codec.modules():  # as the frames are; otherwise every call would copy them
-        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-            module.weight.data = channels_last(module.weight.data)
+    if codec.device.type == "cpu":  # where every call would copy weights in another order
+        for module in codec.modules():
+            if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+                module.weight.data = channels_last(module.weight.data)
     return codec.eval().requires_grad_(False)
