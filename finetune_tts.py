@@ -332,7 +332,8 @@ def train_stage(
 
 def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
     """Checkpoints -> `results/<project>/evaluation`; None where nobody asked and it failed."""
-    from fish_speech.evaluation.project import NothingToMeasureError, Request, evaluate
+    from fish_speech.evaluation.held_out import NothingToMeasureError
+    from fish_speech.evaluation.project import Request, evaluate
 
     try:
         board = evaluate(run, Request.of_flags(vars(args)), say)
@@ -438,10 +439,10 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             start = find_start(args, config, run)
         goes_on = start.exact if training else run.checkpoints()
         if goes_on and run.remembered_config.is_file():
-            device = config.device
+            asked = config.device
             config = make_config(args, data_dir, remembered=run.remembered_config)
             if not training:  # encoding and packing need no card that the training had
-                config.device = device
+                config.device = asked
         elif training and start.checkpoint and not names_base(args):
             config.base_model = start.checkpoint.read()["run"]["base"]
         device = resolve_device(config.device, config.train.devices if training else 1)

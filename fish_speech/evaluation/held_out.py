@@ -25,6 +25,10 @@ _MOST_CLIPS = 32  # held-out ones that are listened to and whose loss is taken
 _REFERENCE_SECONDS = 8.0
 
 
+class NothingToMeasureError(ValueError):
+    """No clip is held out, and no texts are given."""
+
+
 class HeldOut:
     """The held-out clips of a data set as it was packed, and what else stands for its voices."""
 
@@ -51,7 +55,7 @@ class HeldOut:
     def plan(self, further: Sequence[str], count: int, say: Say) -> list[Line]:
         """What is spoken: `count` held-out or `further` texts, these shared among the speakers.
 
-        Raises `ValueError` where there is none.
+        Raises `NothingToMeasureError` where there is none.
         """
         if fewer := len(self.manifest.validation) - len(self.held):
             say(f"left out: {fewer} held-out clips that the checkpoints were not validated on")
@@ -66,7 +70,7 @@ class HeldOut:
         if not held:
             say(none := f"{self.data_dir}: no clip is held out")
         if not held and not more:
-            raise ValueError(
+            raise NothingToMeasureError(
                 f"{none}, so there is nothing to speak; give --texts FILE, or hold some clips out "
                 "(it takes two) with --override data.validation_share=0.05 and train a new project"
             )

@@ -102,10 +102,6 @@ class Request:
         return join(str(word) for flag in given if flag[1:] not in ((), (None,)) for word in flag)
 
 
-class NothingToMeasureError(ValueError):
-    """No clip is held out, and no texts are given."""
-
-
 class AdaptedBase:
     """A base model and what checkpoints add to it: merged in memory, and not written."""
 
@@ -175,10 +171,7 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     device = resolve_device(request.device)
     usual = SAMPLES // 2 if request.brief and device.type == "cpu" else SAMPLES
     samples = request.samples or usual
-    try:
-        lines = data.plan(further, samples, say)
-    except ValueError as error:
-        raise NothingToMeasureError(str(error)) from error
+    lines = data.plan(further, samples, say)
     base = AdaptedBase(base_dir, device, resolve_precision(request.precision, device))
     folder = evaluation_folder(run)
     with exclusive(folder, f"the evaluation of project '{run.project}'"):

@@ -179,9 +179,11 @@ class Books:
         """Sound that is in the place of a new clip and is not of the recording's `own` clips."""
         own = {file.casefold() for file in own}
         for clip in record.clips:
+            if clip["file"].casefold() in own:
+                continue
             home, away = self._places(clip)
             for path in (away, *map(home.with_suffix, sorted(AUDIO_SUFFIXES))):
-                if clip["file"].casefold() not in own and path.exists():
+                if path.exists():
                     return path
         return None
 

@@ -14,9 +14,8 @@ from omegaconf import MISSING, OmegaConf
 
 from fish_speech.hub import model_versions
 from fish_speech.models.text2semantic.lora import LoRAConfig
-from fish_speech.training.lit_module import OptimizerConfig
+from fish_speech.training.lit_module import SCHEDULES, OptimizerConfig
 
-SCHEDULES = ("constant", "wsd", "cosine")  # of `OptimizerConfig.rate`
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _FILE = "text2semantic_finetune"
 _GROUPS = {"model_version": "model", "lora_config": "lora"}  # by flag

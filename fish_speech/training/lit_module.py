@@ -19,6 +19,8 @@ from fish_speech.models.text2semantic.lora import load_lora, lora_state_dict
 from fish_speech.training.graph import StepGraphs
 from fish_speech.training.loss import Places, loss_figures, loss_sums
 
+SCHEDULES = ("constant", "wsd", "cosine")
+
 
 @dataclass
 class OptimizerConfig:
@@ -44,8 +46,8 @@ class OptimizerConfig:
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.schedule == "constant":
             return self.learning_rate * warm
-        if self.schedule not in ("cosine", "wsd"):
-            raise ValueError(f"schedule: '{self.schedule}' is none of constant, cosine, wsd")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: '{self.schedule}' is none of {', '.join(SCHEDULES)}")
         start = self.warmup_steps
         if self.schedule == "wsd":
             start = max(start, round(self.max_steps * (1 - self.decay_share)))

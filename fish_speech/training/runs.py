@@ -216,13 +216,14 @@ def describe_checkpoints(run: Run) -> str:
     if not found:
         return f"📂 No checkpoints for project '{run.project}' yet."
     lines = [f"📂 Available checkpoints for project '{run.project}':"]
-    losses = run.logged("validation/loss")
+    losses, latest = run.logged("validation/loss"), found[-1]
     for checkpoint in found:
         stat = checkpoint.path.stat()
         time = datetime.fromtimestamp(stat.st_mtime).strftime("%Y-%m-%d %H:%M:%S")
         notes = [f"step {checkpoint.step}"]
         try:
             parent = checkpoint.read()["run"]["parent"]
+            latest = checkpoint
         except ValueError:
             parent = None
             notes.append("damaged, or not of this program")
@@ -232,7 +233,6 @@ def describe_checkpoints(run: Run) -> str:
             notes.append(f"from {parent}")
         size = stat.st_size / 1e6
         lines.append(f"📄 {checkpoint.path.name} ({size:.1f} MB, {time}) {', '.join(notes)}")
-    latest = next(filter(Checkpoint.is_sound, reversed(found)), found[-1])
     lines.append(f"🎯 Latest: {latest.path.name}")
     return "\n".join(lines)
 
