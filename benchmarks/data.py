@@ -50,7 +50,7 @@ def pack_row(device: str) -> Row:
 
 
 def _extract(directory: Path, device: str) -> tuple[float, float]:
-    from fish_speech.audio import audio_info
+    from fish_speech.decoding import audio_info
     from fish_speech.devices import keep_freed_memory
     from fish_speech.models.vqgan import load_codec
     from fish_speech.preparation.extract import extract_codes

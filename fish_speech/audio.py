@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fish_speech.decoding import audio_info, channel_blocks
 from fish_speech.files import atomic_path
 
 if TYPE_CHECKING:
@@ -19,52 +18,7 @@ if TYPE_CHECKING:
 
 SAVE_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
 _BLOCK_SECONDS = 30.0
-CANCELLED = 0.05  # share of the channels' power in their mean; one of six that sounds has 0.17
-
-
-@dataclass(frozen=True)
-class AudioInfo:
-    """What a file holds: `sample_rate` in Hz, `channels`, `duration` in seconds where known.
-
-    `floating`: its samples are floats as they were saved, which may be above 1 without being
-    clipped.
-    """
-
-    sample_rate: int
-    channels: int
-    duration: float | None
-    floating: bool = False
-
-
-def audio_info(path: str | Path) -> AudioInfo:
-    """Read a file's header. Raises `FileNotFoundError`, or `ValueError` where it is no audio."""
-    path = _existing(path)
-    if (info := _sndfile_info(path)) is not None:
-        floating = info.subtype in ("FLOAT", "DOUBLE")
-        return AudioInfo(info.samplerate, info.channels, info.frames / info.samplerate, floating)
-    with _open_av(path) as container:
-        stream = container.streams.audio[0]
-        if container.format.name == "mp3" and not _mp3_states_its_length(path):
-            duration = None
-        elif stream.duration is not None:
-            duration = float(stream.duration * stream.time_base)
-        elif container.duration is not None and not container.streams.video:  # a picture may last
-            duration = container.duration / 1e6  # in AV_TIME_BASE, microseconds
-        else:
-            duration = None
-        if not stream.rate:
-            raise ValueError(f"{path}: not an audio file that can be decoded (no sample rate)")
-        floating = stream.codec.name.startswith("pcm_f")
-        return AudioInfo(stream.rate, stream.channels, duration, floating)
-
-
-def breaks_off(path: str | Path, seconds: float) -> str | None:
-    """How a file that gave `seconds` of audio is not whole, as words for people; None if it is."""
-    path = _existing(path)
-    promised = max(audio_info(path).duration or 0.0, seconds / _share_of_chunk(path))
-    if seconds < 0.97 * promised:
-        return f"breaks off after {seconds:.1f} of {promised:.1f} s"
-    return None if _ogg_has_an_end(path) else f"breaks off after {seconds:.1f} s"
+_CANCELLED = 0.05  # share of the channels' power in their mean; one of six that sounds has 0.17
 
 
 def decode_blocks(
@@ -82,7 +36,7 @@ def decode_blocks(
     the loudest is taken instead of their mean. Raises `FileNotFoundError`, or `ValueError` that
     names the file where it is no audio or damaged.
     """
-    path = _existing(path)
+    path = Path(path)
     native = audio_info(path).sample_rate
     blocks = _finite(path, _mono_blocks(path, block_seconds))
     if max_seconds is not None:
@@ -250,43 +204,6 @@ def _without_offset(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     return sosfiltfilt(filters, samples.astype(np.float64), padlen=reach).astype(np.float32)
 
 
-def _share_of_chunk(path: Path) -> float:
-    """How much of its samples' chunk a WAV or AIFF file has; 1 for other files."""
-    with path.open("rb") as file:
-        kind, order = {b"RIFF": (b"data", "little"), b"RIFX": (b"data", "big"),
-                       b"FORM": (b"SSND", "big")}.get(file.read(4), (None, ""))  # fmt: skip
-        file.seek(12)
-        while kind is not None and len(head := file.read(8)) == 8:
-            size = int.from_bytes(head[4:], order)
-            if head[:4] == kind:
-                there = path.stat().st_size - file.tell()
-                # Programs that write to a pipe don't know the size, and write 0 or a huge one.
-                unknown = size == 0 or size >= 0x7FFFF000 > there
-                return 1.0 if unknown else max(1e-3, min(1.0, there / size))
-            file.seek(size + size % 2, 1)
-    return 1.0
-
-
-def _ogg_has_an_end(path: Path) -> bool:
-    """Whether a file is no Ogg, or has the page that says that it is the last."""
-    with path.open("rb") as file:
-        if file.read(4) != b"OggS":
-            return True
-        file.seek(max(0, path.stat().st_size - (1 << 17)))  # two pages are never larger
-        tail = file.read()
-    last = tail.rfind(b"OggS")
-    return last >= 0 and len(tail) > last + 27 and bool(tail[last + 5] & 4)
-
-
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such audio file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
-    return path
-
-
 def _finite(path: Path, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     for block in blocks:
         if not np.isfinite(block).all():
@@ -302,148 +219,17 @@ def _limit(blocks: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
             return
 
 
-def _native(path: Path) -> str | bytes:
-    """`path` as C code takes it, whatever bytes its name is made of."""
-    return str(path) if os.name == "nt" else os.fsencode(path)
-
-
-def _sndfile_info(path: Path) -> Any:
-    """What libsndfile reads of a header; None where PyAV has to read the file.
-
-    libsndfile stops where the length that it read or estimated ends: after the first of several
-    MP3 or Ogg streams in a file, or somewhere in an MP3 that states none.
-    """
-    import soundfile
-
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head.startswith((b"OggS", b"ID3")) or head[:2] >= b"\xff\xe0":  # a frame of MP3
-        return None  # where libsndfile would warn about lengths on standard error
-    try:
-        info = soundfile.info(_native(path))
-    except soundfile.LibsndfileError:
-        return None
-    return info if info.format not in ("MP3", "OGG") and 0 < info.frames < 1 << 62 else None
-
-
-def _mp3_states_its_length(path: Path) -> bool:
-    """Whether an MP3 begins with a frame that counts the others; else its length is a guess."""
-    with path.open("rb") as file:
-        head = file.read(10)
-        if head[:3] == b"ID3":
-            file.seek(10 + sum((byte & 127) << shift for byte, shift in
-                               zip(head[6:], (21, 14, 7, 0), strict=False)))  # fmt: skip
-            head = b""
-        head += file.read(1 << 12)
-    return any(tag in head for tag in (b"Xing", b"Info", b"VBRI"))
-
-
 def _mono_blocks(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
     """The mean [n] of the channels; where they cancel each other, the loudest of them.
 
     That one for as long as it sounds: another's poles may be swapped, in mid-word.
     """
     loudest = -1
-    read = _blocks_av if _sndfile_info(path) is None else _blocks_sndfile
-    for block in read(path, block_seconds):
+    for block in channel_blocks(path, block_seconds):
         mono = block.mean(axis=1)
         powers = np.square(block).mean(axis=0)
-        if np.square(mono).mean() < CANCELLED * powers.mean():
-            if loudest not in np.flatnonzero(powers > CANCELLED * powers.max()):
+        if np.square(mono).mean() < _CANCELLED * powers.mean():
+            if loudest not in np.flatnonzero(powers > _CANCELLED * powers.max()):
                 loudest = int(powers.argmax())
             mono = block[:, loudest].copy()
         yield mono
-
-
-def _blocks_sndfile(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
-    """Blocks [n, C] of that many seconds, the last one shorter."""
-    import soundfile
-
-    with soundfile.SoundFile(_native(path)) as file:
-        frames = max(1, round(block_seconds * file.samplerate))
-        try:
-            while len(block := file.read(frames, dtype="float32", always_2d=True)):
-                yield block
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"{path}: damaged audio ({error})") from error
-
-
-def _open_av(path: Path):
-    import av
-
-    try:
-        container = av.open(str(path.absolute()))  # a bare "10:30.m4a" would be a protocol
-    except (av.error.FFmpegError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not an audio file that can be decoded ({_said(error)})"
-        ) from error
-    if not container.streams.audio:
-        container.close()
-        raise ValueError(f"{path}: the file has no audio track")
-    return container
-
-
-def _blocks_av(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
-    """Blocks [n, C] of at least that many seconds; shorter before C changes, and at the end."""
-    import av
-
-    with _open_av(path) as container:
-        stream = container.streams.audio[0]
-        enough = block_seconds * stream.rate
-        parts: list[np.ndarray] = []
-        count = 0
-        try:
-            for part in _floats_av(container, stream):
-                if parts and (count >= enough or part.shape[1] != parts[0].shape[1]):
-                    yield np.concatenate(parts)
-                    parts, count = [], 0
-                parts.append(part)
-                count += len(part)
-        except av.error.FFmpegError as error:
-            raise ValueError(f"{path}: damaged audio ({_said(error)})") from error
-        if parts:
-            yield np.concatenate(parts)
-
-
-def _floats_av(container: Any, stream: Any) -> Iterator[np.ndarray]:
-    """The decoded audio [n, C] at the rate that the stream begins with.
-
-    Where files were joined, a part may have another rate and other channels.
-    """
-    import av
-
-    rate, kind, resampler = stream.rate, (), None
-    for frame in chain(_frames_av(container, stream), [None]):
-        now = frame and (frame.format.name, frame.layout.name, frame.sample_rate)
-        converted = []
-        if now != kind:
-            converted += resampler.resample(None) if resampler else []
-            # Packed floats keep the channels beside each other.
-            resampler, kind = av.AudioResampler(format="flt", rate=rate), now
-        converted += resampler.resample(frame)
-        for part in converted:
-            yield part.to_ndarray().reshape(-1, part.layout.nb_channels)
-
-
-def _frames_av(container: Any, stream: Any) -> Iterator[Any]:
-    """The decoded frames. Between two MP3 or Ogg streams there may be what is none of either."""
-    import av
-
-    if container.format.name not in ("mp3", "ogg"):
-        yield from container.decode(stream)
-        return
-    failure, decoded = None, False
-    for packet in container.demux(stream):
-        try:
-            for frame in packet.decode():
-                decoded = True
-                yield frame
-        except av.error.InvalidDataError as error:
-            failure = error
-    if failure is not None and not decoded:
-        raise failure
-
-
-def _said(error: Exception) -> str:
-    """What FFmpeg says, without its number and the path."""
-    return getattr(error, "strerror", None) or str(error)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from fish_speech import audio
+from fish_speech import audio, decoding
 
 SECOND = 16_000
 
@@ -62,7 +62,7 @@ def test_what_libsndfile_cannot_read_is_decoded_all_the_same(tmp_path, name, cod
     samples = audio.load_audio(tmp_path / name, SECOND)[0][0].numpy()
     assert len(samples) == pytest.approx(SECOND, abs=1000)
     assert pitch(samples, SECOND) == pytest.approx(440, abs=2)
-    assert audio.audio_info(tmp_path / name).duration == pytest.approx(1.0, abs=0.06)
+    assert decoding.audio_info(tmp_path / name).duration == pytest.approx(1.0, abs=0.06)
 
 
 def test_blocks_add_up_to_the_whole(tmp_path):
@@ -134,11 +134,11 @@ def test_files_that_break_off_are_told_from_whole_ones(tmp_path, name, options):
     def seconds():
         return sum(map(len, audio.decode_blocks(path))) / 48_000
 
-    assert audio.breaks_off(path, seconds()) is None
+    assert decoding.breaks_off(path, seconds()) is None
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     assert seconds() < 4
-    assert audio.breaks_off(path, seconds()).startswith("breaks off after ")
+    assert decoding.breaks_off(path, seconds()).startswith("breaks off after ")
 
 
 def test_a_picture_that_outlasts_the_sound_breaks_nothing_off(tmp_path):
@@ -160,7 +160,7 @@ def test_a_picture_that_outlasts_the_sound_breaks_nothing_off(tmp_path):
     waveform, sample_rate = audio.load_audio(tmp_path / "film.mp4")
     seconds = waveform.shape[1] / sample_rate
     assert seconds == pytest.approx(2.0, abs=0.1)
-    assert audio.breaks_off(tmp_path / "film.mp4", seconds) is None
+    assert decoding.breaks_off(tmp_path / "film.mp4", seconds) is None
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_files_that_were_joined_are_read_to_their_end(tmp_path, name, options):
     assert len(samples) / rate == pytest.approx(4.0, abs=0.1)
     assert pitch(samples[:rate], rate) == pytest.approx(300, abs=2)
     assert pitch(samples[-rate:], rate) == pytest.approx(600, abs=2)
-    assert audio.breaks_off(tmp_path / name, len(samples) / rate) is None
+    assert decoding.breaks_off(tmp_path / name, len(samples) / rate) is None
 
 
 @pytest.mark.parametrize("name", ["a.mp3", "a.aac"])
@@ -211,7 +211,7 @@ def test_an_mp3_that_does_not_state_its_length_is_read_to_its_end(tmp_path):
     (tmp_path / "a.mp3").write_bytes(data)
     waveform, rate = audio.load_audio(tmp_path / "a.mp3")
     assert waveform.shape[1] / rate == pytest.approx(6.0, abs=0.15)
-    assert audio.breaks_off(tmp_path / "a.mp3", waveform.shape[1] / rate) is None
+    assert decoding.breaks_off(tmp_path / "a.mp3", waveform.shape[1] / rate) is None
 
 
 def test_flac_and_wave_files_from_a_pipe_state_no_length_and_are_read(tmp_path):
@@ -228,7 +228,9 @@ def test_flac_and_wave_files_from_a_pipe_state_no_length_and_are_read(tmp_path):
     for name in ("a.flac", "a.wav"):
         waveform, rate = audio.load_audio(tmp_path / name)
         assert (waveform.shape[1], rate) == (SECOND, SECOND)
-        assert (audio.audio_info(tmp_path / name).duration or 1.0) == pytest.approx(1.0, abs=0.01)
+        assert (decoding.audio_info(tmp_path / name).duration or 1.0) == pytest.approx(
+            1.0, abs=0.01
+        )
 
 
 @pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x80000000, 0xFFFFFFFF])
@@ -237,7 +239,7 @@ def test_a_wave_file_from_a_pipe_does_not_know_its_size_and_is_whole(tmp_path, s
     data = (tmp_path / "a.wav").read_bytes()
     at = data.index(b"data") + 4
     (tmp_path / "a.wav").write_bytes(data[:at] + size.to_bytes(4, "little") + data[at + 4 :])
-    assert audio.breaks_off(tmp_path / "a.wav", 1.0) is None
+    assert decoding.breaks_off(tmp_path / "a.wav", 1.0) is None
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.mkv"])

@@ -13,7 +13,7 @@ LAYERS = (
     {"datasets", "models"},
     {"conversation", "pages"},
     {"tokenizer", "text", "hub", "audio", "devices"},
-    {"files", "console", "allowance"},
+    {"files", "console", "allowance", "decoding"},
 )
 FILES = sorted((ROOT / "fish_speech").rglob("*.py"))
 

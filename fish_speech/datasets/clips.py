@@ -9,7 +9,7 @@ from unicodedata import normalize
 
 from fish_speech.files import list_audio, read_text
 
-REJECTED_FOLDER = "rejected"
+REJECTED = "rejected"  # the folder of clips that preparing sorted out
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Clip:
         return text
 
 
+def is_rejected(path: Path, data_dir: Path) -> bool:
+    """Whether a file of a data set is among the clips that preparing sorted out."""
+    return path.relative_to(data_dir).parts[0] == REJECTED
+
+
 def find_clips(data_dir: str | Path) -> list[Clip]:
     """All clips of a data set, prepared or made by hand, sorted by name.
 
@@ -51,7 +56,7 @@ def find_clips(data_dir: str | Path) -> list[Clip]:
     clips: dict[str, Clip] = {}
     for audio in list_audio(data_dir):
         relative = audio.relative_to(data_dir)
-        if relative.parts[0] == REJECTED_FOLDER:
+        if is_rejected(audio, data_dir):
             continue
         try:
             str(relative).encode()

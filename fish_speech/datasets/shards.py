@@ -188,7 +188,8 @@ def _choose_validation(clips: list[Clip], share: float, before: Manifest | None)
     held = set(before.validation) if before else set()
     learned = set(before.train) if held else set()  # else nothing was to be held out
     chosen = [name for name in names if places[name] < share]
-    others = [name for name in names if name not in chosen and name not in learned]
+    taken = learned.union(chosen)
+    others = [name for name in names if name not in taken]
     others.sort(key=lambda name: name not in held)
     speakers = {clip.name: clip.speaker for clip in clips}
     left = Counter(speakers.values())

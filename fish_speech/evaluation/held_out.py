@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from fish_speech.audio import audio_info
 from fish_speech.conversation import Utterance, build_item
 from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.shards import read_manifest
+from fish_speech.decoding import audio_info
 from fish_speech.evaluation.measure import Say
 from fish_speech.evaluation.takes import Line, Recording, plan_lines
 from fish_speech.models.text2semantic import DualARTransformer

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from fish_speech.audio import audio_info
+from fish_speech.decoding import audio_info
 from fish_speech.evaluation.columns import (
     COLUMNS,
     Column,

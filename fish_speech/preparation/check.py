@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fish_speech.datasets.clips import is_rejected
 from fish_speech.files import list_files, shown_path
 from fish_speech.preparation import quality, sources
 from fish_speech.preparation.clips import Job, inspect
@@ -51,7 +52,7 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
     labels = {
         path
         for path in list_files(folder, lambda error: None)  # which `find_local` has named
-        if path.suffix == ".lab" and path.relative_to(folder).parts[0] != sources.REJECTED
+        if path.suffix == ".lab" and not is_rejected(path, folder)
     }
     for label in sorted(labels - {item.path.with_suffix(".lab") for item in found}):
         source = sources.printable(shown_path(label))

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from fish_speech import allowance
-from fish_speech.audio import audio_info
 from fish_speech.console import some_of
+from fish_speech.decoding import audio_info
 from fish_speech.files import exclusive, list_audio, remove_temporaries
 from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.clips import Job, carry_out

@@ -14,6 +14,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from fish_speech.console import some_of
+from fish_speech.datasets.clips import REJECTED, is_rejected
 from fish_speech.files import (
     AUDIO_SUFFIXES,
     file_digest,
@@ -26,7 +27,6 @@ from fish_speech.preparation import encodings
 
 SUMMARY_NAME = "dataset_summary.json"
 RECORDS = ".prepared"
-REJECTED = "rejected"
 SIDECAR_SUFFIXES = (".lab", ".txt", ".LAB", ".TXT")
 
 
@@ -92,7 +92,7 @@ def find_local(
     if but is not None:
         files = [path for path in files if not path.resolve().is_relative_to(but.resolve())]
     data_sets = {path: _data_set_of(path, source) for path in files}
-    files = [path for path in files if not _is_rejected(path, data_sets[path])]
+    files = [path for path in files if not ((home := data_sets[path]) and is_rejected(path, home))]
     folders = {path: _folder_of(path, data_sets[path] or source) for path in files}
     found = [
         Found(path, speaker or (safe_name(folders[path]) if folders[path] else default_speaker),
@@ -335,11 +335,6 @@ def _data_set_of(path: Path, root: Path) -> Path | None:
         if folder == root:
             return None
     return None
-
-
-def _is_rejected(path: Path, home: Path | None) -> bool:
-    """Whether `path` is among the rejected clips of its data set."""
-    return home is not None and path.relative_to(home).parts[0] == REJECTED
 
 
 def _label(path: Path) -> Path:

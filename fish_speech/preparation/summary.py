@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fish_speech.datasets.clips import REJECTED
 from fish_speech.files import (
     AUDIO_SUFFIXES,
     read_json,
@@ -25,7 +26,6 @@ from fish_speech.preparation import quality
 from fish_speech.preparation.corrections import Corrections
 from fish_speech.preparation.sources import (
     RECORDS,
-    REJECTED,
     SUMMARY_NAME,
     has_vanished,
     printable,

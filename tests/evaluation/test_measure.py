@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fish_speech.audio import audio_info
+from fish_speech.decoding import audio_info
 from fish_speech.evaluation import resynthesis
 from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.listen import Clip, Voice
