@@ -20,15 +20,16 @@ from benchmarks.generate import (
 from benchmarks.load import load_row
 from benchmarks.measure import Row
 from benchmarks.prepare import prepare_long_row, prepare_row
-from benchmarks.speak import synthesis_int8_row
+from benchmarks.speak import synthesis_first_row, synthesis_int8_row
 from benchmarks.startup import startup_row
-from benchmarks.train import train_auto_row, train_fp32_row, train_long_row
+from benchmarks.train import train_auto_row, train_fp32_row, train_long_row, train_mixed_row
 from fish_speech.files import write_json
 
 ROWS: dict[str, Callable[[str], Row]] = {
     "load": load_row,
     "train_fp32": train_fp32_row,
     "train_auto": train_auto_row,
+    "train_mixed": train_mixed_row,
     "train_long": train_long_row,
     "generate_fp32": generate_fp32_row,
     "generate_bf16": generate_bf16_row,
@@ -38,6 +39,7 @@ ROWS: dict[str, Callable[[str], Row]] = {
     "codec_decode_bf16": codec_decode_bf16_row,
     "codec_encode": codec_encode_row,
     "synthesis_int8": synthesis_int8_row,
+    "synthesis_first": synthesis_first_row,
     "extract": extract_row,
     "pack": pack_row,
     "startup": startup_row,
