@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fish_speech.console import nobody_reads, print_anything
+from fish_speech.console import nobody_reads, print_anything, stop_as_ctrl_c_does
 from fish_speech.devices import (
     keep_freed_memory,
     limit_threads,
@@ -87,7 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="this project's newest checkpoint, else the newest on the same data")
     add("--resume-from-checkpoint", metavar="FILE", help="exactly, or another project's adapters")
     add("--checkpoint-path", metavar="PATH",
-        help="only the adapters of a file or folder's newest; with --merge-weights, what to merge")
+        help="a file, or a folder's newest: this project's goes on, of others the adapters are "
+        "taken; with --merge-weights, what to merge")
     add("--checkpoint-step", type=int, nargs="+", metavar="STEP",
         help="which to merge (default: the latest) or to measure (default: all)")
 
@@ -518,4 +519,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_as_ctrl_c_does()
     sys.exit(main())

@@ -101,7 +101,7 @@ def build_item(
     return whole[:, :-1], labels[:, 1:]
 
 
-def _text(tokenizer: FishTokenizer, ids: Sequence[int], num_codebooks: int) -> Tensor:
+def _text(ids: Sequence[int], num_codebooks: int) -> Tensor:
     tokens = torch.zeros(num_codebooks + 1, len(ids), dtype=torch.long)
     tokens[0] = torch.tensor(ids, dtype=torch.long)
     return tokens
@@ -109,7 +109,7 @@ def _text(tokenizer: FishTokenizer, ids: Sequence[int], num_codebooks: int) -> T
 
 @lru_cache(maxsize=16)
 def _control(tokenizer: FishTokenizer, token: str, num_codebooks: int) -> Tensor:
-    return _text(tokenizer, [tokenizer.special_tokens[token]], num_codebooks)
+    return _text([tokenizer.special_tokens[token]], num_codebooks)
 
 
 @lru_cache(maxsize=16)
@@ -119,13 +119,13 @@ def _header(tokenizer: FishTokenizer, role: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16)
 def _assistant_header(tokenizer: FishTokenizer, num_codebooks: int) -> Tensor:
-    return _text(tokenizer, _header(tokenizer, "assistant"), num_codebooks)
+    return _text(_header(tokenizer, "assistant"), num_codebooks)
 
 
 def _message(tokenizer: FishTokenizer, role: str, text: str, num_codebooks: int) -> Tensor:
     # The text is encoded by itself, without specials: nothing a user writes can end a message.
     ids = [*_header(tokenizer, role), *tokenizer.encode(text), tokenizer.im_end_id]
-    return _text(tokenizer, ids, num_codebooks)
+    return _text(ids, num_codebooks)
 
 
 @lru_cache(maxsize=16)

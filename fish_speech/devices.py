@@ -19,7 +19,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 _SMALL_MODEL = 100_000_000  # bytes of weights
 _LEAST_CAPABILITY = (7, 0)  # of a CUDA card, for Triton
-_ASSUMED_MEMORY = 4 << 30  # bytes, where the system does not say
+_FLASH_CAPABILITY = (8, 0)
 
 
 def resolve_device(name: str = "auto", cards: int = 1) -> torch.device:
@@ -93,6 +93,21 @@ def _has_any(*instructions: str) -> bool:
 
     has = torch.cpu.get_capabilities()
     return torch.backends.mkldnn.is_available() and any(map(has.get, instructions))
+
+
+@cache
+def shares_keys(device: torch.device, dtype: torch.dtype, masked: bool) -> bool:
+    """Whether fused attention takes keys that several heads share.
+
+    On CUDA flash attention alone does, which has no mask and is for 16 bits and cards from Ampere
+    on. What torch takes in its place for such keys keeps a weight of every pair of columns.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return True
+    recent = torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
+    return recent and dtype.itemsize == 2 and not masked
 
 
 @cache
@@ -231,16 +246,10 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-        allowed = allowance.memory()
-        return available if allowed is None else min(available, allowed)
-    except (OSError, KeyError):
-        if not hasattr(os, "sysconf"):  # Windows
-            return _ASSUMED_MEMORY
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    import psutil
+
+    available, allowed = psutil.virtual_memory().available, allowance.memory()
+    return available if allowed is None else min(available, allowed)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

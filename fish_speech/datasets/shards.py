@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
@@ -101,9 +101,9 @@ def build_shards(
             chosen = [clip for clip in usable if (clip.name in held_out) == (split == "validation")]
             chosen.sort(key=lambda clip: clip.speaker)  # so that names and shards run alike
             setattr(manifest, split, [clip.name for clip in chosen])
-            for number, speaker in enumerate(sorted({clip.speaker for clip in chosen})):
+            for number, (speaker, group) in enumerate(groupby(chosen, lambda clip: clip.speaker)):
                 name = f"{split}-{number:03d}-{safe_name(speaker, max_length=40)}.protos"
-                spoken = (waiting.get(clip.name) for clip in chosen if clip.speaker == speaker)
+                spoken = (waiting.get(clip.name) for clip in group)
                 write_shard(folder / name, text_data(spoken, Path(data_dir).name, speaker))
                 manifest.shards[name] = file_digest(folder / name)
     write_json(folder / _MANIFEST, asdict(manifest))
@@ -178,8 +178,9 @@ def _choose_validation(clips: list[Clip], share: float, before: Manifest | None)
     never the only clip, or the last one, of a speaker.
 
     The digest of a name decides, and not how many others there are, so that a second stage with
-    more clips never validates on what the first one learned. Where that gives too few, those that
-    were held out before come first, and one that was learned is taken only where there is no other.
+    more clips never validates on what the first one learned. What was held out before stays so,
+    unless a smaller share is asked for; where all that is too few, one that was learned is taken
+    only where there is no other.
     """
     if share <= 0:
         return set()
@@ -188,14 +189,18 @@ def _choose_validation(clips: list[Clip], share: float, before: Manifest | None)
     held = set(before.validation) if before else set()
     learned = set(before.train) if held else set()  # else nothing was to be held out
     chosen = [name for name in names if places[name] < share]
-    taken = learned.union(chosen)
-    others = [name for name in names if name not in taken]
-    others.sort(key=lambda name: name not in held)
+    others = [name for name in names if name not in learned]
     speakers = {clip.name: clip.speaker for clip in clips}
     left = Counter(speakers.values())
     held_out: set[str] = set()
     fewest = 3 if len(names) >= 20 else 1
-    for candidates, enough in ((chosen, len(names)), (others, fewest), (names, 1)):
+    as_before = [name for name in names if name in held]
+    for candidates, enough in (
+        (as_before, max(fewest, round(share * len(names)))),
+        (chosen, len(names)),
+        (others, fewest),
+        (names, 1),
+    ):
         for name in candidates:
             if len(held_out) < enough and left[speakers[name]] > 1 and name not in held_out:
                 held_out.add(name)

@@ -209,7 +209,7 @@ def recommended(
     """The checkpoint to merge, by the `board` that was just made, else by evaluating.
 
     No board on disk is trusted, for the data, the base or what was asked for may be others by now;
-    where they are the same, evaluating again takes seconds.
+    where they are the same, evaluating again speaks nothing anew.
     Raises `ValueError` that says why where none is recommended.
     """
     board = board or evaluate(run, replace(request, brief=False), say)

@@ -39,7 +39,7 @@ class Job:
 
 
 def default_output(text: str, batch: bool) -> Path:
-    """`output/<first words>`: a folder for a batch, else a WAV file. Other texts have others."""
+    """`output/<first words>`: a folder for a batch, else a WAV file. Other words have another."""
     name = safe_name(text, max_length=40)
     if name != safe_name(text):
         name += f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

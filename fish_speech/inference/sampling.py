@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _NONE = np.empty(0, np.int64)
+_COLDEST = 1e-5  # a temperature; logits divided by less overflow
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def probabilities(logits: Tensor, previous: Tensor | None, sampling: Sampling) -
         outside = ordered.softmax(0).cumsum(0) > sampling.top_p
         outside[0] = False  # the most likely always stays
         logits = logits.masked_fill(outside.scatter(0, order, outside), -torch.inf)
-    return (logits / max(sampling.temperature, 1e-5)).softmax(0)
+    return (logits / max(sampling.temperature, _COLDEST)).softmax(0)
 
 
 def sample(
@@ -73,5 +74,6 @@ def _sample_compiled(
     seen = _NONE if previous is None else previous.numpy()
     number = 1 - torch.rand((), generator=generator).item()
     penalty, top_p = sampling.repetition_penalty, sampling.top_p
-    drawn = draw(logits.float().numpy(), seen, penalty, top_p, sampling.temperature, number)
+    temperature = max(sampling.temperature, _COLDEST)
+    drawn = draw(logits.float().numpy(), seen, penalty, top_p, temperature, number)
     return torch.tensor(drawn)

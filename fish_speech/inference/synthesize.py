@@ -230,7 +230,7 @@ class TextToSpeech:
         max_new_tokens: int | None = None,
         retries: int = 0,
     ) -> Iterator[Tensor]:
-        """Like `synthesize`, but yields waveforms [1, n] while they are made.
+        """Like `synthesize`, but yields waveforms [1, n], n above 0, while they are made.
 
         What has been heard can't be taken back: with `retries` above 0 a chunk is held until it is
         known to be good. Where nothing needs a second try, the pieces are those of `synthesize`.
@@ -262,7 +262,9 @@ class TextToSpeech:
     ) -> Iterator[Piece]:
         """What `synthesize` and `stream` are made of: the speech with its progress and problems."""
         settings = settings or Settings()
-        chunks, context = self._plan(text, reference, speaker, settings)
+        return self._pieces(*self._plan(text, reference, speaker, settings), settings)
+
+    def _pieces(self, chunks: list[str], context: Context, settings: Settings) -> Iterator[Piece]:
         past, said = self._past(context.voice()), 0
         for index, text in enumerate(chunks):
             if not is_speakable(text):
@@ -412,7 +414,8 @@ def _warned(pieces: Iterable[Piece]) -> Iterator[Tensor]:
     for piece in pieces:
         if piece.problem:
             logger.warning(piece.problem)
-        yield piece.waveform
+        if piece.waveform.shape[1]:
+            yield piece.waveform
 
 
 def _generator(device: torch.device, seed: int, chunk: int, tries: int) -> torch.Generator:

@@ -19,8 +19,9 @@ from fish_speech.files import atomic_path
 _SHOWN = 5
 
 
-def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """Map a file written by `torch.save` into memory, tensors and plain values only.
+def read_checkpoint(file: str | Path, *, mapped: bool = True) -> dict[str, Any]:
+    """Read a file written by `torch.save`, tensors and plain values only: it is mapped into memory,
+    and so stays in use as long as they are, unless it is not to be `mapped`.
 
     Raises `FileNotFoundError`, or `ValueError` that names the file where it is damaged, cut short,
     or holds anything else.
@@ -29,8 +30,8 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     try:
-        mappable = zipfile.is_zipfile(file)  # files of PyTorch before 1.6 are not
-        content = torch.load(file, map_location="cpu", mmap=mappable, weights_only=True)
+        mapped = mapped and zipfile.is_zipfile(file)  # files of PyTorch before 1.6 can't be
+        content = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # a few flipped bytes raise almost anything
         if is_out_of_memory(error):
             raise

@@ -34,7 +34,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         save_tensors(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location=None, weights_only=None) -> dict[str, Any]:
-        return read_checkpoint(path)
+        return read_checkpoint(path, mapped=False)  # the optimizer's state would be the file
 
 
 class SaveCheckpoints(L.Callback):

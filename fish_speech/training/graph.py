@@ -96,8 +96,10 @@ class _Shared:
         self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         # Now, and not again: a graph goes on reading what it was captured with.
         c = model.config
-        model.rotary_table(c.max_seq_len, c.head_dim)
-        model.rotary_table(c.num_codebooks, c.fast_head_dim)
+        self._tables = (
+            model.rotary_table(c.max_seq_len, c.head_dim),
+            model.rotary_table(c.num_codebooks, c.fast_head_dim),
+        )
 
     def run(self, tokens: Tensor, places: Places, shares: Tensor) -> Tensor:
         """Gradients into `slopes`; returns the loss and the three parts of it [4]."""

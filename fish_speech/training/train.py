@@ -19,7 +19,7 @@ from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
 from fish_speech.datasets.shards import Manifest, Sample, read_samples
 from fish_speech.devices import is_out_of_memory, resolve_device, resolve_precision
 from fish_speech.files import exclusive, file_digest, remove_temporaries, write_text
-from fish_speech.models.text2semantic import load_model
+from fish_speech.models.text2semantic import ModelConfig, load_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora
 from fish_speech.models.vqgan import CodecConfig
@@ -189,11 +189,8 @@ def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_
     """Raise `ValueError` where a checkpoint was trained over another base or LoRA config."""
     run = checkpoint.read()["run"]
     theirs = recorded_lora(run)
-    if not theirs.fits(lora):
-        raise ValueError(
-            f"{checkpoint.path}: trained with --lora-config r_{theirs.r}_alpha_{theirs.alpha:g}, "
-            f"not r_{lora.r}_alpha_{lora.alpha:g} (or with other target modules)"
-        )
+    if what := theirs.beside(lora):
+        raise ValueError(f"{checkpoint.path}: trained with another --lora-config: {what}")
     if run["base_digest"] != base_digest:
         raise ValueError(
             f"{checkpoint.path}: trained over the base model {run['base']}, which is not the same "
@@ -265,8 +262,10 @@ def _data_module(
 ) -> SemanticDataModule:
     data_dir = Path(config.data.dir)
     tokenizer = FishTokenizer.from_pretrained(base_dir)
+    # What is longer than the model's context could be learned, and never be spoken.
+    max_length = min(config.data.max_length, ModelConfig.from_pretrained(base_dir).max_seq_len)
     shared = {
-        "max_length": config.data.max_length,
+        "max_length": max_length,
         "name_speakers": bool(_named_speakers(manifest)),
         "seed": config.seed,
     }
@@ -279,11 +278,11 @@ def _data_module(
     held_out = _held_out(data_dir, manifest, start, say)
     validation = SemanticDataset(held_out, tokenizer, **shared)
     for name in (*train.too_long, *validation.too_long):
-        say(f"left out: {name} is longer than data.max_length={config.data.max_length} columns")
+        say(f"left out: {name} is longer than data.max_length={max_length} columns")
     if not len(train):
         raise ValueError(
-            f"{data_dir}: every clip is longer than data.max_length={config.data.max_length}; "
-            "cut them with prepare_dataset.py --split-long, or raise it with --override"
+            f"{data_dir}: every clip is longer than data.max_length={max_length}; cut them with "
+            "prepare_dataset.py --split-long, or raise it with --override"
         )
     return SemanticDataModule(
         train,

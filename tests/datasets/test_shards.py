@@ -77,6 +77,19 @@ def test_clips_that_come_or_go_move_no_learned_clip_to_the_held_out_ones(tmp_pat
     assert not set(more.train) & set(fewer.validation)
 
 
+def test_what_is_held_out_stays_so_when_clips_are_added(tmp_path):
+    voice, share = make_data_set(tmp_path / "voice", {"Ann": 9}), {"validation_share": 0.1}
+    few, _ = build(voice, **share)
+    assert few.validation == ["Ann/clip_0008"]  # for want of one whose digest chose it
+    make_data_set(tmp_path / "more", {"Ann": 19})
+    for file in (tmp_path / "more" / "Ann").iterdir():
+        file.replace(voice / "Ann" / file.name)
+    many, _ = build(voice, **share)
+    assert many.validation == ["Ann/clip_0008", "Ann/clip_0009"]
+    less, _ = build(voice, validation_share=0.01)
+    assert len(less.validation) == 1
+
+
 def test_who_has_no_usable_clip_is_no_speaker(tmp_path):
     data = make_data_set(tmp_path / "voice", {"Ann": 3, "backup": 2})
     for file in data.glob("backup/*.lab"):

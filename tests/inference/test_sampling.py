@@ -65,6 +65,7 @@ def test_what_a_cpu_draws_has_the_same_probabilities(size, temperature, top_p, p
 def test_temperature_zero_takes_the_most_likely():
     logits = torch.tensor([0.1, 0.3, 0.2])
     assert sample(logits, None, Sampling(temperature=0), None) == 1
+    assert sample(logits, None, Sampling(temperature=1e-39), None) == 1
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def test_a_stream_gives_the_samples_of_the_whole_before_it_has_ended(tts, script
     stream = tts.stream(text, seed=7)
     first = next(stream)
     assert first.shape[1] < 90 * FRAME
-    streamed = torch.cat([first, *stream], dim=1)
+    others = list(stream)
+    assert all(waveform.shape[1] for waveform in others)
+    streamed = torch.cat([first, *others], dim=1)
     assert torch.allclose(streamed, tts.synthesize(text, seed=7), atol=1e-4)
 
 
@@ -178,6 +180,8 @@ def test_a_hundred_thousand_characters_are_spoken_within_the_context(tts, script
 def test_a_text_without_words_is_refused(tts, text):
     with pytest.raises(ValueError, match="nothing to speak"):
         tts.synthesize(text)
+    with pytest.raises(ValueError, match="nothing to speak"):
+        tts.stream(text)  # at once, and not where it is listened to
 
 
 def test_a_text_that_does_not_fit_is_refused_before_any_of_it_is_spoken(tts, scripted):

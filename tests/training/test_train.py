@@ -20,7 +20,7 @@ from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lor
 from fish_speech.models.vqgan import load_codec
 from fish_speech.preparation.extract import extract_codes
 from fish_speech.text import split_text
-from fish_speech.training.callbacks import Progress
+from fish_speech.training.callbacks import AtomicCheckpoints, Progress
 from fish_speech.training.config import compose_config
 from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
 from fish_speech.training.loss import loss_sums
@@ -390,7 +390,7 @@ def test_a_finished_run_is_not_trained_again(trainer):
 
 def test_resuming_over_another_base_or_lora_config_is_refused(trainer, base_dir, tmp_path):
     trainer("p", "train.max_steps=1")
-    with pytest.raises(ValueError, match="trained with --lora-config r_8_alpha_16, not r_4"):
+    with pytest.raises(ValueError, match="another --lora-config: r 8, not 4; alpha 16, not 8"):
         trainer("p", "lora=r_4_alpha_8", resume_latest=True)
     other = tmp_path / "other"
     other.mkdir()
@@ -518,6 +518,28 @@ def test_what_is_too_long_to_learn_from_is_not_held_out_either(trainer, tmp_path
     options = ("train.max_steps=1", "data.max_length=200")
     trained = trainer("p", *options, data=data, held_out=0.6)
     assert trained.checkpoint.read()["run"]["held_out"] == others
+
+
+def test_what_no_context_holds_is_not_learned_whatever_the_settings_say(trainer, tmp_path):
+    data = make_data_set(tmp_path / "uneven", {"Ann": 4})
+    manifest, _ = build_shards(data, num_codebooks=8, codebook_size=1024)
+    np.save(data / f"{manifest.train[0]}.npy", np.ones((8, 600), np.int16))
+    said = []
+    trainer("p", "train.max_steps=1", "data.max_length=100000", data=data, said=said)
+    assert f"left out: {manifest.train[0]} is longer than data.max_length=512 columns" in said
+
+
+def test_a_checkpoint_that_is_gone_on_from_is_not_held_open(trainer):
+    file = trainer("p", "train.max_steps=2").checkpoint.path
+    content = AtomicCheckpoints().load_checkpoint(file)
+    (state,) = content["optimizer_states"]
+    before = [moments["exp_avg"].clone() for moments in state["state"].values()]
+    assert any(moment.any() for moment in before)
+    size = file.stat().st_size
+    with file.open("r+b") as opened:  # what is mapped would change with it
+        opened.write(bytes(size))
+    after = [moments["exp_avg"] for moments in state["state"].values()]
+    assert all(map(torch.equal, before, after))
 
 
 def test_only_what_a_killed_training_left_is_cleared_away(trainer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -48,8 +48,19 @@ class LoRAConfig:
 
     def fits(self, other: LoRAConfig) -> bool:
         """Whether the adapters of one mean the same in the other; dropout is no matter."""
-        mine, theirs = (replace(c, dropout=0, targets=sorted(c.targets)) for c in (self, other))
-        return mine == theirs
+        return not self.beside(other)
+
+    def beside(self, other: LoRAConfig) -> str:
+        """In what they don't fit, in words; empty where they do."""
+        differ = []
+        for name in ("r", "alpha"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            differ += [f"{name} {mine:g}, not {theirs:g}"] if mine != theirs else []
+        only = [name for name in self.targets if name not in other.targets]
+        lacks = [name for name in other.targets if name not in self.targets]
+        differ += [f"also of {' '.join(only)}"] if only else []
+        differ += [f"none of {' '.join(lacks)}"] if lacks else []
+        return "; ".join(differ)
 
 
 def kept(layer: LoRALinear) -> Tensor:

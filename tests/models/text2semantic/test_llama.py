@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fish_speech.conversation import IGNORED
+from fish_speech.models.text2semantic import llama
 from fish_speech.training.loss import loss_sums
 from tests.conftest import golden_tensors
 
@@ -109,6 +110,28 @@ def test_low_precision_stays_close_and_mixes_nothing(model, golden, dtype, share
     low = model.to(dtype)(tokens).token_logits
     assert low.dtype == dtype
     assert (low.float() - full).abs().mean() < share * full.abs().mean()
+
+
+def test_keys_that_heads_share_may_as_well_be_given_to_each(model, golden, monkeypatch):
+    # As to memory-efficient attention on CUDA, which is the one for fp32.
+    def gradients(mask):
+        hidden = model.hidden_states(tokens, mask)
+        model.zero_grad()
+        hidden.square().mean().backward()
+        return hidden, [p.grad for p in model.layers.parameters()]
+
+    tokens, padding = golden["batch"]["inputs"], golden["batch"]["attention_masks"]
+    expected = [gradients(mask) for mask in (None, padding)]
+    kernel, given = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def watched(q, k, v, **options):
+        given.add((q.shape[1] == k.shape[1] == v.shape[1], options["enable_gqa"]))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(llama, "shares_keys", lambda *_: False)
+    torch.testing.assert_close([gradients(mask) for mask in (None, padding)], expected, **TOLERANCE)
+    assert given == {(True, False)}
 
 
 @torch.no_grad()
