@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 
 def print_anything() -> None:
@@ -34,6 +37,25 @@ def stop_as_ctrl_c_does() -> None:
     for number in stop_signals():
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
+    sys.unraisablehook = _not_lost
+
+
+def _not_lost(ignored: Any) -> None:
+    """Interrupt again where Python could only print that it ignored it: in a destructor, or in what
+    a library in C calls."""
+    if not issubclass(ignored.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(ignored)
+        return
+    again = threading.Timer(0.05, _interrupt)
+    again.daemon = True
+    again.start()
+
+
+def _interrupt() -> None:
+    if hasattr(signal, "pthread_kill"):  # which wakes what waits, too
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def stop_signals() -> list[int]:

@@ -1,15 +1,18 @@
-"""No console's encoding stops a program."""
+"""No console's encoding stops a program, and Ctrl+C always does."""
 
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
+import textwrap
 
 import pytest
 
 import cli_tts
 import finetune_tts
 import prepare_dataset
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("program", [prepare_dataset, finetune_tts, cli_tts])
@@ -24,3 +27,25 @@ def test_what_a_console_cannot_show_is_replaced(program, monkeypatch, tmp_path):
     assert streams[0].buffer.getvalue() == b"? ? caf\xe9\n"
     streams[1].flush()
     assert b": error: " in streams[1].buffer.getvalue()
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost(tmp_path):
+    """Python only prints that it ignored it, there and in what a library in C calls."""
+    program = """
+        import os, signal, threading
+        from fish_speech.console import stop_as_ctrl_c_does
+
+        class Interrupted:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        stop_as_ctrl_c_does()
+        Interrupted()
+        try:
+            threading.Event().wait(20)
+        except KeyboardInterrupt:
+            print("stopped")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("stopped\n", "", 0)
