@@ -32,7 +32,7 @@ def local_voices(root: Path) -> list[tuple[Path, str]]:
     embedded_last = sorted(model_versions(root).values(), key=lambda entry: entry.repo_id is None)
     for entry in embedded_last:
         if (directory := local_model(entry.name, root)) is not None:
-            found.append((directory, entry.description))
+            found.append((directory, f"{entry.description}, {entry.licence}"))
     if not found:
         raise FileNotFoundError(
             f"{root / 'checkpoints'}: no model; 'git checkout -- checkpoints/tiny' brings back the"
