@@ -324,7 +324,7 @@ def _commands(
 ) -> Commands:
     program = f"finetune_tts.py --project {run.project}"
     data_dir, base = _quoted(data.data_dir), _quoted(base_dir)
-    longer = f"--data-dir {data_dir} --train --max-steps {2 * run.checkpoint().step}"
+    longer = f"--data-dir {data_dir} --train --max-steps {2 * run.checkpoints()[-1].step}"
     reference = next(iter(data.references.values()), None)
     cloning = f" --reference-audio {_quoted(reference.audio)}" if reference else ""
     fast_alone = all(target.startswith("fast_") for target in _targets(checkpoints))

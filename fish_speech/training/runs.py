@@ -205,7 +205,7 @@ def checkpoints_in(folder: Path) -> list[Checkpoint]:
     """The checkpoints of a folder, by step."""
     found = []
     for path in folder.glob("*.ckpt") if folder.is_dir() else ():
-        if match := _CHECKPOINT.fullmatch(path.name):
+        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_file():
             found.append(Checkpoint(path, int(match[1])))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 

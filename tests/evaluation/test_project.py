@@ -152,14 +152,17 @@ def test_again_and_with_one_more_step_only_what_is_new_is_spoken(project, monkey
 def test_a_damaged_checkpoint_has_a_row_and_one_over_another_base_too(project, capsys):
     folder = project / "results/p/checkpoints"
     damaged, strange = folder / "step_000000001.ckpt", folder / "step_000000003.ckpt"
-    damaged.write_bytes(b"PK nothing")
+    newest = max(folder.glob("*.ckpt"))
+    for file in (damaged, newest):
+        file.write_bytes(b"PK nothing")
     content = torch.load(folder / "step_000000002.ckpt", weights_only=True)
     torch.save({**content, "run": {**content["run"], "base_digest": "other"}}, strange)
     assert finetune("--evaluate", "--eval-samples", 1) == 0
     board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
     errors = [row.error for row in board.rows]
-    assert [error is None for error in errors] == [True, False, True, False, True]
+    assert [error is None for error in errors] == [True, False, True, False, False]
     assert "step_000000001.ckpt: damaged" in errors[1]
+    assert f"{newest.name}: damaged" in errors[4]
     assert "not the same" in errors[3]
     assert "step_000000001: could not be measured" in capsys.readouterr().err
 
