@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+_UNKNOWN_SIZES = {0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF}  # written to a pipe, in bytes
+_LARGEST_WAV = 8 + 0xFFFFFFFF  # bytes that its sizes can tell
+
 
 @dataclass(frozen=True)
 class AudioInfo:
@@ -35,7 +38,8 @@ def audio_info(path: str | Path) -> AudioInfo:
         return AudioInfo(info.samplerate, info.channels, info.frames / info.samplerate, floating)
     with _open_av(path) as container:
         stream = container.streams.audio[0]
-        if container.format.name == "mp3" and not _mp3_states_its_length(path):
+        guessed = container.format.name == "mp3" and not _mp3_states_its_length(path)
+        if guessed or _outgrew_its_header(path):
             duration = None
         elif stream.duration is not None:
             duration = float(stream.duration * stream.time_base)
@@ -66,6 +70,17 @@ def channel_blocks(path: Path, seconds: float) -> Iterator[np.ndarray]:
 
 def _share_of_chunk(path: Path) -> float:
     """How much of its samples' chunk a WAV or AIFF file has; 1 for other files."""
+    size, there = _samples_chunk(path)
+    # Programs that write to a pipe don't know the size.
+    unknown = size in _UNKNOWN_SIZES or size >= 0x7FFFF000 > there
+    return 1.0 if unknown else max(1e-3, min(1.0, there / size))
+
+
+def _samples_chunk(path: Path) -> tuple[int, int]:
+    """What a WAV or AIFF file says of its samples' size, and what follows to the end of the file.
+
+    In bytes; 0 and 0 for other files.
+    """
     with path.open("rb") as file:
         kind, order = {b"RIFF": (b"data", "little"), b"RIFX": (b"data", "big"),
                        b"FORM": (b"SSND", "big")}.get(file.read(4), (None, ""))  # fmt: skip
@@ -73,12 +88,21 @@ def _share_of_chunk(path: Path) -> float:
         while kind is not None and len(head := file.read(8)) == 8:
             size = int.from_bytes(head[4:], order)
             if head[:4] == kind:
-                there = path.stat().st_size - file.tell()
-                # Programs that write to a pipe don't know the size, and write 0 or a huge one.
-                unknown = size == 0 or size >= 0x7FFFF000 > there
-                return 1.0 if unknown else max(1e-3, min(1.0, there / size))
+                return size, path.stat().st_size - file.tell()
             file.seek(size + size % 2, 1)
-    return 1.0
+    return 0, 0
+
+
+def _outgrew_its_header(path: Path) -> bool:
+    """Whether a WAV file goes on where, by its header, its samples end.
+
+    Sizes have 32 bits. Of a longer file they are the last 32, the largest there are, or unknown.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"RIFF":
+            return False
+    size, there = _samples_chunk(path)
+    return 0 < size < there and (size in _UNKNOWN_SIZES or path.stat().st_size > _LARGEST_WAV)
 
 
 def _ogg_has_an_end(path: Path) -> bool:
@@ -110,7 +134,7 @@ def _sndfile_info(path: Path) -> Any:
     """What libsndfile reads of a header; None where PyAV has to read the file.
 
     libsndfile stops where the length that it read or estimated ends: after the first of several
-    MP3 or Ogg streams in a file, or somewhere in an MP3 that states none.
+    MP3 or Ogg streams in a file, somewhere in an MP3 that states none, or at 4 GiB of a WAV file.
     """
     import soundfile
 
@@ -118,6 +142,8 @@ def _sndfile_info(path: Path) -> Any:
         head = file.read(4)
     if head.startswith((b"OggS", b"ID3")) or head[:2] >= b"\xff\xe0":  # a frame of MP3
         return None  # where libsndfile would warn about lengths on standard error
+    if _outgrew_its_header(path):
+        return None
     try:
         info = soundfile.info(_native(path))
     except soundfile.LibsndfileError:
@@ -153,8 +179,10 @@ def _blocks_sndfile(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
 def _open_av(path: Path):
     import av
 
+    options = {"ignore_length": "1"} if _outgrew_its_header(path) else {}
     try:
-        container = av.open(str(path.absolute()))  # a bare "10:30.m4a" would be a protocol
+        # Absolute, for a bare "10:30.m4a" would be a protocol.
+        container = av.open(str(path.absolute()), options=options)
     except (av.error.FFmpegError, ValueError) as error:
         raise ValueError(
             f"{path}: not an audio file that can be decoded ({_said(error)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 
 import numpy as np
@@ -240,6 +241,37 @@ def test_a_wave_file_from_a_pipe_does_not_know_its_size_and_is_whole(tmp_path, s
     at = data.index(b"data") + 4
     (tmp_path / "a.wav").write_bytes(data[:at] + size.to_bytes(4, "little") + data[at + 4 :])
     assert decoding.breaks_off(tmp_path / "a.wav", 1.0) is None
+
+
+def stated(path, size: int) -> None:
+    """Let the WAV file say that its samples are of `size` bytes."""
+    with path.open("rb+") as file:
+        file.seek(file.read().index(b"data") + 4)
+        file.write(size.to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize("size", [0x7FFFF000, 0xFFFFFFFF])
+def test_a_wave_file_from_a_pipe_may_be_of_gigabytes(tmp_path, size):
+    soundfile.write(tmp_path / "a.wav", sine(440, 1.0, SECOND), SECOND)
+    stated(tmp_path / "a.wav", size)
+    os.truncate(tmp_path / "a.wav", 44 + 0x7FFFF000)
+    duration = decoding.audio_info(tmp_path / "a.wav").duration
+    assert duration == pytest.approx(0x7FFFF000 / 2 / SECOND)
+    assert decoding.breaks_off(tmp_path / "a.wav", duration) is None
+
+
+@pytest.mark.parametrize("size", [6 * SECOND - 2**16, 50_000])  # its last bits, or unknown
+def test_a_wave_file_longer_than_it_can_say_is_read_to_its_end(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(decoding, "_LARGEST_WAV", 2**16)
+    monkeypatch.setattr(decoding, "_UNKNOWN_SIZES", {50_000})
+    noise = np.random.default_rng(0).normal(0, 0.1, 3 * SECOND).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", noise, SECOND)
+    stated(tmp_path / "a.wav", size)
+    waveform, rate = audio.load_audio(tmp_path / "a.wav")
+    assert rate == SECOND
+    assert waveform[0].numpy() == pytest.approx(noise, abs=1e-4)
+    assert decoding.breaks_off(tmp_path / "a.wav", 3.0) is None
+    assert decoding.audio_info(tmp_path / "a.wav").duration in (None, 3.0)
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.mkv"])
