@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SAVE_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
 _BLOCK_SECONDS = 30.0
+_LARGEST_WAV = (1 << 32) - 4096  # bytes of samples that its 32-bit sizes can tell
 _CANCELLED = 0.05  # share of the channels' power in their mean; one of six that sounds has 0.17
 
 
@@ -72,10 +73,13 @@ def save_audio(
 ) -> None:
     """Save a waveform [1, N] or [N] atomically, in the format of the suffix, scaled below 0 dBFS.
 
-    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS`.
+    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS`, another shape, or samples
+    that are not finite.
     """
-    samples = np.asarray(waveform, dtype=np.float32).reshape(-1)
+    samples = _mono(waveform)
     peak = float(np.abs(samples).max(initial=0.0))
+    if not np.isfinite(peak):
+        raise ValueError(f"{path}: the waveform to be saved holds samples that are not finite")
     with audio_writer(path, sample_rate, bits=bits) as write:
         write(samples / max(peak, 1.0))
 
@@ -87,8 +91,8 @@ def audio_writer(
     """Yield a function that appends a waveform [1, n] or [n] to the file, clipped at 0 dBFS.
 
     For audio that is saved while it is made. The file is there, whole, when the block succeeds.
-    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS`, `OSError` where the disk is
-    full.
+    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS` or another shape, `OSError`
+    where the disk is full.
     """
     import soundfile
 
@@ -96,22 +100,53 @@ def audio_writer(
     file_format = save_format(path)
     subtype = f"PCM_{bits}" if file_format in ("WAV", "FLAC") else None
 
+    def new_file(file_format: str) -> soundfile.SoundFile:
+        return soundfile.SoundFile(temporary, "w", sample_rate, 1, subtype, format=file_format)
+
     def write(waveform: torch.Tensor | np.ndarray) -> None:
-        samples = np.asarray(waveform, dtype=np.float32).reshape(-1)
+        nonlocal file
+        samples = _mono(waveform)
         # In slices: libsndfile's Ogg encoder keeps its whole input of one call on the stack.
         for start in range(0, len(samples), 1 << 16):
-            file.write(samples[start : start + (1 << 16)].clip(-1, 1))
+            part = samples[start : start + (1 << 16)].clip(-1, 1)
+            if file.format == "WAV" and (file.frames + len(part)) * bits // 8 > _LARGEST_WAV:
+                file.close()
+                with _moved_aside(temporary) as full, soundfile.SoundFile(full) as so_far:
+                    file = new_file("RF64")
+                    for block in so_far.blocks(1 << 20, dtype="int32"):
+                        file.write(block)
+            file.write(part)
 
     try:
-        with (
-            atomic_path(path) as temporary,
-            soundfile.SoundFile(
-                temporary, "w", sample_rate, 1, subtype, format=file_format
-            ) as file,
-        ):
-            yield write
+        with atomic_path(path) as temporary:
+            file = new_file(file_format)
+            try:
+                yield write
+            finally:
+                file.close()
     except soundfile.LibsndfileError as error:  # it doesn't tell which system error it met
         raise OSError(f"{path}: can't be written; is the disk full? ({error})") from error
+
+
+@contextmanager
+def _moved_aside(path: Path) -> Iterator[Path]:
+    """Yield where the file at `path` is meanwhile, which is removed in the end."""
+    aside = path.with_suffix(".full")
+    path.rename(aside)
+    try:
+        yield aside
+    finally:
+        aside.unlink()
+
+
+def _mono(waveform: torch.Tensor | np.ndarray) -> np.ndarray:
+    """The samples [N] of a waveform [1, N] or [N]. Raises `ValueError` for another shape."""
+    samples = np.asarray(waveform, dtype=np.float32)
+    if samples.ndim == 2 and len(samples) == 1:
+        samples = samples[0]
+    if samples.ndim != 1:
+        raise ValueError(f"a waveform of the shape {list(samples.shape)}; [1, N] or [N] is saved")
+    return samples
 
 
 def save_format(path: str | Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 
 import numpy as np
@@ -317,6 +318,25 @@ def test_saving_keeps_the_wave_and_scales_what_would_clip(tmp_path):
         audio.save_audio(tmp_path / "a.xyz", tone, SECOND)
 
 
+@pytest.mark.parametrize("shape", [(2, 500), (500, 1), (1, 1, 500), ()])
+def test_what_is_not_one_channel_is_refused(tmp_path, shape):
+    waveform = np.full(shape, 0.5, np.float32)
+    with pytest.raises(ValueError, match=rf"shape {re.escape(str(list(shape)))}; \[1, N\] or"):
+        audio.save_audio(tmp_path / "a.wav", waveform, SECOND)
+    refused = pytest.raises(ValueError, match="shape")
+    with refused, audio.audio_writer(tmp_path / "a.wav", SECOND) as write:
+        write(waveform)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sample", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_saved(tmp_path, sample):
+    waveform = np.array([[0.1, sample, 0.5]], np.float32)
+    with pytest.raises(ValueError, match=r"a\.wav: .* not finite"):
+        audio.save_audio(tmp_path / "a.wav", waveform, SECOND)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise soundfile.LibsndfileError(2)
@@ -378,6 +398,22 @@ def test_audio_saved_while_it_is_made_is_whole_and_clipped_at_full_scale(tmp_pat
     samples, _ = audio.load_audio(tmp_path / f"a{suffix}")
     assert samples.shape == (1, 44100)
     assert 0.95 < samples.abs().max() < 1.3  # a lossy format swings over the edges
+
+
+@pytest.mark.parametrize("bits", [16, 24])
+def test_a_wav_file_grows_beyond_what_its_sizes_can_tell(tmp_path, monkeypatch, bits):
+    monkeypatch.setattr(audio, "_LARGEST_WAV", 20_000)
+    parts = np.random.default_rng(0).uniform(-1, 1, (9, 4_000)).astype(np.float32)
+    for count, kind in ((20_000 * 8 // bits // 4_000, b"RIFF"), (9, b"RF64")):
+        with audio.audio_writer(tmp_path / "a.wav", SECOND, bits=bits) as write:
+            for part in parts[:count]:
+                write(part)
+        assert (tmp_path / "a.wav").read_bytes()[:4] == kind
+        assert soundfile.info(tmp_path / "a.wav").subtype == f"PCM_{bits}"
+        waveform, _ = audio.load_audio(tmp_path / "a.wav")
+        assert waveform[0].numpy() == pytest.approx(parts[:count].reshape(-1), abs=2 ** (1 - bits))
+        assert decoding.breaks_off(tmp_path / "a.wav", count * 4_000 / SECOND) is None
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_audio_that_breaks_off_while_it_is_made_leaves_what_was_there(tmp_path):
