@@ -110,6 +110,7 @@ def audio_writer(
         for start in range(0, len(samples), 1 << 16):
             part = samples[start : start + (1 << 16)].clip(-1, 1)
             if file.format == "WAV" and (file.frames + len(part)) * bits // 8 > _LARGEST_WAV:
+                # From here on RF64, its like with sizes of 64 bits, which not every player knows.
                 file.close()
                 with _moved_aside(temporary) as full, soundfile.SoundFile(full) as so_far:
                     file = new_file("RF64")

@@ -5,6 +5,8 @@ They outlive the clips, which other options cut or name differently.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +17,49 @@ class Corrections:
     """The corrections of a data set, in the file at `path`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+        self.path, self._changed = path, False
+        self._entries: dict[str, list[dict[str, Any]]] = defaultdict(list)  # of each recording
+        for entry in read_json(path) if path.is_file() else []:
+            self._entries[_recording(entry)].append(entry)
 
     def note(self, clip: dict[str, Any], text: str) -> None:
         """Remember the `text` of a clip, if it isn't the one that the clip was made with."""
-        known = self.find(clip)
-        self.entries = [entry for entry in self.entries if entry not in (known, self.at(clip))]
+        known = self.find(clip), self.at(clip)
+        entries = self._entries[_recording(clip)]
+        old, new = [entry for entry in entries if entry in known], []
         if text != clip["text"]:
             about = {name: clip[name] for name in ("file", "source", "start", "end")}
-            self.entries.append({**about, "text": text, "instead_of": clip["text"]})
+            new.append({**about, "text": text, "instead_of": clip["text"]})
+        if old or new:
+            entries[:] = [entry for entry in entries if entry not in known] + new
+            self._changed |= old != new
 
     def find(self, clip: dict[str, Any], *, any_text: bool = False) -> dict[str, Any] | None:
         """The correction of a clip's text, wherever it was cut then; None where there is none.
 
         With `any_text` one of just its seconds counts, whatever the text was.
         """
-        for entry in self.entries:
+        for entry in self._entries[_recording(clip)]:
             overlaps = entry["start"] < clip["end"] and clip["start"] < entry["end"]
-            same = entry["instead_of"] == clip["text"] and overlaps
-            if same and _recording(entry) == _recording(clip):
+            if entry["instead_of"] == clip["text"] and overlaps:
                 return entry
         return self.at(clip) if any_text else None
 
     def at(self, clip: dict[str, Any]) -> dict[str, Any] | None:
         """The correction of just a clip's seconds."""
-        place = _recording(clip), clip["start"], clip["end"]
-        for entry in self.entries:
-            if (_recording(entry), entry["start"], entry["end"]) == place:
+        for entry in self._entries[_recording(clip)]:
+            if (entry["start"], entry["end"]) == (clip["start"], clip["end"]):
                 return entry
         return None
 
     def save(self) -> None:
-        if self.entries or self.path.is_file():
-            order = sorted(self.entries, key=lambda entry: (_recording(entry), entry["start"]))
+        if self._changed:
+            order = sorted(
+                chain.from_iterable(self._entries.values()),
+                key=lambda entry: (_recording(entry), entry["start"]),
+            )
             write_json(self.path, order)
+            self._changed = False
 
 
 def _recording(clip: dict[str, Any]) -> str:
