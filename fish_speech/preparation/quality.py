@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,7 @@ SPOILING = {"too_long", "little_speech", "clipping", "clipped_start", "clipped_e
     "cut_in_speech", "breaks_off", "slow_text", "fast_text", "disagreement", "unheard",
 }  # fmt: skip
 SAME_SHAPE = 0.97  # correlation of shapes; different sentences of one voice stay far below
+SAME_LENGTH = 0.03  # share of its duration by which two may differ
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,24 @@ def near_duplicates(clips: Sequence[dict[str, Any]]) -> dict[int, int]:
     vectors = np.array(shapes, np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-9
     durations = np.array([clip["duration"] for clip in clips])
-    found: dict[int, int] = {}
+    by_speaker = defaultdict(list)
     for index, clip in enumerate(clips):
-        close = np.abs(durations[:index] - durations[index]) < 0.03 * durations[index]
-        for earlier in np.flatnonzero(close & (vectors[:index] @ vectors[index] > SAME_SHAPE)):
-            same_speaker = clips[earlier]["speaker"] == clip["speaker"]
-            if same_speaker and int(earlier) not in found and not clips[earlier].get("flags"):
-                found[index] = int(earlier)
-                break
+        by_speaker[clip["speaker"]].append(index)
+    found: dict[int, int] = {}
+    for own in by_speaker.values():
+        # By length, for only a stretch of them is as long as a clip; it begins a little early.
+        order = np.array(sorted(own, key=durations.__getitem__))
+        sounds, lengths = vectors[order], durations[order]
+        lows = np.searchsorted(lengths, (0.999 - SAME_LENGTH) * durations[own])
+        highs = np.searchsorted(lengths, (1.001 + SAME_LENGTH) * durations[own])
+        for index, low, high in zip(own, lows, highs, strict=True):
+            near, off = order[low:high], np.abs(lengths[low:high] - durations[index])
+            alike = sounds[low:high] @ vectors[index] > SAME_SHAPE
+            close = (near < index) & (off < SAME_LENGTH * durations[index])
+            for earlier in np.sort(near[close & alike]).tolist():
+                if earlier not in found and not clips[earlier].get("flags"):
+                    found[index] = earlier
+                    break
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -142,3 +143,43 @@ def test_the_twin_that_stays_is_one_without_flags(utterances):
         for name, flags in (("bad", ["noisy"]), ("good", []), ("copy", []))
     ]
     assert [clip.get("duplicate_of") for clip in quality.mark_twins(clips)] == [None, None, "good"]
+
+
+def made_up(count: int, speakers: int) -> list[dict]:
+    """Entries of clips, half of them like another one."""
+    rng, clips = np.random.default_rng(0), []
+    for _ in range(count):
+        levels, duration = rng.normal(0, 30, 128), rng.uniform(2, 12)
+        if clips and rng.random() < 0.5:
+            other = clips[rng.integers(len(clips))]
+            levels = np.frombuffer(bytes.fromhex(other["shape"]), np.int8) + rng.normal(0, 7, 128)
+            duration = other["duration"] * rng.uniform(0.96, 1.04)
+        shape = levels.round().clip(-127, 127).astype(np.int8).tobytes().hex()
+        flags = ["noisy"] if rng.random() < 0.1 else []
+        speaker = f"speaker {rng.integers(speakers)}"
+        clips.append({"shape": shape, "duration": duration, "speaker": speaker, "flags": flags})
+    return clips
+
+
+def test_near_duplicates_are_those_that_comparing_all_with_all_finds():
+    clips = made_up(400, 2)
+    shapes = [np.frombuffer(bytes.fromhex(clip["shape"]), np.int8) for clip in clips]
+    shapes = [shape / np.linalg.norm(shape.astype(float)) for shape in shapes]
+    twins = {}
+    for index, clip in enumerate(clips):
+        for earlier, other in enumerate(clips[:index]):
+            close = abs(other["duration"] - clip["duration"]) < 0.03 * clip["duration"]
+            fit = earlier not in twins and not other["flags"]
+            same = other["speaker"] == clip["speaker"] and shapes[earlier] @ shapes[index] > 0.97
+            if close and fit and same:
+                twins[index] = earlier
+                break
+    assert len(twins) > 20
+    assert quality.near_duplicates(clips) == twins
+
+
+def test_near_duplicates_of_many_speakers_are_found_soon():
+    clips = made_up(1_000, 100) * 10
+    begun = time.process_time()
+    assert len(quality.near_duplicates(clips)) > 8_000
+    assert time.process_time() - begun < 0.5
