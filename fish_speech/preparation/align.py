@@ -8,7 +8,7 @@ the text is the script's, every word once: pieces hold slices of it that add up 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -29,6 +29,7 @@ _TOKEN = regex.compile(
 _CLOSERS = r"[\"'”’»›)\]}」』】》）]*\s*$"
 _SENTENCE_END = regex.compile(rf"[.!?…。！？｡।؟]{_CLOSERS}")
 _CLAUSE_END = regex.compile(rf"[,;:–—\-，、；：،؛]{_CLOSERS}")
+_MOST_MOVES = 1 << 28  # of an edit, in bytes, that are kept at a time
 _LONG_UNIT = 12  # tokens without punctuation after which any gap between words may be a pause
 
 
@@ -150,21 +151,26 @@ def match(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
 
 def _one_match(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
     """One of the cheapest edits."""
-    pairs, (i, j) = [], (len(a), len(b))
-    moves, lows = _edit(a, b)
-    while i and j:
-        move = moves[i][j - lows[i]]
-        if move == 0 and a[i - 1] == b[j - 1] and a[i - 1]:
-            pairs.append((i - 1, j - 1))
-        i, j = i - (move != 2), j - (move != 1)
+    pairs, j = [], len(b)
+    for i, low, moves in _edit(a, b):
+        while j and moves[j - low] == 2:
+            j -= 1
+        if not j:
+            break
+        if moves[j - low] == 0:
+            j -= 1
+            if a[i] == b[j] and a[i]:
+                pairs.append((i, j))
     return pairs[::-1]
 
 
-def _edit(a: Sequence[str], b: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
-    """The cheapest edits: the moves (0 both, 1 only `a`, 2 only `b`) that led to each cell.
+def _edit(a: Sequence[str], b: Sequence[str]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """The cheapest edits, backwards: for each word of `a` its index, a column `low`, and the moves
+    (0 both, 1 only `a`, 2 only `b`) that led to the cells behind it from that column on.
 
-    A word that is skipped costs 2, one that is changed 3. Row i of the moves starts at column
-    `lows[i]`: only a band around the diagonal is looked at, so that hours of words fit in memory.
+    A word that is skipped costs 2, one that is changed 3. Only a band around the diagonal is looked
+    at, so that hours of words fit in memory; where much was not heard the band is wide, and the
+    moves are made a second time, block by block.
     """
     skipped, changed = 2, 3
     number = {word: index for index, word in enumerate({*a, *b})}
@@ -174,22 +180,32 @@ def _edit(a: Sequence[str], b: Sequence[str]) -> tuple[list[np.ndarray], list[in
     far = skipped * (len(a) + len(b) + 1)  # outside the band, and never the cheapest
     steps = skipped * np.arange(len(b) + 1, dtype=np.int32)
     row = np.where(np.arange(len(b) + 1) <= width, steps, far).astype(np.int32)
-    moves, lows = [np.full(len(b) + 1, 2, np.int8)], [0]
-    for i in range(1, len(a) + 1):
-        center = i * len(b) // len(a)
+
+    def behind(i: int, row: np.ndarray) -> tuple[int, int, np.ndarray]:
+        """The moves over word `i`; brings the costs in `row` [len(b) + 1] there."""
+        center = (i + 1) * len(b) // len(a)
         low, high = max(0, center - width), min(len(b), center + width)
         best = row[low : high + 1] + skipped
         move = np.ones(len(best), np.int8)
-        both = row[low:high] + changed * (a[i - 1] != b[low:high])
+        both = row[low:high] + changed * (a[i] != b[low:high])
         better = both <= best[1:]
         best[1:][better], move[1:][better] = both[better], 0
         ramp = steps[: len(best)]
         cheapest = np.minimum.accumulate(best - ramp) + ramp
         move[cheapest < best] = 2
-        moves.append(move)
-        lows.append(low)
         row[low : high + 1] = cheapest
-    return moves, lows
+        return i, low, move
+
+    size = max(1, _MOST_MOVES // min(2 * width + 1, len(b) + 1))
+    blocks = [range(i, min(i + size, len(a))) for i in range(0, len(a), size)]
+    rows, moves = [], []
+    for block in blocks:
+        rows.append(row.copy())
+        moves.clear()
+        moves.extend(behind(i, row) for i in block)
+    for block, row in zip(reversed(blocks), reversed(rows), strict=True):
+        yield from reversed(moves or [behind(i, row) for i in block])
+        moves.clear()
 
 
 def _place(

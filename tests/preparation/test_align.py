@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -199,6 +200,21 @@ def test_match_is_a_longest_one():
         assert pairs == sorted(pairs)
         assert all(a[i] == b[j] for i, j in pairs)
         assert len({i for i, _ in pairs}) == len({j for _, j in pairs}) == len(pairs)
+
+
+def test_a_script_of_which_half_was_heard_does_not_fill_the_memory(monkeypatch):
+    rng = random.Random(0)
+    script = rng.choices([f"word {number}" for number in range(500)], k=2400)
+    heard = [word for word in script[:600] + script[1200:1900] if rng.random() < 0.9]
+    pairs = align.match(script, heard)
+    assert len(pairs) > 1000
+    monkeypatch.setattr(align, "_MOST_MOVES", 1 << 18)  # of three million
+    tracemalloc.start()
+    try:
+        assert align.match(script, heard) == pairs
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
