@@ -287,16 +287,18 @@ def build_stage(
 
 def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
     """Where training goes on, or begins."""
-    from fish_speech.hub import find_model
+    from fish_speech.hub import directory_of
     from fish_speech.training.runs import choose_start, recorded_lora
 
-    def fits(record: dict) -> bool:
-        same_base = (
-            not names_base(args) or Path(record["base"]) == find_model(config.base).resolve()
-        )
-        return same_base and config.adapters.fits(recorded_lora(record))
+    named = directory_of(config.base) if names_base(args) else None
 
-    return choose_start(
+    def same_base(record: dict) -> bool:
+        return named is None or Path(record["base"]) == named.resolve()
+
+    def fits(record: dict) -> bool:
+        return same_base(record) and config.adapters.fits(recorded_lora(record))
+
+    start = choose_start(
         run,
         Path(config.data.dir),
         resume_latest=args.resume_latest,
@@ -304,6 +306,15 @@ def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
         checkpoint_path=args.checkpoint_path,
         fits=fits,
     )
+    if start.exact and named and named != Path(config.base) and not (named / "model.pth").exists():
+        # It would be downloaded, only to be compared; of what is there the weights tell.
+        record = start.checkpoint.read()["run"]
+        if not same_base(record):
+            raise ValueError(
+                f"project '{run.project}' was trained over {record['base']}, not over {named}: "
+                "choose another --project"
+            )
+    return start
 
 
 def names_base(args: argparse.Namespace) -> bool:

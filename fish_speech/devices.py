@@ -78,7 +78,8 @@ def multiplies_bf16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # the card that is asked
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and _has_any("avx512_bf16", "amx_bf16", "bf16")  # the last on ARM
 
 
@@ -173,13 +174,13 @@ def seed_draws(seed: int, device: torch.device) -> None:
 
 
 def set_threads(count: int) -> None:
-    """Threads that one operation may use on the CPU. Raises `ValueError` below 1."""
+    """Threads that one operation may use on the CPU, as far as there are cores for them: with more
+    they wait for each other. Raises `ValueError` below 1."""
     import torch
 
     if count < 1:
         raise ValueError(f"--threads {count}: must be at least 1")
-
-    torch.set_num_threads(count)
+    torch.set_num_threads(min(count, allowance.cores()))
 
 
 def limit_threads() -> None:

@@ -81,6 +81,12 @@ def find_model(version: str | Path, root: Path = REPOSITORY) -> Path:
     return directory
 
 
+def directory_of(version: str | Path, root: Path = REPOSITORY) -> Path:
+    """Where the model directory of `find_model` is, or would be after a download."""
+    entry = model_versions(root).get(str(version))
+    return Path(version) if entry is None else root / entry.directory
+
+
 def local_model(version: str, root: Path = REPOSITORY) -> Path | None:
     """The directory of a registered version where all of it is there already, else None."""
     entry = model_versions(root)[version]

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
 import finetune_tts
+from fish_speech import hub
 from fish_speech.files import exclusive
 from tests.conftest import ROOT, golden_tensors
 from tests.made_data import make_data_set
@@ -164,6 +166,19 @@ def test_a_resumed_run_says_that_its_data_is_another(project, tmp_path, capsys):
     (tmp_path / "data/Ann/clip_0000.lab").write_text("Other words, many of them.")
     assert project(*TRAIN, "--max-steps", 3) == 0
     assert f"{changed}: going on with what data holds now" in capsys.readouterr().err
+
+
+def test_another_base_is_refused_before_it_is_downloaded(project, tmp_path, monkeypatch, capsys):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 1) == 0
+    published = replace(hub.model_versions()["1.5"], directory=str(tmp_path / "fish-speech-1.5"))
+    monkeypatch.setattr(hub, "model_versions", lambda root: {"1.5": published})
+    monkeypatch.setattr(hub, "_download", lambda entry, place: pytest.fail("downloaded"))
+    other = [*TRAIN, "--max-steps", 2, "--model-version", "1.5"]
+    assert finetune_tts.main(["--project", "p", *map(str, other)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "project 'p' was trained over " in said
+    assert said.endswith("fish-speech-1.5: choose another --project")
 
 
 def test_losses_that_cannot_be_drawn_cost_no_training(project, tmp_path, monkeypatch, capsys):

@@ -292,6 +292,8 @@ def _readable_records(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]
 def _data_dir(record: dict[str, Any], request: Request) -> Path:
     """What was asked for, else where the run says that it was trained."""
     recorded = Path(shown_path(Path(record["data_dir"])))
+    if not recorded.is_dir() and (moved := Path(*recorded.parts[-2:])).is_dir():
+        recorded = moved  # training_data/NAME, with the whole project
     if request.data_dir is None and not recorded.is_dir():
         raise FileNotFoundError(
             f"{recorded}: the data set of this project is not there any more; "

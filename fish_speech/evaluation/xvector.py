@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from importlib.util import find_spec
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +50,7 @@ class XVector:
         from transformers.utils import logging
 
         logging.set_verbosity_error()
+        getLogger("huggingface_hub").setLevel(ERROR)  # it warns of every try; the last one is said
         logging.disable_progress_bar()  # of the weights being copied; downloads have their own
         try:
             AutoConfig.from_pretrained(name)  # whose errors say what is wrong

@@ -91,7 +91,8 @@ def check_speaker(speaker: str | None, known: Sequence[str]) -> None:
 def check_reference(audio: str | Path, text: str) -> None:
     """Raise `FileNotFoundError` for a missing recording, `ValueError` for a text without words."""
     if not Path(audio).is_file():
-        raise FileNotFoundError(f"{audio}: no such audio file")
+        what = "a folder, not a recording" if Path(audio).is_dir() else "no such audio file"
+        raise FileNotFoundError(f"{audio}: {what}")
     if not is_speakable(text):
         raise ValueError(f"{audio}: the reference needs its text, the words that are spoken")
 

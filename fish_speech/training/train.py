@@ -190,7 +190,10 @@ def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_
     run = checkpoint.read()["run"]
     theirs = recorded_lora(run)
     if what := theirs.beside(lora):
-        raise ValueError(f"{checkpoint.path}: trained with another --lora-config: {what}")
+        raise ValueError(
+            f"{checkpoint.path}: trained with another --lora-config: {what}; give that one, or "
+            "choose another --project"
+        )
     if run["base_digest"] != base_digest:
         raise ValueError(
             f"{checkpoint.path}: trained over the base model {run['base']}, which is not the same "

@@ -167,6 +167,16 @@ def test_a_damaged_checkpoint_has_a_row_and_one_over_another_base_too(project, c
     assert "step_000000001: could not be measured" in capsys.readouterr().err
 
 
+def test_a_project_that_was_moved_with_its_data_finds_them(project, capsys):
+    for checkpoint in Run.of("p").checkpoints():
+        move(checkpoint.path, project, Path("/gone"))
+    flags = ("--eval-samples", 1, "--checkpoint-step", 2, "--pretrained-ckpt-path", "base")
+    assert finetune("--evaluate", *flags) == 0
+    Path("training_data").rename("data")
+    assert finetune("--evaluate", *flags) == 2
+    assert "give its place with --data-dir" in capsys.readouterr().err
+
+
 def test_further_texts_are_spoken_too(project):
     (project / "more.txt").write_text("Hello there.\n\n?\nGood bye.\n", encoding="utf-8")
     flags = ("--evaluate", "--eval-samples", 3, "--texts", "more.txt")
