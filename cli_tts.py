@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
-from fish_speech.console import nobody_reads, print_anything, some_of, stop_as_ctrl_c_does
+from fish_speech.console import (
+    nobody_reads,
+    print_anything,
+    some_of,
+    stop_as_ctrl_c_does,
+    words_of,
+)
 from fish_speech.devices import (
     PRECISIONS,
     compile_problem,
@@ -188,7 +194,7 @@ def say(message: str) -> None:
 def complain(error: Exception, args: argparse.Namespace, status: int) -> int:
     if args.debug:
         traceback.print_exc()
-    what = str(error)
+    what = words_of(error)
     if not isinstance(error, ValueError | OSError) and is_out_of_memory(error):
         what = f"out of memory; try {OUT_OF_MEMORY[resolve_device(args.device).type]}"
     say(f"cli_tts.py: {what or type(error).__name__}")

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fish_speech.console import nobody_reads, print_anything, stop_as_ctrl_c_does
+from fish_speech.console import nobody_reads, print_anything, stop_as_ctrl_c_does, words_of
 from fish_speech.devices import (
     keep_freed_memory,
     limit_threads,
@@ -524,7 +524,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             raise
         expected = isinstance(error, ValueError | OSError | MemoryError)
-        what = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
+        what = words_of(error)
+        what = what if expected else f"{type(error).__name__}: {what} (--debug shows where)"
         print(f"error: {what}", file=sys.stderr)  # of every process, not only the first
         return BAD_INPUT
 

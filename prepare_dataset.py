@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fish_speech.console import nobody_reads, print_anything, stop_as_ctrl_c_does
+from fish_speech.console import nobody_reads, print_anything, stop_as_ctrl_c_does, words_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -152,10 +152,12 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        if isinstance(error, ValueError | FileNotFoundError):
-            say(f"error: {error}")
+        what = words_of(error)
+        if isinstance(error, ValueError | FileNotFoundError | PermissionError):
+            say(f"error: {what}")
             return 2
-        what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, OSError):
+            what = f"{type(error).__name__}: {what}"
         say(f"error: {what}; what is finished stays, the same command goes on from there")
         return 1
 

@@ -19,6 +19,13 @@ def print_anything() -> None:
             stream.reconfigure(errors="replace")
 
 
+def words_of(error: BaseException) -> str:
+    """What an error says: of the system's, the file and the reason, without their number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
+
+
 def nobody_reads() -> None:
     """Let all that is still printed go nowhere: whoever read it wants no more, as `| head` does."""
     with suppress(OSError):  # no stream of the system's

@@ -527,7 +527,7 @@ def test_a_text_without_words_is_bad_input(run, text, capsys):
     [
         ([], "give either a text"),
         (["Hi.", "--text-file", "x"], "give either a text"),
-        (["--text-file", "none.txt"], "none.txt"),
+        (["--text-file", "none.txt"], "cli_tts.py: none.txt: no such file or directory"),
         (["--text-file", "latin.txt"], "latin.txt: not UTF-8 text"),
         (["Hi.", "-o", "a.xyz"], "unknown audio format '.xyz'"),
         (["Hi.", "-o", "latin.txt/a.wav"], "can't be written"),

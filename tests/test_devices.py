@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from fish_speech.devices import compile_problem, resolve_device, resolve_precision
+from fish_speech import allowance
+from fish_speech.devices import compile_problem, resolve_device, resolve_precision, set_threads
 
 CPU = torch.device("cpu")
 
@@ -38,6 +39,25 @@ def test_a_cpu_without_a_library_of_bf16_products_trains_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert resolve_precision("auto", CPU, training=True) == torch.float32
+
+
+def test_the_card_that_is_asked_for_is_the_one_whose_bf16_counts(monkeypatch):
+    current = [0]
+
+    class Selected:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Selected)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: current[-1] == 1)
+    assert resolve_precision("auto", torch.device("cuda:1")) == torch.bfloat16
+    assert resolve_precision("auto", torch.device("cuda:0")) == torch.float32
 
 
 def test_what_can_not_be_is_refused():
@@ -89,3 +109,12 @@ def test_what_keeps_kernels_from_being_compiled_is_named(monkeypatch):
     problem = compile_problem(torch.device("cuda:7"))
     assert problem.startswith("Failed to find C compiler;")
     assert problem.endswith("gcc, python3-dev")
+
+
+def test_no_more_threads_than_cores():
+    before = torch.get_num_threads()
+    try:
+        set_threads(10_000)
+        assert torch.get_num_threads() == allowance.cores()
+    finally:
+        torch.set_num_threads(before)
