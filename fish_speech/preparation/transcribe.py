@@ -130,7 +130,7 @@ class OpenAIWhisper(_Whisper):
             ) from error
         if language is not None and language.lower() not in _languages():
             raise ValueError(f"--language {language}: not a language of whisper; en, de, ... are")
-        self.fp16 = device == "cuda"
+        self.fp16 = device.startswith("cuda")
         super().__init__("openai", model, language)
 
     def hear(self, samples: np.ndarray) -> Heard:
@@ -172,10 +172,13 @@ class FasterWhisper(_Whisper):
             )
         from faster_whisper import WhisperModel
 
-        device = "cuda" if device.startswith("cuda") else "cpu"
+        device, _, index = device.partition(":")
+        device = device if device == "cuda" else "cpu"
         kind = "float16" if device == "cuda" else "int8"
         try:
-            self.model = WhisperModel(model, device=device, compute_type=kind)
+            self.model = WhisperModel(
+                model, device=device, device_index=int(index or 0), compute_type=kind
+            )
         except Exception as error:  # its download and its loader raise what they like
             raise ValueError(
                 f"--whisper-model {model}: faster-whisper can't load it ({first_line(error)}); "

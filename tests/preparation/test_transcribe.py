@@ -107,8 +107,8 @@ def test_faster_whisper_is_asked_for_its_words(monkeypatch):
     asked = {}
 
     class Model:
-        def __init__(self, name, device, compute_type):
-            asked.update(name=name, device=device, compute_type=compute_type)
+        def __init__(self, name, **how):
+            asked.update(how, name=name)
 
         def transcribe(self, samples, **options):
             asked.update(options, length=len(samples))
@@ -120,10 +120,15 @@ def test_faster_whisper_is_asked_for_its_words(monkeypatch):
     monkeypatch.setattr(transcribe, "find_spec", lambda name: name)
     heard = load_recogniser("small", language="en", device="cpu").hear(np.zeros(100, np.float32))
     assert heard == Heard("Hello", (Word("Hello", 0.5, 1.0),), 0.1, -0.2)
-    assert asked["compute_type"] == "int8"
+    assert (asked["device"], asked["compute_type"]) == ("cpu", "int8")
     assert asked["language"] == "en"
     assert asked["word_timestamps"]
     assert asked["length"] == 100
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, index in (("cuda:1", 1), ("cuda", 0)):
+        load_recogniser("small", device=name)
+        assert (asked["device"], asked["device_index"]) == ("cuda", index)
+        assert asked["compute_type"] == "float16"
 
 
 def test_openai_whisper_finds_out_a_language_and_keeps_to_it(checkpoint, monkeypatch):
@@ -147,6 +152,23 @@ def test_openai_whisper_finds_out_a_language_and_keeps_to_it(checkpoint, monkeyp
     assert german.identity == told.identity != recogniser.identity
     monkeypatch.setattr(type(recogniser.model), "is_multilingual", False)
     assert recogniser.language_of(second) is None
+
+
+def test_openai_whisper_computes_in_halves_on_any_card(checkpoint, monkeypatch):
+    import whisper
+
+    load, asked = whisper.load_model, []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(whisper, "load_model", lambda model, device: load(model, "cpu"))
+    for device in ("cuda:1", "cuda", "cpu"):
+        recogniser = load_recogniser(str(checkpoint), backend="openai", device=device)
+        monkeypatch.setattr(
+            recogniser.model,
+            "transcribe",
+            lambda samples, **how: asked.append(how["fp16"]) or {"text": "", "segments": []},
+        )
+        recogniser.hear(np.ones(SAMPLE_RATE, np.float32))
+    assert asked == [True, True, False]
 
 
 def test_a_missing_backend_says_how_to_get_it(monkeypatch):
