@@ -43,7 +43,11 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
     else:
         records = [inspect(job, recogniser) for job in work]
     records.sort(key=lambda record: (record.speaker, record.source))
-    clips = [quality.judged(clip, options.limits) for record in records for clip in record.clips]
+    clips = [
+        quality.judged(clip, options.thresholds, options.min_duration)
+        for record in records
+        for clip in record.clips
+    ]
     skipped = [
         {"source": record.source, "reason": record.failure}
         for record in records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -57,11 +58,6 @@ class Options:
     strict: bool = False
     thresholds: Thresholds = field(default_factory=Thresholds)
 
-    @property
-    def limits(self) -> Thresholds:
-        """What clips are judged by."""
-        return replace(self.thresholds, shortest=self.min_duration)
-
 
 def prepare(
     options: Options,
@@ -106,7 +102,9 @@ def prepare(
                 books.enter(record)
                 if options.strict and record.failure is not None:
                     break
-        summary = books.compose(options.limits, drop_flagged=options.drop_flagged)
+        summary = books.compose(
+            options.thresholds, options.min_duration, drop_flagged=options.drop_flagged
+        )
         known = {output / clip["file"] for clip in summary.clips}
         clips = {file for file in list_audio(output) if file.with_suffix(".lab").is_file()}
         if others := sorted(map(str, clips - known)):
@@ -184,7 +182,8 @@ def _sort_work(
             without = (
                 "it has no text beside it, and the recogniser that was to write one is missing"
             )
-            recordings = [replace(r, problem=without) if r in needed else r for r in recordings]
+            lost = set(map(id, needed))
+            recordings = [replace(r, problem=without) if id(r) in lost else r for r in recordings]
             needed = useful = []
     listen = {id(recording) for recording in (*needed, *useful)}
     journal = None
@@ -228,6 +227,8 @@ def in_processes(
     0 means as many as pay for their start. What a job yields doesn't depend on who does it.
     """
     workers = min(len(work), num_workers or min(allowance.cores(), 1 + len(work) // 16))
+    if sys.platform == "win32":
+        workers = min(workers, 61)  # which is all that Windows waits for at once
     with tqdm(total=len(work), desc="preparing", unit="file", disable=None) as progress:
         if workers <= 1:
             for job in work:

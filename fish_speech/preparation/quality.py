@@ -31,7 +31,6 @@ SAME_LENGTH = 0.03  # share of its duration by which two may differ
 class Thresholds:
     """What a clip must keep to. Durations in seconds, levels in dB, shares from 0 to 1."""
 
-    shortest: float = 1.0
     longest: float = 30.0
     min_snr: float = 15.0
     min_speech: float = 0.3
@@ -131,11 +130,11 @@ def clipping(samples: np.ndarray, *, floating: bool) -> float:
     return float(triples.sum() / len(samples)) if len(samples) > 2 else 0.0
 
 
-def judged(clip: dict[str, Any], thresholds: Thresholds) -> dict[str, Any]:
+def judged(clip: dict[str, Any], thresholds: Thresholds, shortest: float) -> dict[str, Any]:
     """The entry of a clip with what depends on its text, and its `flags`."""
     rate = characters_per_second(clip["text"], clip["duration"] * clip["speech_share"])
     clip = {**clip, "characters_per_second": rate}
-    return {**clip, "flags": flags(clip, thresholds)}
+    return {**clip, "flags": flags(clip, thresholds, shortest)}
 
 
 def mark_twins(clips: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -151,11 +150,14 @@ def mark_twins(clips: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return marked
 
 
-def flags(clip: dict[str, Any], thresholds: Thresholds) -> list[str]:
-    """What is wrong with a clip (an entry of the summary), as short words in a fixed order."""
+def flags(clip: dict[str, Any], thresholds: Thresholds, shortest: float) -> list[str]:
+    """What is wrong with a clip (an entry of the summary), as short words in a fixed order.
+
+    One under `shortest` seconds is of no use.
+    """
     loudest_edge = max(thresholds.max_edge, ABOVE_NOISE - clip["snr"])
     checks = {
-        "too_short": clip["duration"] < thresholds.shortest,
+        "too_short": clip["duration"] < shortest,
         "too_long": clip["duration"] > thresholds.longest,
         "little_speech": clip["speech_share"] < thresholds.min_speech,
         "noisy": clip["snr"] < thresholds.min_snr,

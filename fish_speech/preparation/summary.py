@@ -207,7 +207,9 @@ class Books:
             for path in (home, home.with_suffix(".lab"), away, away.with_suffix(".json")):
                 path.unlink(missing_ok=True)
 
-    def compose(self, thresholds: quality.Thresholds, *, drop_flagged: bool = False) -> Summary:
+    def compose(
+        self, thresholds: quality.Thresholds, shortest: float, *, drop_flagged: bool = False
+    ) -> Summary:
         """Make the summary of all records and write it.
 
         Transcripts are read back from the `.lab` files, so that corrections made there count. With
@@ -215,7 +217,7 @@ class Books:
         """
         self._forget_what_was_taken_away()
         clips = [clip for _, record in sorted(self.records.items()) for clip in record.clips]
-        clips = [quality.judged(self._with_text(clip), thresholds) for clip in clips]
+        clips = [quality.judged(self._with_text(clip), thresholds, shortest) for clip in clips]
         kept, rejected = [], []
         for clip in quality.mark_twins(clips):
             (rejected if self._settle(clip, drop_flagged) else kept).append(clip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,6 +11,7 @@ import soundfile
 
 from fish_speech.preparation import check
 from fish_speech.preparation.pipeline import Options
+from fish_speech.preparation.quality import Thresholds
 from fish_speech.preparation.report import write_report
 from fish_speech.preparation.summary import Summary
 from fish_speech.preparation.transcribe import Heard
@@ -107,6 +109,15 @@ def test_a_clip_in_which_nothing_is_heard_is_flagged(by_hand, monkeypatch):
 
 def test_the_shortest_clip_of_use_is_what_was_said(by_hand):
     assert all("too_short" in clip["flags"] for clip in look(by_hand, min_duration=6.0).clips)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({field.name for field in fields(Thresholds)} - {"max_edge"})
+)
+def test_every_threshold_is_heeded(by_hand, name):  # no edge is judged that may be noise
+    limit = 1e9 if name.startswith("min_") else -1e9
+    summary = look(by_hand, thresholds=Thresholds(**{name: limit}))
+    assert any(clip["flags"] for clip in summary.clips)
 
 
 def test_without_a_model_it_is_said_that_nothing_is_compared(by_hand, monkeypatch):

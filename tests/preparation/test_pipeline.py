@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,9 @@ import soundfile
 from fish_speech import files
 from fish_speech.preparation import clips, transcribe
 from fish_speech.preparation.align import Word
-from fish_speech.preparation.pipeline import carry_out, in_processes, prepare
+from fish_speech.preparation.pipeline import _sort_work, carry_out, in_processes, prepare
 from fish_speech.preparation.quality import Thresholds
+from fish_speech.preparation.sources import Recording
 from fish_speech.preparation.transcribe import Heard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -435,6 +437,21 @@ def test_without_a_model_what_has_its_text_is_prepared_and_the_rest_named(
     assert "no text beside it" in left_out["reason"]
 
 
+def test_many_recordings_without_a_model_are_named_soon(tmp_path, options, monkeypatch):
+    def offline(*_, **__):
+        raise ValueError("no network")
+
+    monkeypatch.setattr("fish_speech.preparation.pipeline.load_recogniser", offline)
+    options = replace(options, auto_transcribe=True, split_long=False)
+    bare = Recording(tmp_path / "x.wav", "x.wav", "file:///x.wav", "Me", "x", "0")
+    recordings = [replace(bare, digest=str(number)) for number in range(4000)]
+    recordings.append(replace(bare, transcript="The only one with its text."))
+    begun = time.process_time()
+    jobs, *_ = _sort_work(options, recordings, None, lambda message: None)
+    assert time.process_time() - begun < 0.5
+    assert [job.recording.problem is None for job in jobs] == [False] * 4000 + [True]
+
+
 def test_clips_that_are_there_by_hand_are_named(folder, options):
     options = replace(options, input=str(folder(1)))
     said = []
@@ -536,6 +553,22 @@ def test_as_many_workers_as_there_are_cores_for_this_process(monkeypatch):
     monkeypatch.setattr("fish_speech.allowance.cores", lambda: 1)
     done = in_processes(lambda job: os.getpid(), [None] * 64, 0)
     assert set(done) == {os.getpid()}
+
+
+def test_no_more_workers_than_windows_can_wait_for(monkeypatch):
+    class Started(Exception):
+        pass
+
+    def started(workers, *_, **__):
+        raise Started(workers)
+
+    monkeypatch.setattr("fish_speech.preparation.pipeline.ProcessPoolExecutor", started)
+    monkeypatch.setattr("fish_speech.allowance.cores", lambda: 96)
+    for platform, most in (("win32", 61), ("linux", 96)):
+        monkeypatch.setattr(sys, "platform", platform)
+        for asked_for in (0, 96):
+            with pytest.raises(Started, match=f"^{most}$"):
+                next(in_processes(math.sqrt, [4.0] * 2000, asked_for))
 
 
 @pytest.mark.slow

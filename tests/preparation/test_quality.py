@@ -40,7 +40,7 @@ def test_snr_is_estimated(tmp_path, utterances, snr):
 def test_clean_speech_has_good_figures(tmp_path, utterances):
     figures = measured(tmp_path / "a.wav", utterances[0].samples)
     clip = {**GOOD, **figures, "text": utterances[0].text}
-    assert quality.judged(clip, Thresholds())["flags"] == []
+    assert quality.judged(clip, Thresholds(), 1.0)["flags"] == []
 
 
 def test_a_word_cut_off_shows_at_the_edge(tmp_path, utterances):
@@ -61,10 +61,10 @@ def test_neither_an_offset_nor_noise_is_taken_for_a_word_cut_off(
     figures = measured(tmp_path / "a.wav", samples)
     assert figures["snr"] < 20 or not noise, "its noise is to be above the limit of an edge"
     clip = {**GOOD, **figures, "text": utterances[0].text}
-    assert quality.judged(clip, Thresholds())["flags"] == []
+    assert quality.judged(clip, Thresholds(), 1.0)["flags"] == []
     loudest = 8000 + int(np.argmax(np.abs(voice[8000:-8000])))
     cut = measured(tmp_path / "a.wav", samples, end=loudest / 16_000)
-    assert "clipped_end" in quality.judged({**clip, **cut}, Thresholds())["flags"]
+    assert "clipped_end" in quality.judged({**clip, **cut}, Thresholds(), 1.0)["flags"]
 
 
 def test_clipping_is_counted_wherever_the_ceiling_is(tmp_path, utterances):
@@ -109,13 +109,13 @@ def test_floats_above_full_scale_are_not_clipped_and_lossy_ones_are(folder, opti
     ],
 )
 def test_flags(change, flag):
-    flags = quality.judged({**GOOD, **change}, Thresholds())["flags"]
+    flags = quality.judged({**GOOD, **change}, Thresholds(), 1.0)["flags"]
     assert flag in flags if flag else not flags
 
 
 def test_thresholds_are_the_users():
     strict = replace(Thresholds(), min_snr=50)
-    assert quality.judged(GOOD, strict)["flags"] == ["noisy"]
+    assert quality.judged(GOOD, strict, 1.0)["flags"] == ["noisy"]
 
 
 def test_a_second_take_of_the_same_is_a_near_duplicate_and_another_sentence_is_not(utterances):
