@@ -11,7 +11,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ AUDIO_SUFFIXES = frozenset(
     )
 )
 _TEMPORARY = ".tmp-"
+_DEVICE = re.compile(r"^(?:con|prn|aux|nul|(?:com|lpt)[0-9¹²³])(?=\.|$)", re.IGNORECASE)
 
 
 @contextmanager
@@ -33,7 +34,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, flushed and renamed to it when the block succeeds.
 
     The suffix is kept, so that writers that choose a format by suffix work. When the block raises,
-    the temporary file is removed and whatever stood at `path` is untouched.
+    the temporary file is removed and whatever stood at `path` is untouched. An `OSError` names
+    `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +47,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it may be what failed
+            temporary.unlink(missing_ok=True)
 
 
 def _short_digest(name: str) -> str:
@@ -180,7 +187,7 @@ def shown_path(path: str | Path) -> str:
 
 def safe_name(text: str, *, max_length: int = 80) -> str:
     """A file name made of `text`: letters with their marks, digits, `_ . -` only, never hidden,
-    empty or a path.
+    empty, a path or what Windows keeps for a device.
 
     >>> safe_name("../../My  voice: take 1")
     'My_voice_take_1'
@@ -194,7 +201,7 @@ def safe_name(text: str, *, max_length: int = 80) -> str:
     name = "_".join("".join(kept).split()).strip("._-")[:max_length].rstrip("._-")
     while len(name.encode()) > 200:  # file systems count bytes
         name = name[:-1]
-    return name or "unnamed"
+    return _DEVICE.sub(r"\g<0>_", name) or "unnamed"
 
 
 def file_digest(path: str | Path) -> str:
@@ -219,16 +226,15 @@ def exclusive(folder: str | Path, what: str) -> Iterator[None]:
     dies.
     """
     folder = Path(folder)
+    lock, holder = FileLock(folder / ".lock"), folder / ".lock-holder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
     except (FileExistsError, NotADirectoryError) as error:
         way = next(part for part in (folder, *folder.parents) if part.is_symlink() or part.exists())
         raise ValueError(
             f"{way}: is a file, and a folder is to be here; move it or choose another name"
         ) from error
-    lock, holder = FileLock(folder / ".lock"), folder / ".lock-holder"
-    try:
-        lock.acquire(timeout=0)
     except Timeout:
         try:
             who = holder.read_text(encoding="utf-8")
@@ -239,7 +245,7 @@ def exclusive(folder: str | Path, what: str) -> Iterator[None]:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise ValueError(
-            f"{folder}: can't be written to ({error.strerror}); copy it to where you may write"
+            f"{folder}: can't be written to ({error.strerror.lower()}); take a folder that can"
         ) from error
     try:
         program = Path(sys.argv[0]).name

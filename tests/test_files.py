@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         fail()
     assert files.read_json(path) == {"voice": "Zoë"}
     assert [item.name for item in path.parent.iterdir()] == ["a.json"]
+
+
+def test_a_write_that_fails_names_the_file_and_not_what_was_beside_it(tmp_path):
+    full = errno.ENOSPC, os.strerror(errno.ENOSPC)
+    for known in (False, True):
+        writing = files.atomic_path(tmp_path / "a.json")
+        with pytest.raises(OSError, match=r"a\.json'$") as caught, writing as temporary:
+            raise OSError(*full, *[str(temporary)] * known)
+        assert caught.value.filename == str(tmp_path / "a.json")
 
 
 def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path):
@@ -86,7 +96,7 @@ def test_who_may_not_write_is_told_so_and_does_not_wait(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(files.FileLock, "acquire", refused)
-    said, lock = r"can't be written to \(Permission denied\)", files.exclusive(tmp_path, "the data")
+    said, lock = r"can't be written to \(permission denied\)", files.exclusive(tmp_path, "the data")
     with pytest.raises(ValueError, match=said) as caught, lock:
         pass
     assert not isinstance(caught.value, files.InUseError)
@@ -147,6 +157,12 @@ def test_audio_is_listed_sorted_without_hidden_files_and_loops(tmp_path):
         ("a/b\\c", "a_b_c"),
         ("सीता", "सीता"),
         ("I ❤️ you 1️⃣", "I_you_1"),
+        ("Nul.", "Nul_"),
+        ("aux.wav", "aux_.wav"),
+        ("con.con", "con_.con"),
+        ("com1", "com1_"),
+        ("Connie, com10 & lpt", "Connie_com10_lpt"),
+        ("falcon.con", "falcon.con"),
     ],
 )
 def test_safe_names(text, name):

@@ -276,7 +276,7 @@ def test_an_output_that_cannot_be_written_is_said(home, capsys, monkeypatch):
     monkeypatch.setattr("fish_speech.preparation.clips.save_audio", full)
     assert run("--input", "samples", "--output", "data") == 1
     error = capsys.readouterr().err
-    assert "No space left on device" in error
+    assert ": no space left on device; what is finished stays" in error
     assert "goes on from there" in error
 
 
