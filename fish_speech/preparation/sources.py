@@ -104,8 +104,9 @@ def find_local(
         _say_merged({(item.speaker, folders[item.path]) for item in found}, say)
     others = (path for path in files if data_sets[path] is None and not is_audio(path))
     _say_others([path for path in others if path.suffix not in SIDECAR_SUFFIXES], say)
-    own = {sidecar_of(item.path) for item in found}
+    own = {sidecar_of(item.path) for item in found} - {None}
     texts = [path for path in files if path.suffix in SIDECAR_SUFFIXES and path not in own]
+    texts = _but_spelled_otherwise(texts, own)
     _say_unused([path for path in texts if data_sets[path] is None], own, say)
     for error in closed:
         problem = f"cannot be read ({error.strerror})"
@@ -341,9 +342,19 @@ def _label(path: Path) -> Path:
     return path.with_suffix(".lab")
 
 
-def _say_unused(texts: list[Path], own: set[Path | None], say: Callable[[str], None]) -> None:
+def _but_spelled_otherwise(paths: list[Path], others: set[Path]) -> list[Path]:
+    """Without those that are among `others` in another case, where the file system allows that."""
+    spelled = {str(other).casefold(): other for other in others}
+    return [
+        path
+        for path in paths
+        if (other := spelled.get(str(path).casefold())) is None or not path.samefile(other)
+    ]
+
+
+def _say_unused(texts: list[Path], own: set[Path], say: Callable[[str], None]) -> None:
     """Name the texts that no recording takes, and why."""
-    taken = {path.with_suffix("") for path in own if path is not None}
+    taken = {path.with_suffix("") for path in own}
     for reason, is_second in (
         ("no recording has the name of these texts", False),
         ("these texts are not used, for one in another format has their name", True),

@@ -204,6 +204,17 @@ def test_a_text_that_another_one_of_its_name_keeps_out_is_named(tmp_path):
     assert "a.txt" in said[0]
 
 
+def test_a_text_is_used_in_whatever_case_the_file_system_finds_it(tmp_path, monkeypatch):
+    listed = [put(tmp_path / name) for name in ("a.flac", "a.TXT", "b.flac", "b.txt", "B.txt")]
+    os.link(tmp_path / "a.TXT", tmp_path / "a.txt")  # it tells no cases apart: one file, two names
+    monkeypatch.setattr(sources, "list_files", lambda *_: listed)
+    said = []
+    find_local(tmp_path, None, "voice", say=said.append)
+    (message,) = said
+    assert "B.txt" in message  # this one does
+    assert "a.TXT" not in message
+
+
 def test_a_recording_that_cannot_be_used_has_no_copies(tmp_path):
     bare = Found(put(tmp_path / "1" / "a.wav", b"same"), "me", problem="is broken")
     whole = Found(put(tmp_path / "2" / "a.wav", b"same"), "me")
