@@ -25,6 +25,7 @@ AUDIO_SUFFIXES = frozenset(
         *("mka", "mp2", "voc", "snd", "wv", "ac3", "flv", "wmv", "ts"),
     )
 )
+SIDECAR_SUFFIXES = (".lab", ".txt", ".LAB", ".TXT")  # of the transcript beside a recording
 _TEMPORARY = ".tmp-"
 _DEVICE = re.compile(r"^(?:con|prn|aux|nul|(?:com|lpt)[0-9¹²³])(?=\.|$)", re.IGNORECASE)
 
@@ -143,6 +144,13 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
         raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
+def sidecar_of(audio: str | Path) -> Path | None:
+    """The transcript file beside a recording, or None."""
+    audio = Path(audio)
+    beside = (audio.with_name(audio.stem + suffix) for suffix in SIDECAR_SUFFIXES)
+    return next((path for path in beside if path.is_file()), None)
 
 
 def is_audio(path: Path) -> bool:

@@ -270,7 +270,8 @@ def test_a_recording_with_its_text_beside_it_is_a_reference(run, takes, capsys):
     Path("me.lab").write_bytes("Grüße".encode("latin-1"))
     assert run("Hello.", "--reference-audio", "me.wav") == 2
     assert "me.lab: not UTF-8 text" in capsys.readouterr().err
-    write_text("me.lab", "My words.")
+    Path("me.lab").unlink()
+    write_text("me.TXT", "My words.")
     assert run("Hello.", "--reference-audio", "me.wav") == 0
     assert run("Hello.", "--reference-audio", "me.wav", "--reference-text", "My words.") == 0
     assert run("Hello.", "--speaker", "Ann") == 0

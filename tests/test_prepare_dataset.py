@@ -247,6 +247,7 @@ def test_bad_input_ends_in_one_line(home, capsys):
         (["--input", "samples", "--output", "d", "--speaker", "../.."], "needs a letter"),
         (["--input", "https://youtube.com/watch?v=x", "--output", "data"], "--youtube"),
         (["--input", "samples", "--output", "d", "--max-duration", "-1"], "--max-duration -1"),
+        (["--input", "samples", "--output", "d", "--min-snr", "nan"], "--min-snr nan"),
     ):
         assert run(*words) == 2
         error = capsys.readouterr().err.strip()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unicodedata import normalize
 
-from fish_speech.files import read_json, read_text
+from fish_speech.files import read_json, read_text, sidecar_of
 from fish_speech.hub import local_model, model_versions
 from fish_speech.text import is_speakable
 
@@ -90,11 +90,15 @@ def check_speaker(speaker: str | None, known: Sequence[str]) -> None:
 
 def check_reference(audio: str | Path, text: str) -> None:
     """Raise `FileNotFoundError` for a missing recording, `ValueError` for a text without words."""
+    _check_file(audio)
+    if not is_speakable(text):
+        raise ValueError(f"{audio}: the reference needs its text, the words that are spoken")
+
+
+def _check_file(audio: str | Path) -> None:
     if not Path(audio).is_file():
         what = "a folder, not a recording" if Path(audio).is_dir() else "no such audio file"
         raise FileNotFoundError(f"{audio}: {what}")
-    if not is_speakable(text):
-        raise ValueError(f"{audio}: the reference needs its text, the words that are spoken")
 
 
 def pair_references(audio: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -118,12 +122,9 @@ def text_beside(audio: str | Path) -> str:
 
     Raises `FileNotFoundError` where the recording is missing, `ValueError` where its text is.
     """
-    audio = Path(audio)
-    for suffix in (".lab", ".txt"):
-        if (file := audio.with_suffix(suffix)).is_file():
-            return read_text(file)
-    if not audio.is_file():
-        raise FileNotFoundError(f"{audio}: no such audio file")
+    if (file := sidecar_of(audio)) is not None:
+        return read_text(file)
+    _check_file(audio)
     raise ValueError(
         f"{audio}: what does it say? Give --reference-text, or a .lab or .txt beside it"
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from fish_speech.audio import level, resample, save_audio
 from fish_speech.decoding import AudioInfo, audio_info, breaks_off
-from fish_speech.files import read_text, write_text
+from fish_speech.files import read_text, sidecar_of, write_text
 from fish_speech.preparation import align, quality, rates, segment, sources, transcribe
 from fish_speech.preparation.segment import Piece, Segment, Speech
 from fish_speech.preparation.sources import Recording
@@ -270,7 +270,9 @@ def inspect(job: Job, recogniser: transcribe.Recogniser | None = None) -> Record
             raise ValueError(recording.problem)
         label = recording.path.with_suffix(".lab")
         if not label.is_file():
-            raise ValueError(f"has no transcript {label.name}")
+            other = sidecar_of(recording.path)
+            there = f", only {other.name}: prepare it, with --input" if other else ""
+            raise ValueError(f"has no transcript {label.name}{there}")
         text = sources.fold(read_text(label))  # as training reads it: in UTF-8 only
         speech = _listen(job, LONGEST_UNCUT)
         whole = Segment(0.0, speech.duration, text)

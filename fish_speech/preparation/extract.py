@@ -52,18 +52,18 @@ def extract_codes(
     digest = file_digest(find_codec(model_dir))
     records = _read_records(data_dir)
     # Of the clips that this process has seen to; None: the codes there are of something else.
-    stamps: dict[str, list[int] | None] = {}
+    stamps: dict[str, list | None] = {}
     record = {"codec": digest, "clips": stamps}
     result = Extraction()
     work = []
     for clip in find_clips(data_dir)[rank::world_size]:
-        stamp = _stamp(clip.audio)
         # Other processes may have seen to the clip before; where two records differ, which was the
         # later one is not known.
         named = [record for record in records if clip.name in record["clips"]]
-        current = all(r["codec"] == digest and r["clips"][clip.name] == stamp for r in named)
+        noted = [_still(clip.audio, record["clips"][clip.name]) for record in named]
+        current = all(noted) and all(record["codec"] == digest for record in named)
         if current and (clip.codes.is_file() if named else _fits(clip, codec)):
-            stamps[clip.name] = stamp
+            stamps[clip.name] = noted[0] if named else _stamp(clip.audio)
             result.kept += 1
         elif not named and (what := _something_else(clip.codes)):
             result.failed[clip.name] = (
@@ -189,6 +189,22 @@ def _something_else(file: Path) -> str | None:
     return None if whole else f"an array {list(array.shape)} of {array.dtype}"
 
 
-def _stamp(file: Path) -> list[int]:
+def _stamp(file: Path) -> list:
+    """What tells a file's content: its size, its time and its digest."""
+    return [*_size_and_time(file), file_digest(file)]
+
+
+def _size_and_time(file: Path) -> list[int]:
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns]
+
+
+def _still(file: Path, stamp: list | None) -> list | None:
+    """The stamp of a file, if its content is what `stamp` says; it may have been copied since."""
+    if stamp is None:
+        return None
+    size, time, *digest = stamp  # versions before this one had no digest
+    now = _size_and_time(file)
+    if now == [size, time]:
+        return stamp
+    return [*now, *digest] if now[0] == size and digest == [file_digest(file)] else None

@@ -27,7 +27,12 @@ from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.clips import Job, carry_out
 from fish_speech.preparation.quality import Thresholds
 from fish_speech.preparation.summary import Books, Record, Summary
-from fish_speech.preparation.transcribe import Journal, Recogniser, load_recogniser
+from fish_speech.preparation.transcribe import (
+    Journal,
+    NoModelError,
+    Recogniser,
+    load_recogniser,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Semaphore
@@ -91,6 +96,7 @@ def prepare(
             found = sources.find_local(options.input, speaker, default_speaker, but=output, say=say)
             found = sources.only_raw(found, say)
         recordings = sources.name_recordings(found, books.owners())
+        books.follow(recordings)
         _say_what_is_odd(recordings, books, say)
         plain, heard, journal = _sort_work(options, recordings, recogniser, say)
         plain, heard = ([job for job in jobs if not books.is_done(job)] for jobs in (plain, heard))
@@ -122,7 +128,7 @@ def _say_what_is_odd(
             f"{', '.join(sorted({r.encoding for r in guessed}))}; have a look at it")  # fmt: skip
     speakers = defaultdict(set)
     usable = [r for r in recordings if r.problem is None]
-    for r in (*(r for r in books.records.values() if r.failure is None), *usable):
+    for r in (*filter(books.has_clips, books.records.values()), *usable):
         speakers[r.digest].add(r.speaker)
     shared = [r for r in usable if len(speakers[r.digest]) > 1]
     if shared:
@@ -177,7 +183,10 @@ def _sort_work(
             recogniser = recogniser_for(options)
         except ValueError as error:
             if needed and not any(r.problem is None and r.transcript for r in recordings):
-                raise
+                if not isinstance(error, NoModelError):
+                    raise
+                beside = "recordings with transcripts (.txt) beside them need no model"
+                raise NoModelError(f"{error}; {beside}") from error
             say(f"{error}; going on without it")
             without = (
                 "it has no text beside it, and the recogniser that was to write one is missing"

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,11 @@ class Thresholds:
     max_disagreement: float = 0.3
     max_no_speech: float = 0.6
     max_unheard: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isnan(value):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be a number")
 
 
 def measure(

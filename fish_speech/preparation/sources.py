@@ -15,19 +15,21 @@ from urllib.request import url2pathname
 
 from fish_speech.console import some_of
 from fish_speech.datasets.clips import REJECTED, is_rejected
+from fish_speech.decoding import audio_info
 from fish_speech.files import (
     AUDIO_SUFFIXES,
+    SIDECAR_SUFFIXES,
     file_digest,
     is_audio,
     list_files,
     safe_name,
     shown_path,
+    sidecar_of,
 )
 from fish_speech.preparation import encodings
 
 SUMMARY_NAME = "dataset_summary.json"
 RECORDS = ".prepared"
-SIDECAR_SUFFIXES = (".lab", ".txt", ".LAB", ".TXT")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def find_local(
     """
     source = Path(source)
     if os.path.isfile(source):  # pathlib raises for a name that is too long
-        return [Found(source, speaker or default_speaker)]
+        problem = None if is_audio(source) else _no_sound(source)
+        return [Found(source, speaker or default_speaker, problem=problem)]
     if not os.path.isdir(source):
         raise FileNotFoundError(f"{source}: no such file or folder (for a web address, --youtube)")
     closed: list[OSError] = []
@@ -115,6 +118,15 @@ def find_local(
         known = " ".join(sorted(AUDIO_SUFFIXES))
         raise ValueError(f"{source}: no audio in this folder (looked for {known})")
     return found
+
+
+def _no_sound(path: Path) -> str | None:
+    """Why a file can't be a recording; None if it can."""
+    try:
+        audio_info(path)
+    except ValueError as error:
+        return first_line(error, path)
+    return None
 
 
 def only_raw(found: list[Found], say: Callable[[str], None] = lambda message: None) -> list[Found]:
@@ -264,15 +276,6 @@ def speaker_name(text: str) -> str:
     if name.casefold() == REJECTED:
         raise ValueError(f"--speaker {text!r}: this name is kept for the clips that are rejected")
     return name
-
-
-def sidecar_of(path: Path) -> Path | None:
-    """The transcript file beside a recording, or None."""
-    for suffix in SIDECAR_SUFFIXES:
-        sidecar = path.with_name(path.stem + suffix)
-        if sidecar.is_file():
-            return sidecar
-    return None
 
 
 def read_transcript(path: Path) -> tuple[str | None, str | None]:

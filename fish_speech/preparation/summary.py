@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from fish_speech.preparation.sources import (
 
 if TYPE_CHECKING:
     from fish_speech.preparation.clips import Job
+    from fish_speech.preparation.sources import Recording
 
 FRESH = f"{RECORDS}/.tmp-clips"  # in the data set: clips that are made and not yet entered
 _DELETED = "was deleted"
@@ -116,8 +117,7 @@ class Books:
                 continue  # of another version: its recording is prepared anew
             self.records[_key(record.speaker, record.name)] = record
         self._any_clip_is_there = any(
-            record.pending or any(map(self._is_there, record.clips))
-            for record in self.records.values()
+            record.pending or self.has_clips(record) for record in self.records.values()
         )
         self.corrections = Corrections(folder / "corrections.json")
 
@@ -128,6 +128,18 @@ class Books:
             for key, record in self.records.items()
             if record.failure is None
         }
+
+    def follow(self, recordings: Iterable[Recording]) -> None:
+        """Note where recordings are that were moved or renamed, lest they count as gone."""
+        for recording in recordings:
+            record = self.records.get(_key(recording.speaker, recording.name))
+            if record and record.digest == recording.digest and has_vanished(record.address):
+                record.address = recording.address
+                self._write(record)
+
+    def has_clips(self, record: Record) -> bool:
+        """Whether any clip of a recording is in the data set."""
+        return any(map(self._is_there, record.clips))
 
     def is_done(self, job: Job) -> bool:
         """Whether an earlier run did just that. A clip that was deleted since stays away, unless

@@ -104,6 +104,10 @@ class _Whisper:
         raise NotImplementedError
 
 
+class NoModelError(ValueError):
+    """A model is not on this machine and can't be downloaded; the text says where to put it."""
+
+
 class OpenAIWhisper(_Whisper):
     """openai-whisper."""
 
@@ -123,7 +127,7 @@ class OpenAIWhisper(_Whisper):
                     f"--whisper-model {model}: out of memory on {device}; use a smaller one, or "
                     "--device cpu"
                 ) from error
-            raise ValueError(_unavailable(model, error)) from error
+            raise NoModelError(_unavailable(model, error)) from error
         except Exception as error:  # whatever unpickling or a foreign checkpoint raises
             raise ValueError(
                 f"--whisper-model {model}: not a whisper checkpoint ({error})"
@@ -344,5 +348,5 @@ def _unavailable(model: str, error: Exception) -> str:
     return (
         f"whisper model '{model}' can't be downloaded ({first_line(error)}): download {address} "
         f"where there is a network and put it into {cache}, or give a checkpoint's path as "
-        "--whisper-model; recordings with transcripts (.txt) beside them need no model"
+        "--whisper-model"
     )

@@ -46,7 +46,7 @@ def test_a_good_data_set_is_fit(by_hand):
 
 def test_everything_that_is_wrong_is_named(by_hand, utterances):
     anna = by_hand / "Anna"
-    (anna / "audio_0.lab").unlink()
+    (anna / "audio_0.lab").rename(anna / "audio_0.txt")
     (anna / "audio_1.lab").write_text(" \n")
     (anna / "alone.lab").write_text("Nobody says this.")
     (anna / "audio_2.wav").write_text("no sound")
@@ -56,7 +56,8 @@ def test_everything_that_is_wrong_is_named(by_hand, utterances):
     (anna / "loud.lab").write_text(utterances[5].text)
     summary = look(by_hand)
     reasons = {entry["source"].split("/")[-1]: entry["reason"] for entry in summary.skipped}
-    assert reasons["audio_0.wav"] == "has no transcript audio_0.lab"
+    there = "only audio_0.txt: prepare it, with --input"
+    assert reasons["audio_0.wav"] == f"has no transcript audio_0.lab, {there}"
     assert reasons["audio_1.wav"] == "its transcript audio_1.lab is empty"
     assert reasons["alone.lab"] == "has no recording"
     assert reasons["audio_2.wav"].startswith("not an audio file")

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -44,6 +45,19 @@ def test_a_second_run_makes_only_what_is_missing_or_stale(data, codec, codec_dir
     os.utime(data / "Ann" / "c1.wav", ns=(1, 1))
     result = extract_codes(data, codec, codec_dir)
     assert (result.made, result.kept) == (2, 3)
+
+
+def test_a_copied_data_set_keeps_its_codes(data, codec, codec_dir, tmp_path):
+    extract_codes(data, codec, codec_dir)
+    copied = shutil.copytree(data, tmp_path / "copy", copy_function=shutil.copyfile)
+    for file in copied.rglob("*.wav"):
+        os.utime(file, ns=(1, 1))
+    for _ in range(2):
+        assert extract_codes(copied, codec, codec_dir).kept == 5
+    samples, rate = soundfile.read(copied / "Ann" / "c0.wav")
+    soundfile.write(copied / "Ann" / "c0.wav", -samples, rate)  # as long as before
+    os.utime(copied / "Ann" / "c0.wav", ns=(2, 2))
+    assert extract_codes(copied, codec, codec_dir).made == 1
 
 
 @pytest.fixture

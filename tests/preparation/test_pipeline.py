@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,34 @@ def test_names_that_are_not_utf_8_are_no_trouble(folder, options):
     assert "has no transcript" in entry["reason"]
     Path(os.fsdecode(source + b"/th\xe9.wav")).unlink()
     assert prepare(options).skipped == []
+
+
+def test_a_deleted_clip_stays_away_when_its_recording_is_renamed(folder, options):
+    source = folder(2)
+    options = replace(options, input=str(source))
+    first, second = prepare(options).clips
+    for suffix in (".wav", ".lab"):
+        (options.output / first["file"]).with_suffix(suffix).unlink()
+    for suffix in (".wav", ".txt"):
+        (source / f"take 0{suffix}").rename(source / f"renamed{suffix}")
+    for _ in range(3):
+        assert [clip["file"] for clip in prepare(options).clips] == [second["file"]]
+
+
+def test_recordings_whose_clips_were_deleted_are_nobody_elses(folder, options):
+    options, said = replace(options, input=str(folder(2))), []
+    prepare(replace(options, speaker="Anna"))
+    options = replace(
+        options,
+        speaker="Ben",
+        input=str(Path(options.input).rename(options.output / "../../moved")),
+    )
+    prepare(options, say=said.append)
+    assert "as spoken by Anna and by Ben" in said[-1]
+    shutil.rmtree(options.output / "Anna")
+    said.clear()
+    prepare(options, say=said.append)
+    assert not [line for line in said if "as spoken by" in line]
 
 
 def test_what_is_odd_about_recordings_is_said(folder, options):

@@ -6,7 +6,9 @@ import codecs
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from fish_speech.preparation import sources
 from fish_speech.preparation.sources import Found, find_local, name_recordings, read_transcript
@@ -117,6 +119,16 @@ def test_in_a_prepared_data_set_speakers_are_its_folders_and_rejected_clips_stay
         (found,) = find_local(root, None, "voice")
         assert found.speaker == "Anna"
         assert found.is_clip
+
+
+def test_a_file_that_is_no_sound_needs_no_transcript(tmp_path):
+    (tmp_path / "README.md").write_text("# Words")
+    (found,) = find_local(tmp_path / "README.md", None, "x")
+    assert "not an audio file that can be decoded" in found.problem
+    soundfile.write(tmp_path / "sound.wav", np.zeros(800), 8000)
+    (tmp_path / "sound.wav").rename(tmp_path / "sound")
+    (found,) = find_local(tmp_path / "sound", None, "x")
+    assert found.problem is None
 
 
 def test_nothing_to_prepare_is_said(tmp_path):
