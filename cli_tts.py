@@ -57,115 +57,67 @@ examples:
 """
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("text", nargs="?", help="what to speak; '-' reads standard input")
-    parser.add_argument("--text-file", metavar="FILE", help="read the text from a UTF-8 file")
-    parser.add_argument("--batch", action="store_true", help="one audio file for every line")
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        help=f"audio file ({', '.join(SAVE_FORMATS)}); with --batch a folder; '-' writes WAV to"
-        " standard output (default: output/<first words>.wav, nothing with --play)",
-    )
-    parser.add_argument("--play", action="store_true", help="play the speech while it is made")
-    parser.add_argument("--trim-silence", action="store_true", help="cut silence at both ends")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument
+    add("text", nargs="?", help="what to speak; '-' reads standard input")
+    add("--text-file", metavar="FILE", help="read the text from a UTF-8 file")
+    add("--batch", action="store_true", help="one audio file for every line")
+    add("-o", "--output", metavar="FILE",
+        help=f"audio file ({', '.join(SAVE_FORMATS)}); with --batch a folder; '-' writes WAV to "
+        "standard output (default: output/<first words>.wav, nothing with --play)")
+    add("--play", action="store_true", help="play the speech while it is made")
+    add("--trim-silence", action="store_true", help="cut silence at both ends")
+    add("--debug", action="store_true", help="show the traceback of an error")
 
-    voice = parser.add_argument_group("voice")
-    voice.add_argument(
-        "--model-path",
-        metavar="DIR",
-        help="model directory, or a model version as '1.5' or 'tiny' (default: the newest"
-        " checkpoints/*-merged, else the published model, else tiny)",
-    )
-    voice.add_argument("--list-voices", action="store_true", help="list the models there are")
-    voice.add_argument("--speaker", metavar="NAME", help="a voice of a model with several")
-    voice.add_argument(
-        "--reference-audio",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="a recording whose voice is cloned; repeatable",
-    )
-    voice.add_argument(
-        "--reference-text",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help="what it says, one for each recording (default: the .lab or .txt beside it)",
-    )
+    add = parser.add_argument_group("voice").add_argument
+    add("--model-path", metavar="DIR",
+        help="model directory, or a model version as '1.5' or 'tiny' (default: the newest "
+        "checkpoints/*-merged, else the published model, else tiny)")
+    add("--list-voices", action="store_true", help="list the models there are")
+    add("--speaker", metavar="NAME", help="a voice of a model with several")
+    add("--reference-audio", metavar="FILE", action="append", default=[],
+        help="a recording whose voice is cloned; repeatable")
+    add("--reference-text", metavar="TEXT", action="append", default=[],
+        help="what it says, one for each recording (default: the .lab or .txt beside it)")
 
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--temperature", type=float, default=0.7, help="(default: %(default)s)")
-    sampling.add_argument("--top-p", type=float, default=0.7, help="(default: %(default)s)")
-    sampling.add_argument(
-        "--repetition-penalty", type=float, default=1.2, help="(default: %(default)s)"
-    )
-    sampling.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same speech (default: 0)"
-    )
-    sampling.add_argument(
-        "--num-samples", type=int, default=1, metavar="N", help="N takes: seed, seed+1, ..."
-    )
-    sampling.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="longest speech of a chunk in frames (default: what its text can take)",
-    )
-    sampling.add_argument(
-        "--retries",
-        type=int,
-        metavar="N",
-        help="further tries for a chunk that runs on or breaks off (default: 2, while it is played"
-        " 0: what was heard can't be taken back)",
-    )
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=float, default=0.7, help="(default: %(default)s)")
+    add("--top-p", type=float, default=0.7, help="(default: %(default)s)")
+    add("--repetition-penalty", type=float, default=1.2, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="the same seed gives the same speech (default: 0)")
+    add("--num-samples", type=int, default=1, metavar="N", help="N takes: seed, seed+1, ...")
+    add("--max-new-tokens", type=int, metavar="N",
+        help="longest speech of a chunk in frames (default: what its text can take)")
+    add("--retries", type=int, metavar="N",
+        help="further tries for a chunk that runs on or breaks off (default: 2, while it is "
+        "played 0: what was heard can't be taken back)")
 
-    comparing = parser.add_argument_group("comparing")
-    comparing.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("A", "B"),
-        help="measure two models on the same texts; -o is the folder of the page with figures and"
-        " players (default: output/A-against-B)",
-    )
-    comparing.add_argument("--texts", metavar="FILE", type=Path, help="these texts, one a line")
-    comparing.add_argument("--whisper-model", metavar="NAME", help="who listens to the words")
-    comparing.add_argument(
-        "--speaker-encoder", metavar="NAME", help="who tells voices apart, on the hub or a folder"
-    )
+    add = parser.add_argument_group("comparing").add_argument
+    add("--compare", nargs=2, metavar=("A", "B"),
+        help="measure two models on the same texts; -o is the folder of the page with figures and "
+        "players (default: output/A-against-B)")
+    add("--texts", metavar="FILE", type=Path, help="these texts, one a line")
+    add("--whisper-model", metavar="NAME", help="who listens to the words")
+    add("--speaker-encoder", metavar="NAME",
+        help="who tells voices apart, on the hub or a folder")
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or mps (default: CUDA if any, else CPU)"
-    )
-    machine.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="of the language model (default: bf16 on CUDA that has it, else fp32)",
-    )
-    machine.add_argument(
-        "--quantize",
-        choices=("int8",),
-        help="weights in a byte each: faster on a CPU with a large model, a little less exact",
-    )
-    machine.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="each frame as one CUDA graph, compiled once and kept (default: where CUDA is)",
-    )
-    machine.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="processor threads (default: one a core, but a single one for a small model)",
-    )
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto",
+        help="auto, cpu, cuda or mps (default: CUDA if any, else CPU)")
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="of the language model (default: bf16 on CUDA that has it, else fp32)")
+    add("--quantize", choices=("int8",),
+        help="weights in a byte each: faster on a CPU with a large model, a little less exact")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="each frame as one CUDA graph, compiled once and kept (default: where CUDA is)")
+    add("--threads", type=int, metavar="N",
+        help="processor threads (default: one a core, but a single one for a small model)")
     return parser
+# fmt: on
 
 
 def main(argv: list[str] | None = None) -> int:
