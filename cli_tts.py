@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fish_speech.conversation import Utterance
     from fish_speech.inference import Settings, TextToSpeech
     from fish_speech.inference.jobs import Job
-    from fish_speech.inference.synthesize import Piece
+    from fish_speech.inference.speech import Piece
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 OUT_OF_MEMORY = {  # what to try, by the kind of device

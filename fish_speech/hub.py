@@ -59,32 +59,32 @@ def find_model(version: str | Path, root: Path = REPOSITORY) -> Path:
     off goes on where it stopped. The hub's own settings hold (HF_ENDPOINT, HF_HUB_OFFLINE,
     HF_TOKEN). Raises `FileNotFoundError` or `ValueError` that says what is missing and what to do.
     """
-    entry = model_versions(root).get(str(version))
-    if entry is None:
-        directory = Path(version)
-        if not directory.exists():
-            known = ", ".join(model_versions(root))
+    directory, entry = directory_of(version, root), model_versions(root).get(str(version))
+    if entry is not None and (missing := _missing_files(entry, directory)):
+        if entry.repo_id is None:
             raise FileNotFoundError(
-                f"{version}: neither a model version ({known}) nor a model directory"
+                f"{shown_path(directory)} lacks {', '.join(missing)}; it is part of the"
+                f" repository: 'git checkout -- {entry.directory}' brings it back"
             )
-    else:
-        directory = root / entry.directory
-        if missing := _missing_files(entry, directory):
-            if entry.repo_id is None:
-                raise FileNotFoundError(
-                    f"{shown_path(directory)} lacks {', '.join(missing)}; it is part of the"
-                    f" repository: 'git checkout -- {entry.directory}' brings it back"
-                )
-            with exclusive(directory, f"{shown_path(directory)}, being downloaded,"):
-                _download(entry, directory)
+        with exclusive(directory, f"{shown_path(directory)}, being downloaded,"):
+            _download(entry, directory)
     check_model_dir(directory)
     return directory
 
 
 def directory_of(version: str | Path, root: Path = REPOSITORY) -> Path:
-    """Where the model directory of `find_model` is, or would be after a download."""
-    entry = model_versions(root).get(str(version))
-    return Path(version) if entry is None else root / entry.directory
+    """Where the model directory of `find_model` is, or would be after a download.
+
+    Raises `FileNotFoundError` for a path at which nothing is.
+    """
+    versions = model_versions(root)
+    if (entry := versions.get(str(version))) is not None:
+        return root / entry.directory
+    if not Path(version).exists():
+        raise FileNotFoundError(
+            f"{version}: neither a model version ({', '.join(versions)}) nor a model directory"
+        )
+    return Path(version)
 
 
 def local_model(version: str, root: Path = REPOSITORY) -> Path | None:

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from fish_speech.audio import audio_writer
 from fish_speech.inference.playback import NoPlayback, Player
+from fish_speech.inference.speech import Piece
 from fish_speech.inference.streaming import SilenceTrimmer
-from fish_speech.inference.synthesize import Piece
 
 Say = Callable[[str], None]
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from fish_speech.inference.context import Context
 from fish_speech.inference.generate import Past, Take, generate, graphs_of
 from fish_speech.inference.references import References
 from fish_speech.inference.sampling import Sampling
+from fish_speech.inference.speech import Piece, Settings
 from fish_speech.inference.streaming import decode_stream
 from fish_speech.inference.voices import check_speaker, speaker_or_first
 from fish_speech.models.text2semantic import DualARTransformer, load_model
@@ -43,50 +44,6 @@ logger = logging.getLogger(__name__)
 # Seconds of silence between two chunks, by the mark that the first ends with.
 _PAUSE_AFTER = dict.fromkeys(".!?…。！？．｡।؟።", 0.2) | dict.fromkeys(",;:—–，、；：،؛", 0.1)
 _CLOSING_MARKS = "\"'”’»›)]}」』】》）"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to speak; the defaults are the published ones.
-
-    `seed` decides every sample: the same seed, text and model give the same speech. A chunk whose
-    speech does not end in the time that its text can take is tried again, `retries` times, with
-    another seed derived from `seed`. `max_new_tokens` (frames a chunk) replaces that bound.
-    `context_tokens` is the room in the prompt for chunks that were already spoken. `drawing` is
-    raised whenever a seed comes to speak otherwise, so that no batch or evaluation mixes both.
-    """
-
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0
-    max_new_tokens: int | None = None
-    retries: int = 2
-    context_tokens: int = 1024
-    drawing: int = field(default=4, init=False)
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1 (is {self.max_new_tokens})")
-        if self.retries < 0:
-            raise ValueError(f"retries must not be negative (is {self.retries})")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of speech as it comes: `waveform [1, n]`, of chunk `index` of `count`.
-
-    `frames` counts the codec frames in it, `ends_chunk` marks a chunk's last piece, and `problem`
-    then says what went wrong with the chunk, where something did; `ran_on` if it did not end,
-    `lost` if nothing of it was spoken.
-    """
-
-    waveform: Tensor
-    index: int
-    count: int
-    frames: int
-    ends_chunk: bool = False
-    problem: str | None = None
-    ran_on: bool = False
-    lost: bool = False
 
 
 class TextToSpeech:
