@@ -307,9 +307,10 @@ def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
         fits=fits,
     )
     if start.exact and named and named != Path(config.base) and not (named / "model.pth").exists():
-        # It would be downloaded, only to be compared; of what is there the weights tell.
+        # It would be downloaded, only to be compared; of what is there the weights tell, and of
+        # one that is called alike, for the project may be on another machine now.
         record = start.checkpoint.read()["run"]
-        if not same_base(record):
+        if Path(record["base"]).name != named.name:
             raise ValueError(
                 f"project '{run.project}' was trained over {record['base']}, not over {named}: "
                 "choose another --project"

@@ -101,7 +101,7 @@ def _train(
         for number, columns in enumerate(clips):
             _write_clip(data / "Ann" / f"{number:02d}_{columns}", columns - text)
         manifest, _ = build_shards(data, num_codebooks=8, codebook_size=1024)
-        count = _WARM_UP + max(_STEPS - _WARM_UP, len(set(clips)))
+        count = max(_STEPS, len(manifest.train)) if len(set(clips)) > 1 else _STEPS
         settings = (f"train.max_steps={count}", f"precision={precision}", f"device={device}")
         kind = ("project=bench", f"data.batch_size={items}", "data.reference_share=0")
         config = compose_config([*kind, *settings])
@@ -117,7 +117,7 @@ def _train(
         os.chdir(directory)  # the folder could not be removed from within
     seconds = [end - begin for begin, end in pairwise(watch.ends)]
     columns = [int(manifest.train[index].rpartition("_")[2]) for index in watch.indices]
-    steps = list(zip(seconds, columns, strict=True))[_WARM_UP:]
+    steps = list(zip(seconds, columns, strict=True))[_WARM_UP:-1]  # the last one is saved, too
     return steps, text, config.lora.r, str(watch.dtype).removeprefix("torch.")
 
 

@@ -76,7 +76,7 @@ def save_audio(
     Raises `ValueError` for a suffix that is not among `SAVE_FORMATS`, another shape, or samples
     that are not finite.
     """
-    samples = _mono(waveform)
+    samples = _mono(waveform, path)
     peak = float(np.abs(samples).max(initial=0.0))
     if not np.isfinite(peak):
         raise ValueError(f"{path}: the waveform to be saved holds samples that are not finite")
@@ -105,7 +105,7 @@ def audio_writer(
 
     def write(waveform: torch.Tensor | np.ndarray) -> None:
         nonlocal file
-        samples = _mono(waveform)
+        samples = _mono(waveform, path)
         # In slices: libsndfile's Ogg encoder keeps its whole input of one call on the stack.
         for start in range(0, len(samples), 1 << 16):
             part = samples[start : start + (1 << 16)].clip(-1, 1)
@@ -140,13 +140,16 @@ def _moved_aside(path: Path) -> Iterator[Path]:
         aside.unlink()
 
 
-def _mono(waveform: torch.Tensor | np.ndarray) -> np.ndarray:
-    """The samples [N] of a waveform [1, N] or [N]. Raises `ValueError` for another shape."""
+def _mono(waveform: torch.Tensor | np.ndarray, path: str | Path) -> np.ndarray:
+    """The samples [N] of a waveform [1, N] or [N]. Raises `ValueError` for another shape that names
+    the file at `path`, which they are for."""
     samples = np.asarray(waveform, dtype=np.float32)
     if samples.ndim == 2 and len(samples) == 1:
         samples = samples[0]
     if samples.ndim != 1:
-        raise ValueError(f"a waveform of the shape {list(samples.shape)}; [1, N] or [N] is saved")
+        raise ValueError(
+            f"{path}: a waveform of the shape {list(samples.shape)}; [1, N] or [N] is saved"
+        )
     return samples
 
 

@@ -22,7 +22,7 @@ def print_anything() -> None:
 def words_of(error: BaseException) -> str:
     """What an error says: of the system's, the file and the reason, without their number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror.lower()}"
+        return f"{error.filename2 or error.filename}: {error.strerror.lower()}"
     return str(error)
 
 
@@ -49,9 +49,12 @@ def stop_as_ctrl_c_does() -> None:
 
 def _not_lost(ignored: Any) -> None:
     """Interrupt again where Python could only print that it ignored it: in a destructor, or in what
-    a library in C calls."""
+    a library in C calls. Once, lest it chase a program that is ending already."""
     if not issubclass(ignored.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(ignored)
+        return
+    sys.unraisablehook = sys.__unraisablehook__
+    if sys.is_finalizing():
         return
     again = threading.Timer(0.05, _interrupt)
     again.daemon = True

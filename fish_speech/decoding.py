@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-_UNKNOWN_SIZES = {0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF}  # written to a pipe, in bytes
+# What programs write to a pipe, in bytes; sox whole frames of at most 0x7FFFF000.
+_UNKNOWN_SIZES = {0, *range(0x7FFFF000 - 64, 0x7FFFF001), 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF}
 _LARGEST_WAV = 8 + 0xFFFFFFFF  # bytes that its sizes can tell
 
 
@@ -72,7 +73,7 @@ def _share_of_chunk(path: Path) -> float:
     """How much of its samples' chunk a WAV or AIFF file has; 1 for other files."""
     size, there = _samples_chunk(path)
     # Programs that write to a pipe don't know the size.
-    unknown = size in _UNKNOWN_SIZES or size >= 0x7FFFF000 > there
+    unknown = size in _UNKNOWN_SIZES or 1 << 32 > size >= 0x7FFFF000 > there
     return 1.0 if unknown else max(1e-3, min(1.0, there / size))
 
 
@@ -82,12 +83,19 @@ def _samples_chunk(path: Path) -> tuple[int, int]:
     In bytes; 0 and 0 for other files.
     """
     with path.open("rb") as file:
+        form = file.read(4)
         kind, order = {b"RIFF": (b"data", "little"), b"RIFX": (b"data", "big"),
-                       b"FORM": (b"SSND", "big")}.get(file.read(4), (None, ""))  # fmt: skip
+                       b"FORM": (b"SSND", "big"), b"RF64": (b"ds64", "little"),
+                       }.get(form, (None, ""))  # fmt: skip
         file.seek(12)
         while kind is not None and len(head := file.read(8)) == 8:
             size = int.from_bytes(head[4:], order)
+            if head[:4] == b"ds64" == kind:  # which comes first, and has the size in 64 bits
+                kind, long = b"data", int.from_bytes(file.read(16)[8:], order)
+                file.seek(size - 16, 1)
+                continue
             if head[:4] == kind:
+                size = long if form == b"RF64" else size
                 return size, path.stat().st_size - file.tell()
             file.seek(size + size % 2, 1)
     return 0, 0

@@ -49,8 +49,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno and error.filename in (None, str(temporary)):
-            error.filename = str(path)
+        if error.errno and (
+            error.filename is None or str(temporary) in (error.filename, error.filename2)
+        ):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         with suppress(OSError):  # it may be what failed

@@ -118,6 +118,7 @@ def encode(path, samples, codec, rate=48_000, channels=1):
     [
         ("a.wav", {"subtype": "PCM_16"}),
         ("a.wav", {"subtype": "FLOAT", "endian": "BIG"}),
+        ("a.wav", {"format": "RF64", "subtype": "PCM_16"}),
         ("a.aiff", {}),
         ("a.mp3", {}),
         ("a.ogg", {}),

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from fish_speech import allowance
-from fish_speech.devices import compile_problem, resolve_device, resolve_precision, set_threads
+from fish_speech.devices import (
+    compile_problem,
+    resolve_device,
+    resolve_precision,
+    set_threads,
+    shares_keys,
+)
 
 CPU = torch.device("cpu")
 
@@ -118,3 +124,18 @@ def test_no_more_threads_than_cores():
         assert torch.get_num_threads() == allowance.cores()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "masked", "shares"),
+    [
+        ((8, 0), torch.bfloat16, False, True),
+        ((8, 0), torch.bfloat16, True, False),
+        ((8, 0), torch.float32, False, False),
+        ((7, 5), torch.float16, False, False),
+    ],
+)
+def test_only_flash_attention_shares_keys_on_a_card(monkeypatch, card, dtype, masked, shares):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+    assert shares_keys.__wrapped__(torch.device("cuda"), dtype, masked) is shares
+    assert shares_keys(CPU, dtype, masked)

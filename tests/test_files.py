@@ -35,6 +35,9 @@ def test_a_write_that_fails_names_the_file_and_not_what_was_beside_it(tmp_path):
         with pytest.raises(OSError, match=r"a\.json'$") as caught, writing as temporary:
             raise OSError(*full, *[str(temporary)] * known)
         assert caught.value.filename == str(tmp_path / "a.json")
+    copying = files.atomic_path(tmp_path / "a.json")
+    with pytest.raises(OSError, match=r"a\.json'$"), copying as temporary:
+        raise OSError(*full, "what is copied", None, str(temporary))
 
 
 def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path):

@@ -181,6 +181,25 @@ def test_another_base_is_refused_before_it_is_downloaded(project, tmp_path, monk
     assert said.endswith("fish-speech-1.5: choose another --project")
 
 
+def test_its_own_base_is_downloaded_where_a_project_was_moved(
+    project, tmp_path, monkeypatch, capsys, base_dir
+):
+    keep_codes(tmp_path)
+    base = shutil.copytree(base_dir, tmp_path / "there/fish-speech-1.5")
+    assert project(*TRAIN, "--max-steps", 1, base=base) == 0
+    here = tmp_path / "here/fish-speech-1.5"
+    published = replace(hub.model_versions()["1.5"], directory=str(here))
+    published.files.clear()
+    published.files["model.pth"] = 1
+    monkeypatch.setattr(hub, "model_versions", lambda root: {"1.5": published})
+    monkeypatch.setattr(
+        hub, "_download", lambda entry, place: shutil.copytree(base, place, dirs_exist_ok=True)
+    )
+    other = [*TRAIN, "--max-steps", 2, "--model-version", "1.5"]
+    assert finetune_tts.main(["--project", "p", *map(str, other)]) == 0
+    assert "going on from results/p/checkpoints/step_000000001.ckpt" in capsys.readouterr().err
+
+
 def test_losses_that_cannot_be_drawn_cost_no_training(project, tmp_path, monkeypatch, capsys):
     keep_codes(tmp_path)
 

@@ -178,9 +178,9 @@ def _choose_validation(clips: list[Clip], share: float, before: Manifest | None)
     never the only clip, or the last one, of a speaker.
 
     The digest of a name decides, and not how many others there are, so that a second stage with
-    more clips never validates on what the first one learned. What was held out before stays so,
-    unless a smaller share is asked for; where all that is too few, one that was learned is taken
-    only where there is no other.
+    more clips never validates on what the first one learned (unless a larger share is asked for, or
+    a speaker had no other clip). What was held out before stays so, unless a smaller share is asked
+    for; where all that is too few, one that was learned is taken only where there is no other.
     """
     if share <= 0:
         return set()
@@ -196,7 +196,7 @@ def _choose_validation(clips: list[Clip], share: float, before: Manifest | None)
     fewest = 3 if len(names) >= 20 else 1
     as_before = [name for name in names if name in held]
     for candidates, enough in (
-        (as_before, max(fewest, round(share * len(names)))),
+        (as_before, max(len(chosen), round(share * len(names))) + fewest),
         (chosen, len(names)),
         (others, fewest),
         (names, 1),

@@ -189,10 +189,11 @@ class _Takes:
         self._identities: dict[Path, str] = {}  # of players that are in the page already
         self.left_out: set[Path] = set()
         for file in dict.fromkeys(self._by_importance()):
-            if self.left_out:  # converting the others takes long, and only short ones had room
-                self.left_out.add(file)
-                continue
             try:
+                if self.left_out:  # converting the others takes long, and only short ones had room
+                    audio_info(file)
+                    self.left_out.add(file)
+                    continue
                 address = audio_uri(file)
             except (ValueError, OSError):
                 continue  # its cell says so

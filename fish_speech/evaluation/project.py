@@ -158,8 +158,8 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     checkpoints = checkpoints or run.checkpoints() or [run.checkpoint()]  # which says what to do
     records = _readable_records(checkpoints)
     newest = records[-1]  # which knows where things are now
-    data = HeldOut(_data_dir(newest, request), records)
-    base_dir = request.base_dir or Path(shown_path(Path(newest["base"])))
+    data = HeldOut(request.data_dir or _recorded(newest, "data_dir", say), records)
+    base_dir = request.base_dir or _recorded(newest, "base", say)
     check_model_dir(base_dir)
     if codecs_of_codes(data.data_dir) - {file_digest(find_codec(base_dir))}:
         raise ValueError(
@@ -289,17 +289,26 @@ def _readable_records(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]
     return records
 
 
-def _data_dir(record: dict[str, Any], request: Request) -> Path:
-    """What was asked for, else where the run says that it was trained."""
-    recorded = Path(shown_path(Path(record["data_dir"])))
-    if not recorded.is_dir() and (moved := Path(*recorded.parts[-2:])).is_dir():
-        recorded = moved  # training_data/NAME, with the whole project
-    if request.data_dir is None and not recorded.is_dir():
-        raise FileNotFoundError(
-            f"{recorded}: the data set of this project is not there any more; "
-            "give its place with --data-dir"
-        )
-    return request.data_dir or recorded
+def _recorded(record: dict[str, Any], what: str, say: Say) -> Path:
+    """The data set (`data_dir`) or the base of a run: where it says that they were, or where they
+    are when all of it was moved: training_data/NAME, checkpoints/NAME.
+
+    Raises `FileNotFoundError` that names the flag with which their place is given.
+    """
+    recorded = Path(shown_path(Path(record[what])))
+    if recorded.is_dir():
+        return recorded
+    moved = Path(*recorded.parts[-2:])
+    if moved.is_dir():
+        say(f"{recorded} is not there any more: {moved} is taken for it")
+        return moved
+    name, flag = {
+        "data_dir": ("data set", "--data-dir"),
+        "base": ("base model", "--pretrained-ckpt-path"),
+    }[what]
+    raise FileNotFoundError(
+        f"{recorded}: the {name} of this project is not there any more; give its place with {flag}"
+    )
 
 
 def _losses(

@@ -25,7 +25,7 @@ class Settings:
     max_new_tokens: int | None = None
     retries: int = 2
     context_tokens: int = 1024
-    drawing: int = field(default=4, init=False)
+    drawing: int = field(default=5, init=False)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fish_speech.audio import load_audio
+from fish_speech.console import words_of
 from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.shards import read_codes
 from fish_speech.decoding import audio_info
@@ -145,7 +146,7 @@ class _Waveforms(Dataset):
         try:
             waveform, _ = load_audio(clip.audio, self.sample_rate)
         except (ValueError, OSError) as error:
-            return _Loaded(clip, None, str(error))
+            return _Loaded(clip, None, words_of(error))
         if waveform.shape[1] < self.frame_length:
             return _Loaded(clip, None, f"{clip.audio}: shorter than one frame of the codec")
         return _Loaded(clip, waveform)
@@ -201,10 +202,10 @@ def _size_and_time(file: Path) -> list[int]:
 
 def _still(file: Path, stamp: list | None) -> list | None:
     """The stamp of a file, if its content is what `stamp` says; it may have been copied since."""
-    if stamp is None:
+    if not stamp:
         return None
-    size, time, *digest = stamp  # versions before this one had no digest
     now = _size_and_time(file)
-    if now == [size, time]:
-        return stamp
-    return [*now, *digest] if now[0] == size and digest == [file_digest(file)] else None
+    if stamp[:2] == now:
+        return stamp if len(stamp) > 2 else _stamp(file)  # earlier versions took no digest
+    copied = len(stamp) > 2 and stamp[0] == now[0] and stamp[2] == file_digest(file)
+    return [*now, stamp[2]] if copied else None

@@ -134,7 +134,7 @@ class Books:
         for recording in recordings:
             record = self.records.get(_key(recording.speaker, recording.name))
             if record and record.digest == recording.digest and has_vanished(record.address):
-                record.address = recording.address
+                record.address, record.source = recording.address, recording.source
                 self._write(record)
 
     def has_clips(self, record: Record) -> bool:

@@ -266,7 +266,9 @@ def _data_module(
     data_dir = Path(config.data.dir)
     tokenizer = FishTokenizer.from_pretrained(base_dir)
     # What is longer than the model's context could be learned, and never be spoken.
-    max_length = min(config.data.max_length, ModelConfig.from_pretrained(base_dir).max_seq_len)
+    context = ModelConfig.from_pretrained(base_dir).max_seq_len
+    max_length = min(config.data.max_length, context)
+    limit = f"{'the context' if max_length == context else 'data.max_length'} of {max_length}"
     shared = {
         "max_length": max_length,
         "name_speakers": bool(_named_speakers(manifest)),
@@ -281,11 +283,11 @@ def _data_module(
     held_out = _held_out(data_dir, manifest, start, say)
     validation = SemanticDataset(held_out, tokenizer, **shared)
     for name in (*train.too_long, *validation.too_long):
-        say(f"left out: {name} is longer than data.max_length={max_length} columns")
+        say(f"left out: {name} is longer than {limit} columns")
     if not len(train):
         raise ValueError(
-            f"{data_dir}: every clip is longer than data.max_length={max_length}; cut them with "
-            "prepare_dataset.py --split-long, or raise it with --override"
+            f"{data_dir}: every clip is longer than {limit} columns; cut them with "
+            "prepare_dataset.py --split-long"
         )
     return SemanticDataModule(
         train,

@@ -86,6 +86,10 @@ def test_what_is_held_out_stays_so_when_clips_are_added(tmp_path):
         file.replace(voice / "Ann" / file.name)
     many, _ = build(voice, **share)
     assert many.validation == ["Ann/clip_0008", "Ann/clip_0009"]
+    (voice / "Ann" / "clip_0000.lab").write_text("Other words.")
+    again, rebuilt = build(voice, **share)
+    assert rebuilt
+    assert again.validation == many.validation
     less, _ = build(voice, validation_share=0.01)
     assert len(less.validation) == 1
 

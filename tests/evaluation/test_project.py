@@ -170,8 +170,13 @@ def test_a_damaged_checkpoint_has_a_row_and_one_over_another_base_too(project, c
 def test_a_project_that_was_moved_with_its_data_finds_them(project, capsys):
     for checkpoint in Run.of("p").checkpoints():
         move(checkpoint.path, project, Path("/gone"))
-    flags = ("--eval-samples", 1, "--checkpoint-step", 2, "--pretrained-ckpt-path", "base")
+    flags = ("--eval-samples", 1, "--checkpoint-step", 2)
+    assert finetune("--evaluate", *flags) == 2
+    assert "give its place with --pretrained-ckpt-path" in last_error(capsys)
+    flags += ("--pretrained-ckpt-path", "base")
     assert finetune("--evaluate", *flags) == 0
+    said = "/gone/training_data/p is not there any more: training_data/p is taken for it"
+    assert said in capsys.readouterr().err
     Path("training_data").rename("data")
     assert finetune("--evaluate", *flags) == 2
     assert "give its place with --data-dir" in capsys.readouterr().err

@@ -526,7 +526,7 @@ def test_what_no_context_holds_is_not_learned_whatever_the_settings_say(trainer,
     np.save(data / f"{manifest.train[0]}.npy", np.ones((8, 600), np.int16))
     said = []
     trainer("p", "train.max_steps=1", "data.max_length=100000", data=data, said=said)
-    assert f"left out: {manifest.train[0]} is longer than data.max_length=512 columns" in said
+    assert f"left out: {manifest.train[0]} is longer than the context of 512 columns" in said
 
 
 def test_a_checkpoint_that_is_gone_on_from_is_not_held_open(trainer):

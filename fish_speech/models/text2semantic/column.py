@@ -34,9 +34,12 @@ _VECTOR, _MATRIX, _CUBE, _CACHE = (
 )  # fmt: skip
 _INLINE = {"inline": "always", "error_model": "numpy"}
 _TILE = 16  # rows, which stay in a core's cache while columns pass
+# Which loops run as vectors depends on where arrays lie: sums and quotients may not come out in
+# another way then, or a seed speaks otherwise from one start to the next.
+_ALIKE = {"nnan", "ninf", "nsz", "contract"}
 
 
-def compiled(*takes, gives=types.void, kind=""):
+def compiled(*takes, gives=types.void, kind="", fastmath=True):
     """Compiled once, and kept for the next time where that can be written.
 
     What numba keeps it renews when the function's own file changes. So the name says of what
@@ -46,7 +49,7 @@ def compiled(*takes, gives=types.void, kind=""):
     content = crc32(Path(dots.__file__).read_bytes(), crc32(Path(__file__).read_bytes()))
 
     def compile_function(function):
-        options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
+        options = {"fastmath": fastmath, "nogil": True, "error_model": "numpy"}
         name = function.__qualname__
         for attempt in ("", "_again"):  # the second where what is kept is broken
             try:
@@ -186,12 +189,29 @@ def silu(x):
     return x / (_ONE + exp(-x))
 
 
+@njit(fastmath=True)  # always as vectors: nothing is written here
+def _product_of(x, y):
+    """The sum of x [N] times y [N]."""
+    total = float32(0)
+    for index in range(len(x)):
+        total += x[index] * y[index]
+    return total
+
+
+@njit(fastmath=True)
+def _softened(weights, count, largest):
+    """Weights [count] to their exponentials; returns the sum of these."""
+    total = float32(0)
+    for place in range(count):
+        weights[place] = exp(weights[place] - largest)
+        total += weights[place]
+    return total
+
+
 @njit(**_INLINE)
 def _norm(x, weight, eps, normed):
     """RMS norm of x [D]."""
-    squares = float32(0)
-    for index in range(len(weight)):
-        squares += x[index] * x[index]
+    squares = _product_of(x, x)
     scale = _ONE / math.sqrt(squares / float32(len(weight)) + eps)
     for index in range(len(weight)):
         normed[index] = x[index] * scale * weight[index]
@@ -254,15 +274,9 @@ def _attend(part, queries, keys, values, position, attended):
             length = position + column + 1
             largest = LEAST
             for place in range(length):
-                alike = float32(0)
-                for index in range(width):
-                    alike += queries[column, head, index] * key[place, index]
-                weights[place] = alike * scale
+                weights[place] = _product_of(queries[column, head], key[place]) * scale
                 largest = max(largest, weights[place])
-            total = float32(0)
-            for place in range(length):
-                weights[place] = exp(weights[place] - largest)
-                total += weights[place]
+            total = _softened(weights, length, largest)
             out[:] = float32(0)
             for place in range(length):
                 for index in range(width):
@@ -350,7 +364,8 @@ def stack_of(kind: np.dtype) -> Callable:
     linears = types.UniTuple(types.Array(from_dtype(kind), 3, "C"), 4)
     return compiled(
         int64, int64, _SYNC, _MATRIX, _CUBE, float32, linears, types.UniTuple(_MATRIX, 4), _MATRIX,
-        _MATRIX, _MATRIX, _CACHE, _CACHE, int64, _CUBE, _MATRIX, _MATRIX, kind=kind.name,
+        _MATRIX, _MATRIX, _CACHE, _CACHE, int64, _CUBE, _MATRIX, _MATRIX,
+        kind=kind.name, fastmath=_ALIKE,
     )(_stack)  # fmt: skip
 
 
@@ -360,5 +375,5 @@ def head_of(kind: np.dtype) -> Callable:
     weights = types.Array(from_dtype(kind), 2, "C")
     return compiled(
         int64, int64, _SYNC, _MATRIX, _VECTOR, float32, weights, _VECTOR, _MATRIX,
-        kind=kind.name,
+        kind=kind.name, fastmath=_ALIKE,
     )(_head)  # fmt: skip

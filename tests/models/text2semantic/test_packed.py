@@ -1,11 +1,14 @@
 """Packed weights: the same numbers from fewer bytes, as near as the bytes allow."""
 
 import copy
+import ctypes
 import os
+import random
 import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,6 +145,31 @@ def test_few_columns_at_a_time_are_as_all_at_once(bias, local_heads, dtype, quan
     wanted, cache = model.fast_logits(codes), model.new_fast_cache()
     got = torch.cat([model.fast_logits(codes[:, [k]], cache) for k in range(8)], 1)
     assert (got - wanted).norm() < most * wanted.norm()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the C library is not known")
+@torch.inference_mode()
+def test_where_arrays_lie_changes_nothing(monkeypatch):
+    """Or a seed speaks otherwise from one start to the next."""
+    library, rng = ctypes.CDLL(None), random.Random(0)
+    library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    model, calls = pack(model_of(dim=256, head_dim=64), "int8"), []
+    with monkeypatch.context() as patch:
+        patch.setattr(Team, "run", lambda team, *call: calls.append(call))
+        model.fast_logits(torch.randn(1, 2, 256), model.new_fast_cache())
+    function, *given = calls[0]
+    found, sync, left = set(), np.zeros(column.SYNC_SIZE, np.int64), []
+    for _ in range(600):
+        left += [library.malloc(rng.choice((24, 56, 88, 136, 300, 1100))) for _ in range(30)]
+        rng.shuffle(left)
+        for _ in range(20):
+            library.free(left.pop())
+        arrays = [part.copy() if isinstance(part, np.ndarray) else part for part in given]
+        function(0, 1, sync, *arrays)
+        found.add(b"".join(part.tobytes() for part in arrays if isinstance(part, np.ndarray)))
+    for block in left:
+        library.free(block)
+    assert len(found) == 1
 
 
 def biases(bias):
