@@ -146,7 +146,9 @@ def test_every_row_runs_what_it_says(name, base_dir, tmp_path, monkeypatch, caps
     for module in ("train", "generate", "codec", "speak", "data"):
         for made in ("full_size_model", "full_size_voice"):
             monkeypatch.setattr(f"benchmarks.{module}.{made}", lambda: base_dir, raising=False)
-    monkeypatch.setattr("benchmarks.generate._LATE", 200)  # the golden context is 512
+    # The golden context is 512.
+    monkeypatch.setattr("benchmarks.generate._LATE", 200)
+    monkeypatch.setattr("benchmarks.train.LONG", (4, 400))
     utterances = make_data_set(tmp_path / "utterances", {"Ann": 5})
     monkeypatch.setattr("benchmarks.data._utterances", lambda: utterances)
     assert run.main(["--only", name, "--json", str(tmp_path / "rows.json")]) == 0
