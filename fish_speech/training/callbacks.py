@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,8 @@ class Progress(L.Callback):
         if done == _STEPS_TO_FORECAST and trainer.is_global_zero:
             seconds = (time.monotonic() - self._since) / done
             minutes = (self.max_steps - trainer.global_step) * seconds / 60
-            tqdm.write(
-                f"{seconds:.2f} s a step: about {minutes:.0f} minutes to step {self.max_steps}",
-                sys.stderr,
-            )
+            left = "less than a minute" if minutes < 1 else f"about {ceil(minutes)} minutes"
+            tqdm.write(f"{seconds:.2f} s a step: {left} to step {self.max_steps}", sys.stderr)
 
     def on_validation_end(self, trainer: L.Trainer, module) -> None:
         metrics = trainer.callback_metrics
