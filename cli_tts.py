@@ -35,9 +35,8 @@ from fish_speech.files import atomic_path, decode_text, file_digest, read_text, 
 
 if TYPE_CHECKING:
     from fish_speech.conversation import Utterance
-    from fish_speech.inference import Settings, TextToSpeech
+    from fish_speech.inference import Piece, Settings, TextToSpeech
     from fish_speech.inference.jobs import Job
-    from fish_speech.inference.speech import Piece
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 OUT_OF_MEMORY = {  # what to try, by the kind of device

@@ -292,11 +292,9 @@ def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
 
     named = directory_of(config.base) if names_base(args) else None
 
-    def same_base(record: dict) -> bool:
-        return named is None or Path(record["base"]) == named.resolve()
-
     def fits(record: dict) -> bool:
-        return same_base(record) and config.adapters.fits(recorded_lora(record))
+        same_base = named is None or Path(record["base"]) == named.resolve()
+        return same_base and config.adapters.fits(recorded_lora(record))
 
     start = choose_start(
         run,

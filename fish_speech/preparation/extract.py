@@ -61,8 +61,10 @@ def extract_codes(
         # Other processes may have seen to the clip before; where two records differ, which was the
         # later one is not known.
         named = [record for record in records if clip.name in record["clips"]]
-        noted = [_still(clip.audio, record["clips"][clip.name]) for record in named]
-        current = all(noted) and all(record["codec"] == digest for record in named)
+        current, noted = all(record["codec"] == digest for record in named), []
+        if current:  # else nobody asks of what sound the codes are, which may take reading it
+            noted = [_still(clip.audio, record["clips"][clip.name]) for record in named]
+            current = all(noted)
         if current and (clip.codes.is_file() if named else _fits(clip, codec)):
             stamps[clip.name] = noted[0] if named else _stamp(clip.audio)
             result.kept += 1

@@ -20,8 +20,7 @@ import torch
 from tqdm import tqdm
 
 from fish_speech.evaluation.recognise import PocketSphinx
-from fish_speech.inference import TextToSpeech
-from fish_speech.inference.speech import Settings
+from fish_speech.inference import Settings, TextToSpeech
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.preparation.rates import word_errors
 from recipes.tiny.speech import speaker_of
