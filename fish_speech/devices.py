@@ -141,21 +141,21 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
-    """Values [N] for Python, when they are asked for: a CUDA card is waited for only then, and only
+def read_later(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Values on the CPU, when they are asked for: a CUDA card is waited for only then, and only
     until it has made them."""
     if values.device.type != "cuda":
-        return values.tolist
+        return values.clone
     import torch
 
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy = torch.empty_like(values, device="cpu", pin_memory=True)
     copy.copy_(values, non_blocking=True)
     made = torch.cuda.Event()
     made.record(torch.cuda.current_stream(values.device))
 
-    def read() -> list[float]:
+    def read() -> torch.Tensor:
         made.synchronize()
-        return copy.tolist()
+        return copy
 
     return read
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from fish_speech.devices import read_later
 from fish_speech.inference.sampling import Sampling
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.cuda_column import (
@@ -183,7 +184,7 @@ class FrameGraph:
         for index in range(count + 1):
             if index < count:
                 self._play()
-                coming.append(_sent(self._made[index]))
+                coming.append(read_later(self._made[index]))
             if index:
                 frame = coming.pop(0)()
                 if frame[0] == 0:
@@ -248,18 +249,3 @@ def _captured(launch: Callable[[], None], device: torch.device) -> Callable[[], 
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             launch()
     return graph.replay
-
-
-def _sent(row: Tensor) -> Callable[[], Tensor]:
-    """Begin to bring a row to the CPU; what is returned waits for it."""
-    if row.device.type != "cuda":
-        return row.clone
-    arrived, there = torch.cuda.Event(), torch.empty_like(row, device="cpu", pin_memory=True)
-    there.copy_(row, non_blocking=True)
-    arrived.record(torch.cuda.current_stream(row.device))
-
-    def wait_for() -> Tensor:
-        arrived.synchronize()
-        return there
-
-    return wait_for

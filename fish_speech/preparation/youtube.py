@@ -16,7 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fish_speech.files import read_json, write_json
+from fish_speech.console import words_of
+from fish_speech.files import read_json, read_text, write_json
 from fish_speech.preparation.sources import Found
 
 FOLDER = ".downloads"  # in the data set
@@ -146,9 +147,9 @@ def _settings(
     }
     if cookies is not None:
         try:
-            settings["cookiefile"] = Path(cookies).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--cookies {cookies}: cannot be read ({error})") from error
+            settings["cookiefile"] = read_text(cookies)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--cookies {words_of(error)}") from error
     if cookies_from_browser is not None:
         browser, _, profile = cookies_from_browser.partition(":")
         settings["cookiesfrombrowser"] = (browser, profile or None, None, None)

@@ -73,7 +73,7 @@ class _Taken(NamedTuple):
     clips: list[str]
     rate: float
     columns: int
-    read: Callable[[], list[float]]
+    read: Callable[[], Tensor]
 
 
 class TextToSemantic(L.LightningModule):
@@ -166,7 +166,7 @@ class TextToSemantic(L.LightningModule):
         """
         while len(self._taken) > but:
             taken = self._taken.popleft()
-            *totals, norm = taken.read()
+            *totals, norm = taken.read().tolist()
             self._refuse_unless_finite(taken, totals[0] + totals[1], "loss")
             self._refuse_unless_finite(taken, norm, "gradient")
             figures = loss_figures(totals) | {

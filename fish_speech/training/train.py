@@ -284,6 +284,8 @@ def _data_module(
     validation = SemanticDataset(held_out, tokenizer, **shared)
     for name in (*train.too_long, *validation.too_long):
         say(f"left out: {name} is longer than {limit} columns")
+    if max_length < context and (train.too_long or validation.too_long):
+        say(f"--override data.max_length={context} takes all that the model can speak, and memory")
     if not len(train):
         raise ValueError(
             f"{data_dir}: every clip is longer than {limit} columns; cut them with "

@@ -515,8 +515,9 @@ def test_what_is_too_long_to_learn_from_is_not_held_out_either(trainer, tmp_path
     manifest, _ = build_shards(data, num_codebooks=8, codebook_size=1024, validation_share=0.6)
     long, *others = manifest.validation
     np.save(data / f"{long}.npy", np.ones((8, 300), np.int16))
-    options = ("train.max_steps=1", "data.max_length=200")
-    trained = trainer("p", *options, data=data, held_out=0.6)
+    options, said = ("train.max_steps=1", "data.max_length=200"), []
+    trained = trainer("p", *options, data=data, held_out=0.6, said=said)
+    assert any("--override data.max_length=512 takes" in line for line in said)
     assert trained.checkpoint.read()["run"]["held_out"] == others
 
 
