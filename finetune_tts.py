@@ -229,7 +229,7 @@ def extract_stage(
     from fish_speech.devices import is_out_of_memory
     from fish_speech.models.vqgan import load_codec
     from fish_speech.preparation.extract import extract_codes
-    from fish_speech.training.processes import gather, local_rank
+    from fish_speech.training.distributed import gather, local_rank
 
     device = resolve_device(config.device)
     if world_size > 1 and str(device) == "cuda":
@@ -330,7 +330,7 @@ def train_stage(
 
     more = {}
     if args.eval_every:
-        from fish_speech.evaluation.during import EvaluateDuringTraining as During
+        from fish_speech.evaluation.callback import EvaluateDuringTraining as During
 
         ears = {"whisper_model": args.whisper_model, "speaker_encoder": args.speaker_encoder}
         more["callbacks"] = [During(Path(config.data.dir), base_dir, args.eval_every, say, **ears)]
@@ -396,7 +396,7 @@ def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -
 
 
 def run_stages(args: argparse.Namespace) -> int:
-    from fish_speech.training.processes import is_first
+    from fish_speech.training.distributed import is_first
     from fish_speech.training.runs import Run, describe_checkpoints
 
     run = Run.of(args.project)
@@ -423,20 +423,20 @@ def run_stages(args: argparse.Namespace) -> int:
 def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
     """The stages up to training. Returns the signal that stopped it early, if one did."""
     from fish_speech.hub import find_model
-    from fish_speech.training import processes
+    from fish_speech.training import distributed
 
     everything, data_dir = args.full_pipeline, args.data_dir
     training = everything or args.train
     config = make_config(args, data_dir)  # which refuses what can't be before hours of preparing
-    with processes.data_processes() as (rank, world_size):
-        if processes.is_first() and does_any_of(args, ("evaluate", "merge_best", "eval_every")):
+    with distributed.data_processes() as (rank, world_size):
+        if distributed.is_first() and does_any_of(args, ("evaluate", "merge_best", "eval_every")):
             from fish_speech.evaluation.project import Request, check_named
 
             check_named(Request.of_flags(vars(args)))  # for the same reason
         if args.prepare_data or (everything and is_raw(data_dir)):
-            if processes.is_first():
+            if distributed.is_first():
                 prepare_stage(args)
-            processes.wait_for_all()
+            distributed.wait_for_all()
             args.data_dir = data_dir = prepared_dir(args)  # for the stages after training too
             config.data.dir = str(data_dir)
         elif not everything and is_source_of(prepared_dir(args), data_dir):
@@ -460,17 +460,17 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
         if training:
             resolve_precision(config.precision, device, training=True)
             if world_size > 1:
-                processes.check_trained_by(world_size, config.train)
+                distributed.check_trained_by(world_size, config.train)
         # The first process downloads or packs, the others then find what it made.
-        base_dir = processes.first_then_all(lambda: find_model(config.base))
-        with processes.alone_with(data_dir, say):
+        base_dir = distributed.first_then_all(lambda: find_model(config.base))
+        with distributed.alone_with(data_dir, say):
             # What Lightning starts finds the clips encoded, and the lock given back.
             failed: set[str] = set()
-            if (training or args.extract_tokens) and (processes.is_first() or world_size > 1):
+            if (training or args.extract_tokens) and (distributed.is_first() or world_size > 1):
                 failed = extract_stage(args, config, base_dir, rank, world_size)
-                processes.wait_for_all()
+                distributed.wait_for_all()
             if training or args.build_dataset:
-                manifest = processes.first_then_all(
+                manifest = distributed.first_then_all(
                     lambda: build_stage(args, config, base_dir, failed)
                 )
     return train_stage(args, config, base_dir, start, manifest) if training else None
@@ -496,7 +496,7 @@ def is_raw(data_dir: Path) -> bool:
 
 
 def say(message: str) -> None:
-    from fish_speech.training.processes import is_first
+    from fish_speech.training.distributed import is_first
 
     if is_first():
         print(message, file=sys.stderr, flush=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from benchmarks.full_size import full_size_voice
+from benchmarks.flops import flops_of, module_shapes
 from benchmarks.limits import matrix_rate, seconds
 from benchmarks.measure import Row, fresh
-from benchmarks.work import flops_of, module_shapes
+from benchmarks.random_model import full_size_voice
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from benchmarks.full_size import full_size_voice
 from benchmarks.limits import seconds
 from benchmarks.measure import CACHE, REPOSITORY, Row, fresh
+from benchmarks.random_model import full_size_voice
 
 _COPIES = 4  # of samples/: a hundred clips of a few seconds
 _BATCH = 8  # finetune_tts.py's own
@@ -50,7 +50,7 @@ def pack_row(device: str) -> Row:
 
 
 def _extract(directory: Path, device: str) -> tuple[float, float]:
-    from fish_speech.decoding import audio_info
+    from fish_speech.audio_decoding import audio_info
     from fish_speech.devices import keep_freed_memory
     from fish_speech.models.vqgan import load_codec
     from fish_speech.preparation.extract import extract_codes

@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from benchmarks.full_size import full_size_model
+from benchmarks.flops import frame_weights
 from benchmarks.limits import read_bandwidth, wait_for
 from benchmarks.measure import Row, fresh
-from benchmarks.work import frame_weights
+from benchmarks.random_model import full_size_model
 
 _PROMPT = 128  # columns: a sentence, and a short one before it
 _EARLY, _LATE = 64, 2000  # columns: nearly nothing, and a page
@@ -81,7 +81,7 @@ def _generate(directory: Path, kind: str, device: str, columns: int) -> float:
     from fish_speech.inference.generate import generate, graphs_of
     from fish_speech.inference.sampling import Sampling
     from fish_speech.models.text2semantic import load_model
-    from fish_speech.models.text2semantic.packed import pack
+    from fish_speech.models.text2semantic.decode.packed import pack
     from fish_speech.tokenizer import FishTokenizer
 
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16

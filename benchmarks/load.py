@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from benchmarks.full_size import full_size_model
 from benchmarks.measure import Row, fresh
+from benchmarks.random_model import full_size_model
 
 _REPEATS = 3
 _PAGE = 4096

@@ -20,8 +20,8 @@ from benchmarks.generate import (
 from benchmarks.load import load_row
 from benchmarks.measure import Row
 from benchmarks.prepare import prepare_long_row, prepare_row
-from benchmarks.speak import synthesis_first_row, synthesis_int8_row
 from benchmarks.startup import startup_row
+from benchmarks.synthesis import synthesis_first_row, synthesis_int8_row
 from benchmarks.train import train_auto_row, train_fp32_row, train_long_row, train_mixed_row
 from fish_speech.files import write_json
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 
-from benchmarks.full_size import full_size_model
+from benchmarks.flops import training_flops, training_shapes
 from benchmarks.limits import matrix_rate
 from benchmarks.measure import Row, fresh
-from benchmarks.work import training_flops, training_shapes
+from benchmarks.random_model import full_size_model
 
 SHORT, LONG = (1, 256), (4, 1024)  # items and columns of a batch
 _MIXED = range(226, 406, 10)  # columns of clips, with the published tokenizer of 5 to 13 s

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fish_speech.decoding import audio_info, channel_blocks
+from fish_speech.audio_decoding import audio_info, channel_blocks
 from fish_speech.files import atomic_path
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fish_speech import allowance
+from fish_speech import resources
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,15 +180,15 @@ def set_threads(count: int) -> None:
 
     if count < 1:
         raise ValueError(f"--threads {count}: must be at least 1")
-    torch.set_num_threads(min(count, allowance.cores()))
+    torch.set_num_threads(min(count, resources.cores()))
 
 
 def limit_threads() -> None:
     """No more threads than cores, where a container allows fewer of them than torch counts."""
     import torch
 
-    if torch.get_num_threads() > allowance.cores():
-        set_threads(allowance.cores())
+    if torch.get_num_threads() > resources.cores():
+        set_threads(resources.cores())
 
 
 def suit_threads(weights: Path) -> None:
@@ -249,7 +249,7 @@ def free_memory(device: torch.device) -> int:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     import psutil
 
-    available, allowed = psutil.virtual_memory().available, allowance.memory()
+    available, allowed = psutil.virtual_memory().available, resources.memory()
     return available if allowed is None else min(available, allowed)
 
 

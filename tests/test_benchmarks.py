@@ -13,13 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import run
+from benchmarks.flops import flops_of, frame_weights, module_shapes, training_flops
 from benchmarks.measure import REPOSITORY, Row
-from benchmarks.work import flops_of, frame_weights, module_shapes, training_flops
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
 from fish_speech.training.loss import loss_sums
 from tests.conftest import golden_tensors
-from tests.made_data import make_data_set
+from tests.synthetic_data import make_data_set
 
 IN_CACHE = {"load", "prepare", "prepare_long", "startup"}  # their inputs are not made small here
 

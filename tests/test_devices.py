@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fish_speech import allowance
+from fish_speech import resources
 from fish_speech.devices import (
     compile_problem,
     resolve_device,
@@ -121,7 +121,7 @@ def test_no_more_threads_than_cores():
     before = torch.get_num_threads()
     try:
         set_threads(10_000)
-        assert torch.get_num_threads() == allowance.cores()
+        assert torch.get_num_threads() == resources.cores()
     finally:
         torch.set_num_threads(before)
 

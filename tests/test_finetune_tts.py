@@ -15,7 +15,7 @@ import finetune_tts
 from fish_speech import hub
 from fish_speech.files import exclusive
 from tests.conftest import ROOT, golden_tensors
-from tests.made_data import make_data_set
+from tests.synthetic_data import make_data_set
 
 PYTHON = sys.executable
 

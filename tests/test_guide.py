@@ -13,7 +13,7 @@ import cli_tts
 import finetune_tts
 import prepare_dataset
 from tests.conftest import ROOT
-from tests.made_data import make_data_set
+from tests.synthetic_data import make_data_set
 
 PROGRAMS = {
     "prepare_dataset.py": prepare_dataset,

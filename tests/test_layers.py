@@ -11,9 +11,9 @@ LAYERS = (
     {"evaluation"},
     {"preparation", "training", "inference"},
     {"datasets", "models"},
-    {"conversation", "pages"},
+    {"conversation", "html_page"},
     {"tokenizer", "text", "hub", "audio", "devices"},
-    {"files", "console", "allowance", "decoding"},
+    {"files", "console", "resources", "audio_decoding"},
 )
 FILES = sorted((ROOT / "fish_speech").rglob("*.py"))
 

@@ -119,7 +119,9 @@ def read_codes(file: Path, num_codebooks: int, codebook_size: int) -> np.ndarray
     try:
         codes = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{file}: damaged codes ({getattr(error, 'strerror', None) or error}); delete the file") from error
+        raise ValueError(
+            f"{file}: damaged codes ({getattr(error, 'strerror', None) or error}); delete the file"
+        ) from error
     if codes.ndim != 2 or codes.shape[0] != num_codebooks or codes.dtype.kind not in "iu":
         raise ValueError(
             f"{file}: codes are {codes.dtype} {codes.shape}, expected integers of "

@@ -9,14 +9,14 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from fish_speech.evaluation.columns import verdict
 from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.measure import Say, measure
+from fish_speech.evaluation.metric_columns import verdict
 from fish_speech.evaluation.project import listener_for, write
 from fish_speech.evaluation.recommend import Commands, literal, prefer
 from fish_speech.evaluation.resynthesis import Resynthesis
 from fish_speech.evaluation.speaker import FOLDER
-from fish_speech.evaluation.takes import Candidate, Line, Recording, plan_lines
+from fish_speech.evaluation.synthesis import Candidate, Line, Recording, plan_lines
 from fish_speech.files import exclusive, file_digest, safe_name, shown_path
 from fish_speech.inference import Settings, TextToSpeech
 from fish_speech.inference.jobs import model_digests

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from fish_speech.audio_decoding import audio_info
 from fish_speech.conversation import Utterance, build_item
 from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.shards import read_manifest
-from fish_speech.decoding import audio_info
 from fish_speech.evaluation.measure import Say
-from fish_speech.evaluation.takes import Line, Recording, plan_lines
+from fish_speech.evaluation.synthesis import Line, Recording, plan_lines
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.loss import loss_sums

@@ -11,14 +11,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fish_speech.devices import is_out_of_memory
-from fish_speech.evaluation.figures import figure, share
+from fish_speech.evaluation.intervals import figure, share
 from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Row, Sample, Spoken
-from fish_speech.evaluation.listen import Clip, Listener, Voice
 from fish_speech.evaluation.recommend import Commands, recommend
-from fish_speech.evaluation.takes import Candidate, Line, Recording, Take, take
+from fish_speech.evaluation.scoring import Clip, Listener, Voice
+from fish_speech.evaluation.synthesis import Candidate, Line, Recording, Take, take
 from fish_speech.files import safe_name
 from fish_speech.inference import Settings, TextToSpeech
-from fish_speech.preparation.rates import NORMALISATION, Errors
+from fish_speech.preparation.error_rates import NORMALISATION, Errors
 
 AUDIO = "audio"
 Say = Callable[[str], None]

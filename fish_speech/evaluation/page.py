@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from fish_speech.decoding import audio_info
-from fish_speech.evaluation.columns import (
+from fish_speech.audio_decoding import audio_info
+from fish_speech.evaluation.charts import charts
+from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Row, Sample, Spoken
+from fish_speech.evaluation.metric_columns import (
     COLUMNS,
     Column,
     facts,
@@ -19,12 +21,10 @@ from fish_speech.evaluation.columns import (
     reason,
     verdict,
 )
-from fish_speech.evaluation.curves import charts
-from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Row, Sample, Spoken
-from fish_speech.evaluation.spectrogram import spectrogram_png
+from fish_speech.evaluation.thumbnail import spectrogram_png
 from fish_speech.files import write_text
-from fish_speech.pages import audio_uri, data_uri, document, player, text
-from fish_speech.preparation.rates import normal_words
+from fish_speech.html_page import audio_uri, data_uri, document, player, text
+from fish_speech.preparation.error_rates import normal_words
 
 HTML_NAME, MARKDOWN_NAME = "leaderboard.html", "leaderboard.md"
 MOST_SOUND = 30 * 2**20  # bytes of a page that may be sound; phones have to hold it too

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from fish_speech.devices import compile_problem, resolve_device, resolve_precision, suit_threads
-from fish_speech.evaluation.figures import figure
+from fish_speech.evaluation.asr import choose_recogniser
 from fish_speech.evaluation.held_out import HeldOut
+from fish_speech.evaluation.intervals import figure
 from fish_speech.evaluation.leaderboard import Figure, Leaderboard
-from fish_speech.evaluation.listen import Listener
 from fish_speech.evaluation.measure import AUDIO, Say, measure
 from fish_speech.evaluation.page import write_markdown, write_page
-from fish_speech.evaluation.recognise import choose_recogniser
 from fish_speech.evaluation.recommend import Commands, literal
 from fish_speech.evaluation.resynthesis import Resynthesis
+from fish_speech.evaluation.scoring import Listener
 from fish_speech.evaluation.speaker import FOLDER
-from fish_speech.evaluation.takes import Candidate, remembered
+from fish_speech.evaluation.synthesis import Candidate, remembered
 from fish_speech.evaluation.xvector import load_encoder
 from fish_speech.files import (
     exclusive,

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from shlex import quote
 
-from fish_speech.evaluation.figures import difference
+from fish_speech.evaluation.intervals import difference
 from fish_speech.evaluation.leaderboard import FEWEST, Recommendation, Row, Sample, Spoken
-from fish_speech.preparation.rates import normal_words
+from fish_speech.preparation.error_rates import normal_words
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from fish_speech.audio import load_audio, save_audio
 from fish_speech.devices import resolve_device
-from fish_speech.evaluation.takes import Recording
+from fish_speech.evaluation.synthesis import Recording
 from fish_speech.files import file_digest
 from fish_speech.inference.streaming import decode_stream
 from fish_speech.models.vqgan import Codec, load_codec

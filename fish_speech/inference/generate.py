@@ -13,7 +13,7 @@ from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.lora import lora_modules, weight_rows
 
 if TYPE_CHECKING:
-    from fish_speech.inference.graph import FrameGraphs
+    from fish_speech.inference.frame_graphs import FrameGraphs
 
 
 class Past:
@@ -152,7 +152,7 @@ def graphs_of(model: DualARTransformer, im_end_id: int) -> FrameGraphs:
 
     The model may not be changed any more. Raises `ValueError` where it has adapters.
     """
-    from fish_speech.inference.graph import FrameGraphs
+    from fish_speech.inference.frame_graphs import FrameGraphs
 
     if any(lora_modules(model)):
         raise ValueError("a graph knows no adapters: merge them first (`merge_lora`)")

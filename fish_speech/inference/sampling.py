@@ -69,7 +69,7 @@ def sample(
 def _sample_compiled(
     logits: Tensor, previous: Tensor | None, sampling: Sampling, generator: torch.Generator | None
 ) -> Tensor:
-    from fish_speech.inference.draw import draw
+    from fish_speech.inference.cpu_sampling import draw
 
     seen = _NONE if previous is None else previous.numpy()
     number = 1 - torch.rand((), generator=generator).item()

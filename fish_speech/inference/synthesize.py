@@ -31,13 +31,13 @@ from fish_speech.inference.speech import Piece, Settings
 from fish_speech.inference.streaming import decode_stream
 from fish_speech.inference.voices import check_speaker, speaker_or_first
 from fish_speech.models.text2semantic import DualARTransformer, load_model
-from fish_speech.models.text2semantic.packed import pack
+from fish_speech.models.text2semantic.decode.packed import pack
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.text import is_speakable, longest_speech, shortest_speech, split_text
 from fish_speech.tokenizer import FishTokenizer
 
 if TYPE_CHECKING:
-    from fish_speech.inference.graph import FrameGraphs
+    from fish_speech.inference.frame_graphs import FrameGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class TextToSpeech:
         if compile and (problem := compile_problem(device)):
             raise ValueError(f"compile=True: frames can't be compiled: {problem}")
         if device.type == "cpu":
-            from fish_speech.inference import draw  # noqa: F401 (compiled now, not while it speaks)
+            from fish_speech.inference import cpu_sampling  # noqa: F401 (compiled now, not while it speaks)
         usual = torch.bfloat16 if quantize else resolve_precision("auto", device)
         model = load_model(directory, device, dtype or usual)
         if adapt is not None:

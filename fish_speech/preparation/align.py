@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import regex
 
-from fish_speech.preparation.rates import normal
+from fish_speech.preparation.error_rates import normal
 from fish_speech.preparation.segment import Piece
 from fish_speech.text import WIDE
 

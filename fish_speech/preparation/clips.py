@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fish_speech.audio import level, resample, save_audio
-from fish_speech.decoding import AudioInfo, audio_info, breaks_off
+from fish_speech.audio_decoding import AudioInfo, audio_info, breaks_off
 from fish_speech.files import read_text, sidecar_of, write_text
 from fish_speech.preparation import align, quality, rates, segment, sources, transcribe
 from fish_speech.preparation.segment import Piece, Segment, Speech

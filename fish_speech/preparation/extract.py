@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fish_speech.audio import load_audio
+from fish_speech.audio_decoding import audio_info
 from fish_speech.console import words_of
 from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.shards import read_codes
-from fish_speech.decoding import audio_info
 from fish_speech.files import atomic_path, file_digest, read_json, write_json
 from fish_speech.models.vqgan import Codec, find_codec
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from fish_speech import allowance
+from fish_speech import resources
+from fish_speech.audio_decoding import audio_info
 from fish_speech.console import some_of
-from fish_speech.decoding import audio_info
 from fish_speech.files import exclusive, list_audio, remove_temporaries
 from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.clips import Job, carry_out
@@ -235,7 +235,7 @@ def in_processes(
 
     0 means as many as pay for their start. What a job yields doesn't depend on who does it.
     """
-    workers = min(len(work), num_workers or min(allowance.cores(), 1 + len(work) // 16))
+    workers = min(len(work), num_workers or min(resources.cores(), 1 + len(work) // 16))
     if sys.platform == "win32":
         workers = min(workers, 61)  # which is all that Windows waits for at once
     with tqdm(total=len(work), desc="preparing", unit="file", disable=None) as progress:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fish_speech.audio import decode_blocks
 from fish_speech.files import write_text
-from fish_speech.pages import document, player, text
+from fish_speech.html_page import document, player, text
 from fish_speech.preparation.summary import Summary
 
 REPORT_NAME = "report.html"

@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
+from fish_speech.audio_decoding import audio_info
 from fish_speech.console import some_of
 from fish_speech.datasets.clips import REJECTED, is_rejected
-from fish_speech.decoding import audio_info
 from fish_speech.files import (
     AUDIO_SUFFIXES,
     SIDECAR_SUFFIXES,

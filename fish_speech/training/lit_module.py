@@ -16,8 +16,8 @@ from torch import Tensor
 from fish_speech.devices import peak_memory, read_later, seed_draws, sent
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.lora import load_lora, lora_state_dict
-from fish_speech.training.graph import StepGraphs
 from fish_speech.training.loss import Places, loss_figures, loss_sums
+from fish_speech.training.step_graphs import StepGraphs
 
 SCHEDULES = ("constant", "wsd", "cosine")
 

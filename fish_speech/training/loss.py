@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fish_speech.conversation import IGNORED
 from fish_speech.models.text2semantic import DualARTransformer
-from fish_speech.models.text2semantic.passes import cross_entropy
+from fish_speech.models.text2semantic.ops.fused import cross_entropy
 
 # At the published size a label's logits of row 0 take 0.4 MB (0.2 where they stay in bf16), and
 # what the fast transformer keeps of a frame for its gradient takes 1 MB in bf16.

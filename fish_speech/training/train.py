@@ -33,11 +33,11 @@ from fish_speech.training.callbacks import (
     plot_losses,
 )
 from fish_speech.training.config import RunConfig
-from fish_speech.training.graph import StepGraphs
+from fish_speech.training.distributed import is_first
 from fish_speech.training.lit_module import DivergedError, TextToSemantic
 from fish_speech.training.preflight import OUT_OF_MEMORY, Say, preflight
-from fish_speech.training.processes import is_first
 from fish_speech.training.runs import Checkpoint, Run, Start, recorded_lora
+from fish_speech.training.step_graphs import StepGraphs
 
 
 @dataclass(frozen=True)

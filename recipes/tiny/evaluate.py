@@ -1,8 +1,8 @@
 """Figures: word error rates on held-out sentences of teacher, codec resynthesis and synthesis.
 
 The recogniser (pocketsphinx, its own US English model) took no part in the training. Words are
-compared as `fish_speech.preparation.rates` normalises them. A runaway is a synthesis, at the first
-try, that did not end in the time its text can take.
+compared as `fish_speech.preparation.error_rates` normalises them. A runaway is a synthesis, at the
+first try, that did not end in the time its text can take.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fish_speech.evaluation.recognise import PocketSphinx
+from fish_speech.evaluation.asr import PocketSphinx
 from fish_speech.inference import Settings, TextToSpeech
 from fish_speech.models.vqgan import Codec, load_codec
-from fish_speech.preparation.rates import word_errors
+from fish_speech.preparation.error_rates import word_errors
 from recipes.tiny.speech import speaker_of
 from recipes.tiny.texts import CACHE, read_sentences
 from recipes.tiny.voices import VOICES, speak

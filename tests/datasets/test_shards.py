@@ -8,7 +8,7 @@ from fish_speech.datasets.clips import find_clips
 from fish_speech.datasets.shards import build_shards, read_samples
 from fish_speech.inference.voices import check_speaker, speaker_or_first
 from tests.conftest import GOLDEN
-from tests.made_data import make_data_set
+from tests.synthetic_data import make_data_set
 
 
 def build(folder, **changes):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fish_speech.audio import load_audio
-from fish_speech.evaluation.listen import Listener
+from fish_speech.evaluation.scoring import Listener
 from fish_speech.evaluation.speaker import SpeakerEncoder
-from fish_speech.evaluation.takes import Candidate
+from fish_speech.evaluation.synthesis import Candidate
 from fish_speech.inference import Piece
 from fish_speech.preparation.transcribe import Heard
 from tests.conftest import ROOT

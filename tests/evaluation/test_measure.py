@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from fish_speech.decoding import audio_info
+from fish_speech.audio_decoding import audio_info
 from fish_speech.evaluation import resynthesis
 from fish_speech.evaluation.leaderboard import Leaderboard
-from fish_speech.evaluation.listen import Clip, Voice
 from fish_speech.evaluation.measure import measure
 from fish_speech.evaluation.recommend import Commands
 from fish_speech.evaluation.resynthesis import Resynthesis
-from fish_speech.evaluation.takes import Candidate, Line, Recording, plan_lines
+from fish_speech.evaluation.scoring import Clip, Voice
+from fish_speech.evaluation.synthesis import Candidate, Line, Recording, plan_lines
 from tests.conftest import ROOT
 from tests.evaluation.conftest import CLIPS, STRANGER, planted, text_of, waveform_of
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fish_speech.decoding import audio_info
+from fish_speech.audio_decoding import audio_info
 from fish_speech.evaluation.leaderboard import (
     Figure,
     Leaderboard,

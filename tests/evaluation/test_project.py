@@ -11,10 +11,10 @@ import soundfile
 import torch
 
 import finetune_tts
+from fish_speech.evaluation.asr import choose_recogniser
 from fish_speech.evaluation.held_out import HeldOut
 from fish_speech.evaluation.leaderboard import Leaderboard, Recommendation
 from fish_speech.evaluation.project import _commands
-from fish_speech.evaluation.recognise import choose_recogniser
 from fish_speech.models.text2semantic import load_model
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.runs import Run
@@ -231,7 +231,7 @@ def test_the_command_that_is_named_merges_the_best_and_speaks_nothing_again(
     Path("base").rename("moved")  # the command must say where
     flags = ("--eval-samples", 2, "--texts", "my {texts}.txt", "--pretrained-ckpt-path", "moved")
     assert finetune("--evaluate", *flags, "--checkpoint-step", 2, "--device", "cpu") == 0
-    monkeypatch.setattr("fish_speech.evaluation.takes._speak", None)
+    monkeypatch.setattr("fish_speech.evaluation.synthesis._speak", None)
     program, *command = shlex.split(capsys.readouterr().out.split("next: ")[1].format(path="x"))
     assert program == "finetune_tts.py"
     assert finetune_tts.main(command) == 0

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fish_speech.evaluation.figures import figure
+from fish_speech.evaluation.intervals import figure
 from fish_speech.evaluation.leaderboard import Row, Sample, Spoken
 from fish_speech.evaluation.recommend import Commands, recommend
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fish_speech.inference.draw import draw
+from fish_speech.inference.cpu_sampling import draw
 from fish_speech.inference.sampling import Sampling, probabilities, sample
 from tests.conftest import golden_tensors
 

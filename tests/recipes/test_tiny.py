@@ -19,7 +19,7 @@ from fish_speech.evaluation.pitch import median_and_range, pitch
 from fish_speech.evaluation.speaker import SpeakerEncoder, similarity
 from fish_speech.models.text2semantic import load_model
 from fish_speech.models.vqgan import load_codec
-from fish_speech.preparation.rates import normal_words
+from fish_speech.preparation.error_rates import normal_words
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.loss import loss_sums
 from recipes.tiny import speech, train

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
-from fish_speech.training import graph
 from fish_speech.training import loss as loss_module
-from fish_speech.training.graph import StepGraphs
+from fish_speech.training import step_graphs
 from fish_speech.training.loss import Places, loss_sums, rounded_up
+from fish_speech.training.step_graphs import CaptureError, StepGraphs
 from tests.conftest import golden_tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,7 +76,7 @@ def test_gradients_of_micro_batches_add_up(adapted):
 def test_no_more_graphs_are_made_than_there_is_room_for_and_none_beyond_the_context(
     adapted, monkeypatch
 ):
-    monkeypatch.setattr(graph, "_MOST", 1)
+    monkeypatch.setattr(step_graphs, "_MOST", 1)
     graphs, shares = StepGraphs(adapted), torch.ones(2, device=DEVICE)
     for start, there in ((40, False), (0, False), (40, True), (0, False), (40, True)):
         assert (graphs(*batch(start), shares) is not None) == there
@@ -84,13 +84,13 @@ def test_no_more_graphs_are_made_than_there_is_room_for_and_none_beyond_the_cont
     assert graphs(*batch(40), shares) is None
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), graph.CaptureError("not so")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), CaptureError("not so")])
 def test_where_no_graph_can_be_made_batches_are_left_to_the_caller(adapted, monkeypatch, error):
     def full(*_):
         raise error
 
     graphs, shares = StepGraphs(adapted), torch.ones(2, device=DEVICE)
-    monkeypatch.setattr(graph, "_captured", full)
+    monkeypatch.setattr(step_graphs, "_captured", full)
     made = [graphs(*batch(40), shares) is None for _ in range(4)]
     assert made == [True, False, True, True]
 

@@ -28,7 +28,7 @@ from fish_speech.training.preflight import expected_memory
 from fish_speech.training.runs import Run, choose_start
 from fish_speech.training.train import load_split, train
 from tests.conftest import ROOT, golden_tensors
-from tests.made_data import make_data_set
+from tests.synthetic_data import make_data_set
 
 TINY = ROOT / "checkpoints" / "tiny"
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fish_speech.devices import shares_keys
 from fish_speech.models.text2semantic.config import ModelConfig
 from fish_speech.models.text2semantic.lora import LoRAEmbedding, added, swiglu
-from fish_speech.models.text2semantic.passes import attended, norm, turned
+from fish_speech.models.text2semantic.ops.fused import attended, norm, turned
 
 _FEW = 16  # columns of a row
 
@@ -359,7 +359,7 @@ class DualARTransformer(nn.Module):
 
 
 def rotary_table(length: int, head_dim: int, base: float, device) -> Tensor:
-    """cos, and sin with the sign it has in `torch_passes.rotate`, of every position: [2, length,
+    """cos, and sin with the sign it has in `torch_ops.rotate`, of every position: [2, length,
     head_dim] in fp32.
 
     The published weights were trained with a table rounded to bf16, so it is rounded here.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fish_speech.models.text2semantic.passes import gated, passes_for
+from fish_speech.models.text2semantic.ops.fused import gated, passes_for
 
 LINEAR_TARGETS = ("wqkv", "wo", "w1", "w2", "w3", "output", "fast_output")
 EMBEDDING_TARGETS = ("embeddings", "codebook_embeddings", "fast_embeddings")

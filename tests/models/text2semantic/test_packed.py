@@ -17,10 +17,11 @@ from torch import nn
 from fish_speech.devices import multiplies_int8
 from fish_speech.inference.generate import generate
 from fish_speech.inference.sampling import Sampling
-from fish_speech.models.text2semantic import DualARTransformer, ModelConfig, column, packed
+from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
+from fish_speech.models.text2semantic.decode import cpu_kernels, packed, thread_team
+from fish_speech.models.text2semantic.decode.packed import PackedHead, PackedStack, Rows, pack
+from fish_speech.models.text2semantic.decode.thread_team import Team
 from fish_speech.models.text2semantic.llama import RMSNorm
-from fish_speech.models.text2semantic.packed import PackedHead, PackedStack, Rows, pack
-from fish_speech.models.text2semantic.team import Team
 from tests.conftest import ROOT
 
 # How far a layer may be off, as a share of its output.
@@ -89,7 +90,7 @@ def test_threads_that_share_the_work_give_what_one_gives(size, dtype, monkeypatc
     model = pack(model_of().bfloat16(), "int8" if dtype == torch.int8 else None)
     made = []
     for team in (Team(1), Team(size)):
-        monkeypatch.setattr("fish_speech.models.text2semantic.team.team_for", lambda _, t=team: t)
+        monkeypatch.setattr(thread_team, "team_for", lambda _, team=team: team)
         made.append(torch.stack(frames_of(model)))
     assert torch.equal(*made)
 
@@ -158,7 +159,7 @@ def test_where_arrays_lie_changes_nothing(monkeypatch):
         patch.setattr(Team, "run", lambda team, *call: calls.append(call))
         model.fast_logits(torch.randn(1, 2, 256), model.new_fast_cache())
     function, *given = calls[0]
-    found, sync, left = set(), np.zeros(column.SYNC_SIZE, np.int64), []
+    found, sync, left = set(), np.zeros(cpu_kernels.SYNC_SIZE, np.int64), []
     for _ in range(600):
         left += [library.malloc(rng.choice((24, 56, 88, 136, 300, 1100))) for _ in range(30)]
         rng.shuffle(left)
@@ -181,7 +182,7 @@ def test_the_gate_is_silu(size):
     """To where e^x leaves the range of fp32."""
     torch.manual_seed(0)
     x = size * torch.randn(1003)
-    got = [column.silu(value) for value in x.numpy()]
+    got = [cpu_kernels.silu(value) for value in x.numpy()]
     wanted = F.silu(x.double()).float()
     torch.testing.assert_close(torch.tensor(got), wanted, atol=1e-30, rtol=1e-5)
 
@@ -253,7 +254,7 @@ def test_int8_is_refused_where_it_brings_nothing():
 @pytest.mark.slow
 def test_kept_kernels_that_are_broken_are_compiled_again(tmp_path):
     """As after a power cut or on a full disk."""
-    code = "import fish_speech.inference.draw"
+    code = "import fish_speech.inference.cpu_sampling"
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from fish_speech.models.text2semantic.column import meet, share
-from fish_speech.models.text2semantic.team import Team, team_for
+from fish_speech.models.text2semantic.decode.cpu_kernels import meet, share
+from fish_speech.models.text2semantic.decode.thread_team import Team, team_for
 
 
 @njit(nogil=True)

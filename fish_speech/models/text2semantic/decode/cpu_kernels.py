@@ -24,8 +24,8 @@ from numba import float32, from_dtype, int8, int16, int64, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from fish_speech.models.text2semantic import dot as dots
-from fish_speech.models.text2semantic.dot import dot
+from fish_speech.models.text2semantic.decode import cpu_dot as dots
+from fish_speech.models.text2semantic.decode.cpu_dot import dot
 
 _ONE, _TINY, LEAST = float32(1), float32(1e-12), float32(-3e38)
 _LOG2_E, _LARGEST = float32(math.log2(math.e)), float32(126)
@@ -228,7 +228,7 @@ def _take_normed(x, weight, eps, taken, sizes):
 
 @njit
 def _turn(head, cos, sin):
-    """Turn a query or key [d] by cos and sin [d] (see `torch_passes.rotate`)."""
+    """Turn a query or key [d] by cos and sin [d] (see `torch_ops.rotate`)."""
     for index in range(0, len(head), 2):
         first, second = head[index], head[index + 1]
         head[index] = first * cos[index] + second * sin[index]

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fish_speech.models.text2semantic import passes
 from fish_speech.models.text2semantic.llama import RMSNorm, rotary_table
 from fish_speech.models.text2semantic.lora import LoRAConfig, LoRALinear, swiglu
+from fish_speech.models.text2semantic.ops import fused
 from fish_speech.training.loss import loss_sums
 from tests.conftest import golden_tensors
 
@@ -21,8 +21,8 @@ def use(kind, monkeypatch):
     kernels = None
     if kind == "cuda":
         pytest.importorskip("triton")
-        kernels = import_module("fish_speech.models.text2semantic.cuda_passes")
-    monkeypatch.setattr(passes, "kernels_for", lambda x: kernels)
+        kernels = import_module("fish_speech.models.text2semantic.ops.triton_ops")
+    monkeypatch.setattr(fused, "kernels_for", lambda x: kernels)
 
 
 @pytest.fixture(params=["torch", "cuda"])
@@ -66,7 +66,7 @@ def test_a_norm(dim):
 @pytest.mark.usefixtures("kind")
 def test_a_gate():
     assert_same(
-        passes.gated, lambda gate, up: F.silu(gate) * up, 3 * randn(5, 700), randn(5, 700).flip(0)
+        fused.gated, lambda gate, up: F.silu(gate) * up, 3 * randn(5, 700), randn(5, 700).flip(0)
     )
 
 
@@ -82,7 +82,7 @@ def test_queries_keys_and_values_turn(heads, local, size):
         return *(torch.view_as_real(x * turns[:, None]).flatten(-2) for x in pairs), v
 
     qkv = randn(2, 7, (heads + 2 * local) * size)
-    assert_same(lambda x: passes.turned(x, rotary, heads, local), plain, qkv)
+    assert_same(lambda x: fused.turned(x, rotary, heads, local), plain, qkv)
 
 
 @pytest.mark.usefixtures("kind")
@@ -94,7 +94,7 @@ def test_a_few_columns_attend_to_each_other(columns, heads, local, size):
         return out.transpose(1, 2).flatten(2)
 
     shapes = [(5, columns, count, size) for count in (heads, local, local)]
-    assert_same(passes.attended, plain, *(randn(*shape) for shape in shapes))
+    assert_same(fused.attended, plain, *(randn(*shape) for shape in shapes))
 
 
 @pytest.mark.usefixtures("kind")
@@ -123,7 +123,7 @@ def test_adapted_layers_and_what_they_are_added_to(rank, bias):
 @pytest.mark.parametrize("rank", [8, 3])
 def test_an_adapters_halves(rank):
     A, B, keep = randn(rank, 300), randn(200, rank), randn(300)
-    made = passes.passes_for(A)
+    made = fused.passes_for(A)
     down, up = made.halves(A, B, keep, torch.bfloat16)
     torch.testing.assert_close(down, (A * keep).bfloat16(), atol=0, rtol=0.01)  # or cut off
     torch.testing.assert_close(up, B.T.bfloat16(), atol=0, rtol=0.01)
@@ -136,7 +136,7 @@ def test_an_adapters_halves(rank):
 def test_a_cross_entropy():
     logits, targets = 5 * randn(6, 9000), torch.tensor([0, 8999, 3, -100, 17, 4095]).to(DEVICE)
     assert_same(
-        lambda x: 3 * passes.cross_entropy(x * 1, targets),
+        lambda x: 3 * fused.cross_entropy(x * 1, targets),
         lambda x: 3 * F.cross_entropy(x, targets, reduction="sum"),
         logits,
     )

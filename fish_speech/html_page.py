@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fish_speech.audio import load_audio, save_audio
-from fish_speech.decoding import audio_info
+from fish_speech.audio_decoding import audio_info
 
 # Blue and vermillion are told apart by colour-blind people too (Okabe and Ito, 2008).
 _STYLE = """

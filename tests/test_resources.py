@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fish_speech import allowance, devices
+from fish_speech import devices, resources
 
 
 @pytest.fixture
@@ -18,12 +18,12 @@ def groups(tmp_path, monkeypatch):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
 
-    monkeypatch.setattr(allowance, "_MEMBERSHIP", tmp_path / "membership")
-    monkeypatch.setattr(allowance, "_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(resources, "_MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(resources, "_GROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    allowance.cores.cache_clear()
+    resources.cores.cache_clear()
     yield lay_out
-    allowance.cores.cache_clear()
+    resources.cores.cache_clear()
 
 
 STAT = "anon 900\nfile 300\nactive_file 50\ninactive_file 150\n"
@@ -71,8 +71,8 @@ STAT = "anon 900\nfile 300\nactive_file 50\ninactive_file 150\n"
 )
 def test_a_limit_is_known_however_it_is_written(groups, membership, files):
     groups(membership, files)
-    assert allowance.cores() == 2
-    assert allowance.memory() == 1000
+    assert resources.cores() == 2
+    assert resources.memory() == 1000
     assert devices.free_memory(devices.resolve_device("cpu")) == 1000
 
 
@@ -86,6 +86,6 @@ def test_where_nothing_is_limited_the_machine_is_what_counts(groups):
             "memory/memory.usage_in_bytes": "1200\n",
         },
     )
-    assert allowance.cores() == 64
-    assert allowance.memory() is None
+    assert resources.cores() == 64
+    assert resources.memory() is None
     assert devices.free_memory(devices.resolve_device("cpu")) > 1 << 20

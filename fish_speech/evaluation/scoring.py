@@ -12,7 +12,7 @@ from fish_speech.audio import load_audio
 from fish_speech.evaluation.pitch import median_and_range, pitch
 from fish_speech.evaluation.speaker import SAMPLE_RATE, similarity
 from fish_speech.evaluation.xvector import Encoder
-from fish_speech.preparation.rates import Errors, character_errors, word_errors
+from fish_speech.preparation.error_rates import Errors, character_errors, word_errors
 from fish_speech.preparation.segment import FRAME_SECONDS, find_speech
 from fish_speech.preparation.transcribe import Recogniser
 

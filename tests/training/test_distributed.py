@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from fish_speech.training import processes
+from fish_speech.training import distributed
 from fish_speech.training.config import TrainConfig
 
 
@@ -16,13 +16,13 @@ def test_processes_that_never_come_are_not_waited_for_in_silence(monkeypatch, ca
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("MASTER_PORT", "0")
-    monkeypatch.setattr(processes, "_MEETING", timedelta(seconds=1))
-    with pytest.raises(ValueError, match="srun"), processes.data_processes():
+    monkeypatch.setattr(distributed, "_MEETING", timedelta(seconds=1))
+    with pytest.raises(ValueError, match="srun"), distributed.data_processes():
         pass
     assert "waiting for all 2 processes" in capsys.readouterr().err
 
 
 def test_all_processes_that_were_started_train_together():
-    processes.check_trained_by(4, TrainConfig(devices=2, num_nodes=2))
+    distributed.check_trained_by(4, TrainConfig(devices=2, num_nodes=2))
     with pytest.raises(ValueError, match="2 processes were started for --devices 1"):
-        processes.check_trained_by(2, TrainConfig(devices=1, num_nodes=1))
+        distributed.check_trained_by(2, TrainConfig(devices=1, num_nodes=1))

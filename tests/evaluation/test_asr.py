@@ -3,8 +3,8 @@
 import pytest
 
 from fish_speech.audio import load_audio
-from fish_speech.evaluation.recognise import PocketSphinx, at_hand, choose_recogniser
-from fish_speech.preparation.rates import word_errors
+from fish_speech.evaluation.asr import PocketSphinx, at_hand, choose_recogniser
+from fish_speech.preparation.error_rates import word_errors
 from tests.conftest import ROOT
 
 ENGLISH = ["The tide had gone out, and the boats lay on the sand.", "She had not seen it before."]
@@ -55,7 +55,7 @@ def test_texts_in_another_language_get_no_english_recogniser():
 def test_a_whisper_model_at_hand_is_preferred_and_one_asked_for_must_be_had(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "fish_speech.evaluation.recognise.load_recogniser",
+        "fish_speech.evaluation.asr.load_recogniser",
         lambda model, device: asked.append(model),
     )
     assert not at_hand("base")

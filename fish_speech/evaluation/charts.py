@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
-from fish_speech.evaluation.columns import COLUMNS, Column, is_chosen, label
 from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Row
-from fish_speech.pages import text
+from fish_speech.evaluation.metric_columns import COLUMNS, Column, is_chosen, label
+from fish_speech.html_page import text
 
 _WIDTH, _HEIGHT = 420, 262
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 408, 30, 220  # of the plot, in it

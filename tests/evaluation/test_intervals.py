@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fish_speech.evaluation.figures import difference, figure, share
+from fish_speech.evaluation.intervals import difference, figure, share
 
 
 def test_a_rate_is_errors_over_words_and_its_interval_surrounds_it():

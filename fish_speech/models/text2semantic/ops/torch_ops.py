@@ -1,4 +1,4 @@
-"""The passes of `passes.py` in torch's operations, for every device."""
+"""The operations of `fused.py` in torch's operations, for every device."""
 
 from __future__ import annotations
 

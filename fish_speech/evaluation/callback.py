@@ -15,12 +15,12 @@ from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.measure import Say, measure
 from fish_speech.evaluation.project import listener_for
 from fish_speech.evaluation.recommend import Commands
-from fish_speech.evaluation.takes import Candidate
+from fish_speech.evaluation.synthesis import Candidate
 from fish_speech.inference import TextToSpeech
 from fish_speech.models.vqgan import load_codec
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.callbacks import step_finished
-from fish_speech.training.processes import is_first
+from fish_speech.training.distributed import is_first
 
 _SAMPLES = 4
 _LOGGED = ("wer", "cer", "similarity", "similarity_referenced", "runaways", "empty")

@@ -10,7 +10,7 @@ from fish_speech.datasets.shards import build_shards
 from fish_speech.training.config import compose_config
 from fish_speech.training.runs import Run, choose_start
 from fish_speech.training.train import train
-from tests.made_data import make_data_set
+from tests.synthetic_data import make_data_set
 
 FIRST, LAST = 8, 11  # batches that are watched: the graphs of their sizes are there
 

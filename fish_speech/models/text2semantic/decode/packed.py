@@ -2,7 +2,7 @@
 
 There a frame costs reading every weight once, so fewer bytes are faster. Activations are fp32
 whatever the weights are: they cost nothing, and casting them does. What is done to one or a few
-columns is compiled (`column.py`, imported only where it is needed, since numba takes a while).
+columns is compiled (`cpu_kernels.py`, imported only where it is needed, since numba takes a while).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class PackedStack(nn.Module):
     """All blocks of a transformer; their weights, which are no modules any more, layer by layer."""
 
     def __init__(self, blocks: nn.ModuleList, dtype: torch.dtype) -> None:
-        from fish_speech.models.text2semantic import column
+        from fish_speech.models.text2semantic.decode import cpu_kernels
 
         super().__init__()
         self._norms = torch.stack([_norms(block) for block in blocks])  # [L, 2, D]
@@ -97,7 +97,7 @@ class PackedStack(nn.Module):
         weights, scales = zip(*(rows.arrays() for rows in self._rows), strict=True)
         self._arrays = (self._norms.numpy(), self._eps, weights, scales, self._bias.numpy())
         self._bytes = sum(array.nbytes for array in weights)
-        self._compiled = column.stack_of(weights[0].dtype)
+        self._compiled = cpu_kernels.stack_of(weights[0].dtype)
 
     def forward(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
@@ -118,7 +118,7 @@ class PackedStack(nn.Module):
 
     def _few(self, x: Tensor, rotary: Tensor, cache: KeyValueCache) -> Tensor:
         """The same for one or a few columns behind those in the cache."""
-        from fish_speech.models.text2semantic.team import team_for
+        from fish_speech.models.text2semantic.decode.thread_team import team_for
 
         attention, (_, columns, _) = self._attention[0], x.shape
         cache.end(columns)  # which must be within it
@@ -138,7 +138,7 @@ class PackedHead(nn.Module):
     """`llama.Head`, whose weights stay in the precision that they have."""
 
     def __init__(self, norm: RMSNorm, weight: Tensor) -> None:
-        from fish_speech.models.text2semantic import column
+        from fish_speech.models.text2semantic.decode import cpu_kernels
 
         super().__init__()
         self.norm = norm
@@ -146,13 +146,13 @@ class PackedHead(nn.Module):
         self._rows.fill(weight, 0)
         weights, scales = self._rows.arrays()
         self._arrays = (norm.weight.float().numpy(), norm.eps, weights[0], scales[0])
-        self._compiled = column.head_of(weights.dtype)
+        self._compiled = cpu_kernels.head_of(weights.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., N]
         columns = x.numel() // x.shape[-1]
         if not 0 < columns <= _FEW:
             return self._rows.product(self.norm(x), 0)
-        from fish_speech.models.text2semantic.team import team_for
+        from fish_speech.models.text2semantic.decode.thread_team import team_for
 
         logits = np.empty((columns, len(self._arrays[-1])), np.float32)
         rows, team = x.detach().reshape(columns, -1).contiguous(), team_for(self._arrays[2].nbytes)

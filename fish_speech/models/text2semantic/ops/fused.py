@@ -1,8 +1,8 @@
 """What a transformer does between its products, with gradients that keep as little as they can:
 what a pass over the memory can compute again is not kept.
 
-The passes themselves are kernels in Triton on a CUDA card (`cuda_passes.py`), torch's operations
-elsewhere (`torch_passes.py`, whose attention leaves its gradient to torch).
+The passes themselves are kernels in Triton on a CUDA card (`triton_ops.py`), torch's operations
+elsewhere (`torch_ops.py`, whose attention leaves its gradient to torch).
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fish_speech.devices import compile_problem
-from fish_speech.models.text2semantic import torch_passes
+from fish_speech.models.text2semantic.ops import torch_ops
 
 
 def kernels_for(x: Tensor) -> ModuleType | None:
-    """`cuda_passes`, where its kernels can be compiled: on a CUDA card, the current one."""
+    """`triton_ops`, where its kernels can be compiled: on a CUDA card, the current one."""
     if not x.is_cuda or x.get_device() != torch.cuda.current_device() or compile_problem(x.device):
         return None
-    from fish_speech.models.text2semantic import cuda_passes
+    from fish_speech.models.text2semantic.ops import triton_ops
 
-    return cuda_passes
+    return triton_ops
 
 
 def passes_for(x: Tensor) -> ModuleType:
     """The passes for a tensor: both modules have the same ones."""
-    return kernels_for(x) or torch_passes
+    return kernels_for(x) or torch_ops
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Root-mean-square norm of x [..., D], in fp32 and cast back before the weight [D]; and x, for
     what goes past it: that gradient is added in the same pass."""
     if weight.requires_grad or x.dtype != weight.dtype:
-        return torch_passes.norm(x, weight, eps), x
+        return torch_ops.norm(x, weight, eps), x
     return _Norm.apply(x, weight, eps)
 
 
@@ -106,7 +106,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     [R, T, h, d] -> [R, T, H * d]. Attention made for long rows takes several times as long."""
     if kernels_for(q):
         return _Attend.apply(q, k, v)
-    return torch_passes.attend(q, k, v).type_as(v)
+    return torch_ops.attend(q, k, v).type_as(v)
 
 
 class _Attend(torch.autograd.Function):

@@ -1,5 +1,5 @@
-"""The passes of `passes.py` as kernels in Triton, each one over the memory of a CUDA card. Imported
-only where they can be compiled."""
+"""The operations of `fused.py` as kernels in Triton, for a CUDA card. Imported only where they can
+be compiled."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fish_speech.models.text2semantic import torch_passes
-from fish_speech.models.text2semantic.cuda_attention import attend, attend_slope, product
-from fish_speech.models.text2semantic.torch_passes import Update
+from fish_speech.models.text2semantic.ops import torch_ops
+from fish_speech.models.text2semantic.ops.torch_ops import Update
+from fish_speech.models.text2semantic.ops.triton_attention import attend, attend_slope, product
 
 __all__ = [
     "adapted", "adapted_gate", "adapted_gate_slope", "attend", "attend_slope", "entropy",
@@ -165,7 +165,7 @@ def gate_slope(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
 
 def adapted(x: Tensor, update: Update, bias: Tensor | None, onto: Tensor | None) -> Tensor:
     if onto is None:  # a pass less would round twice, and lose a small update
-        return torch_passes.adapted(x, update, bias, None)
+        return torch_ops.adapted(x, update, bias, None)
     weight, inner, up = update
     out = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
     _launch_tiles(_add, out, inner, up, onto.contiguous(), rank=len(up))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fish_speech.preparation import rates
+from fish_speech.preparation import error_rates
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from fish_speech.preparation import rates
     ],
 )
 def test_disagreement_is_the_character_error_rate(text, heard, rate):
-    assert rates.disagreement(text, heard) == rate
+    assert error_rates.disagreement(text, heard) == rate
 
 
 @pytest.mark.parametrize(
@@ -33,5 +33,5 @@ def test_disagreement_is_the_character_error_rate(text, heard, rate):
     ],
 )
 def test_errors_are_counted_in_words_and_characters(text, heard, words, characters):
-    assert rates.word_errors(text, heard) == words
-    assert rates.character_errors(text, heard) == characters
+    assert error_rates.word_errors(text, heard) == words
+    assert error_rates.character_errors(text, heard) == characters

@@ -5,7 +5,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import finetune_tts
-from fish_speech.evaluation.during import EvaluateDuringTraining
+from fish_speech.evaluation.callback import EvaluateDuringTraining
 from fish_speech.training.lit_module import TextToSemantic
 from fish_speech.training.runs import Run
 from tests.evaluation.conftest import Hearing

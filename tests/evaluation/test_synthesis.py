@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fish_speech.evaluation.takes import Line, Recording, plan_lines
+from fish_speech.evaluation.synthesis import Line, Recording, plan_lines
 
 REFERENCE = Recording(Path("r.wav"), "Reference.")
 

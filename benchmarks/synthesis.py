@@ -7,9 +7,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from benchmarks.codec import SECONDS, decode_limit
-from benchmarks.full_size import full_size_voice
 from benchmarks.generate import fastest_kind, frames_limit
 from benchmarks.measure import Row, fresh
+from benchmarks.random_model import full_size_voice
 
 if TYPE_CHECKING:
     from fish_speech.inference import Settings, TextToSpeech

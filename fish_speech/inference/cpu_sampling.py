@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numba import float32, float64, int64
 
-from fish_speech.models.text2semantic.column import LEAST, compiled, exp
+from fish_speech.models.text2semantic.decode.cpu_kernels import LEAST, compiled, exp
 
 _ONE = float32(1)
 _HALVINGS = 32  # of the distance to a threshold

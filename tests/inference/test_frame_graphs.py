@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fish_speech.inference import TextToSpeech
-from fish_speech.inference.draw import draw
+from fish_speech.inference.cpu_sampling import draw
 from fish_speech.inference.generate import Past, _FrameDecoder, generate, graphs_of
 from fish_speech.inference.sampling import Sampling, probabilities
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
@@ -15,8 +15,8 @@ from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
 from tests.conftest import golden_tensors
 
 pytest.importorskip("triton")
-from fish_speech.inference import graph
-from fish_speech.models.text2semantic import cuda_column
+from fish_speech.inference import frame_graphs
+from fish_speech.models.text2semantic.decode import triton_kernels
 
 # Lanes that are masked may divide nothing by nothing.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -104,8 +104,8 @@ def test_a_graph_makes_the_frames_that_the_model_makes(changes, dtype):
 
 
 def test_a_long_past_is_attended_to_in_parts(monkeypatch):
-    monkeypatch.setattr(cuda_column, "PARTS", 4)
-    monkeypatch.setattr(cuda_column, "PLACES", 16)
+    monkeypatch.setattr(triton_kernels, "PARTS", 4)
+    monkeypatch.setattr(triton_kernels, "PLACES", 16)
     model, prompt = small_model(), prompt_of(150)  # two rounds in three parts, a piece in the last
     expected, _ = frames(model, prompt)
     graphs = graphs_of(model, 0)
@@ -202,7 +202,7 @@ def drawn(logits, codes, sampling, number):
     ]  # fmt: skip
     logits, made, *given = (x.to(DEVICE) for x in given)
     x = torch.zeros(2, 3, device=DEVICE)
-    graph.launch_draw(logits, made, *given, x[0], x, row=1, codebooks=2, window=16)
+    frame_graphs.launch_draw(logits, made, *given, x[0], x, row=1, codebooks=2, window=16)
     code = int(made[frame, 1])
     assert x[0].tolist() == [code] * 3  # what the fast transformer reads next
     return code

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fish_speech.preparation.rates import normal_words
+from fish_speech.preparation.error_rates import normal_words
 from fish_speech.preparation.transcribe import SAMPLE_RATE, Heard, Recogniser, load_recogniser
 
 DEFAULT_WHISPER = "base"

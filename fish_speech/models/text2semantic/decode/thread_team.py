@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fish_speech.models.text2semantic.column import OVER, SYNC_SIZE
+from fish_speech.models.text2semantic.decode.cpu_kernels import OVER, SYNC_SIZE
 
 _WORTH_SHARING = 1 << 21  # bytes; of fewer, another thread has only just woken up
 

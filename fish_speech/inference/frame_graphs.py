@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fish_speech.devices import read_later
 from fish_speech.inference.sampling import Sampling
 from fish_speech.models.text2semantic import DualARTransformer
-from fish_speech.models.text2semantic.cuda_column import (
+from fish_speech.models.text2semantic.decode.triton_kernels import (
     Stack,
     begin,
     launch_head,
