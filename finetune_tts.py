@@ -294,7 +294,7 @@ def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
 
     def fits(record: dict) -> bool:
         same_base = named is None or Path(record["base"]) == named.resolve()
-        return same_base and config.adapters.fits(recorded_lora(record))
+        return same_base and config.adapters.is_compatible(recorded_lora(record))
 
     start = choose_start(
         run,

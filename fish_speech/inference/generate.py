@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fish_speech.inference.sampling import Sampling, sample
 from fish_speech.models.text2semantic import DualARTransformer
-from fish_speech.models.text2semantic.lora import lora_modules, weight_rows
+from fish_speech.models.text2semantic.lora import effective_weight_rows, lora_modules
 
 if TYPE_CHECKING:
     from fish_speech.inference.frame_graphs import FrameGraphs
@@ -36,7 +36,7 @@ class Past:
         if self.cache.size < prompt.shape[1] + room:
             before = self.cache
             self.cache = self._model.new_cache(prompt.shape[1] + room)
-            self.cache.start_as(before, known)
+            self.cache.copy_prefix(before, known)
         self.cache.length = known
         self._columns, self._made = prompt, []
         rest = prompt[None, :, known:].to(self._model.device)
@@ -60,7 +60,7 @@ class Past:
     def copy(self) -> Past:
         past = Past(self._model)
         past.cache = self._model.new_cache(self.cache.length)
-        past.cache.start_as(self.cache, self.cache.length)
+        past.cache.copy_prefix(self.cache, self.cache.length)
         past._columns, past._made = self._columns, list(self._made)
         return past
 
@@ -143,7 +143,7 @@ def row_0_head(model: DualARTransformer, im_end_id: int) -> nn.Module:
     rows = torch.arange(begin - 1, begin + model.config.codebook_size, device=model.device)
     rows[0] = im_end_id
     output = model.embeddings if model.config.tie_word_embeddings else model.output
-    return model.head_type(model.norm, weight_rows(output, rows))
+    return model.head_type(model.norm, effective_weight_rows(output, rows))
 
 
 @torch.inference_mode()

@@ -189,7 +189,7 @@ def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_
     """Raise `ValueError` where a checkpoint was trained over another base or LoRA config."""
     run = checkpoint.read()["run"]
     theirs = recorded_lora(run)
-    if what := theirs.beside(lora):
+    if what := theirs.mismatch(lora):
         raise ValueError(
             f"{checkpoint.path}: trained with another --lora-config: {what}; give that one, or "
             "choose another --project"

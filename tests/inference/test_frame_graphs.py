@@ -91,7 +91,7 @@ def test_a_graph_makes_the_frames_that_the_model_makes(changes, dtype):
         low.read(prompt, 9)
         # From the same hidden state and past: the prompt is read in the model's own format.
         for each in (past, low):
-            each.cache.start_as(wanted.cache, 9)
+            each.cache.copy_prefix(wanted.cache, 9)
         decoder = _FrameDecoder(exact, 33, GREEDY, None)
         with graphs.one(16) as made:
             for frame in made.frames(past.cache, hidden, 3, GREEDY, None):

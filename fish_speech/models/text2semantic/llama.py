@@ -14,10 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from fish_speech.devices import shares_keys
 from fish_speech.models.text2semantic.config import ModelConfig
-from fish_speech.models.text2semantic.lora import LoRAEmbedding, added, swiglu
-from fish_speech.models.text2semantic.ops.fused import attended, norm, turned
+from fish_speech.models.text2semantic.ops.fused import (
+    apply_rope,
+    rms_norm,
+    short_attention,
+    silu_mul,
+)
 
-_FEW = 16  # columns of a row
+_SHORT = 16  # positions: what `short_attention` is for
 
 
 @dataclass
@@ -45,7 +49,7 @@ class KeyValueCache:
             torch.empty(n_layer, *shape, device=device, dtype=dtype) for _ in range(2)
         )
 
-    def start_as(self, other: KeyValueCache, length: int) -> None:
+    def copy_prefix(self, other: KeyValueCache, length: int) -> None:
         """Hold the first `length` columns of another cache, and nothing else."""
         self.keys[..., :length, :] = other.keys[..., :length, :]
         self.values[..., :length, :] = other.values[..., :length, :]
@@ -76,24 +80,42 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D]
-        return self.beside(x)[0]
+        return self.with_residual(x)[0]
 
-    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x [..., D], and x itself."""
-        return norm(x, self.weight, self.eps)
+    def with_residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x [..., D], and x for the residual branch."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """A linear layer whose output may be added to a residual."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [..., D]
+        out = super().forward(x)
+        return out if residual is None else residual + out
+
+
+class Embedding(nn.Embedding):
+    """An embedding that may be the output layer, too."""
+
+    def logits(self, x: Tensor) -> Tensor:  # [..., D] -> [..., V]
+        return F.linear(x, self.weight)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, added to another tensor."""
+    """SwiGLU feed-forward: residual + w2(silu(w1(x)) * w3(x))."""
 
-    def __init__(self, dim: int, intermediate_size: int) -> None:
+    def __init__(self, w1: Linear, w3: Linear, w2: Linear) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dim, intermediate_size, bias=False)
-        self.w3 = nn.Linear(dim, intermediate_size, bias=False)
-        self.w2 = nn.Linear(intermediate_size, dim, bias=False)
+        self.w1, self.w3, self.w2 = w1, w3, w2
 
-    def forward(self, x: Tensor, onto: Tensor) -> Tensor:  # [..., D]
-        return swiglu(x, self.w1, self.w3, self.w2, onto)
+    @classmethod
+    def of_size(cls, dim: int, intermediate_size: int) -> FeedForward:
+        w1, w3 = (Linear(dim, intermediate_size, bias=False) for _ in range(2))
+        return cls(w1, w3, Linear(intermediate_size, dim, bias=False))
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # [..., D]
+        return self.w2(silu_mul(self.w1(x), self.w3(x)), residual)
 
 
 class Attention(nn.Module):
@@ -106,20 +128,20 @@ class Attention(nn.Module):
         self.n_head, self.n_local_heads, self.head_dim = n_head, n_local_heads, head_dim
         self.layer = layer
         self.dropout = 0.0
-        self.wqkv = nn.Linear(dim, (n_head + 2 * n_local_heads) * head_dim, bias=bias)
-        self.wo = nn.Linear(n_head * head_dim, dim, bias=False)
+        self.wqkv = Linear(dim, (n_head + 2 * n_local_heads) * head_dim, bias=bias)
+        self.wo = Linear(n_head * head_dim, dim, bias=False)
 
     def forward(
         self,
         x: Tensor,
-        onto: Tensor,
+        residual: Tensor,
         rotary: Tensor,
         mask: Tensor | None,
         cache: KeyValueCache | None,
     ) -> Tensor:
-        """x [B, T, D], added to `onto`; rotary [2, T, head_dim]; mask is True where a key may be
-        seen."""
-        return added(self.wo, self.attend(self.wqkv(x), rotary, mask, cache), onto)
+        """residual + attention of x, both [B, T, D]; rotary [2, T, head_dim]; mask is True where a
+        key may be seen."""
+        return self.wo(self.attend(self.wqkv(x), rotary, mask, cache), residual)
 
     def attend(
         self, qkv: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
@@ -127,14 +149,14 @@ class Attention(nn.Module):
         """Queries, keys and values [B, T, (heads + 2 local heads) * head_dim] -> [B, T, D]."""
         length = qkv.shape[1]
         dropout = self.dropout if self.training else 0.0
-        parts = turned(qkv, rotary, self.n_head, self.n_local_heads)
-        if cache is None and mask is None and 1 < length <= _FEW and not dropout:
-            return attended(*parts)
+        parts = apply_rope(qkv, rotary, self.n_head, self.n_local_heads)
+        if cache is None and mask is None and 1 < length <= _SHORT and not dropout:
+            return short_attention(*parts)
         q, k, v = (part.transpose(1, 2) for part in parts)  # [B, heads, T, head_dim]
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if length == 1 and mask is None:
-            # Heads that share a key and sit on one column are as good as columns of one head.
+            # Of a single position, heads that share a key are as good as positions of one head.
             q = q.view(*k.shape[:2], -1, self.head_dim)
         elif q.shape[1] != k.shape[1] and not shares_keys(q.device, q.dtype, mask is not None):
             k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
@@ -163,8 +185,8 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:
-        h = self.attention(*self.attention_norm.beside(x), rotary, mask, cache)
-        return self.feed_forward(*self.ffn_norm.beside(h))
+        h = self.attention(*self.attention_norm.with_residual(x), rotary, mask, cache)
+        return self.feed_forward(*self.ffn_norm.with_residual(h))
 
 
 class Head(nn.Module):
@@ -187,14 +209,14 @@ class DualARTransformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.gradient_checkpointing = False
-        self.embeddings = nn.Embedding(c.vocab_size, c.dim)
-        self.codebook_embeddings = nn.Embedding(c.codebook_size * c.num_codebooks, c.dim)
+        self.embeddings = Embedding(c.vocab_size, c.dim)
+        self.codebook_embeddings = Embedding(c.codebook_size * c.num_codebooks, c.dim)
         self.layers = nn.ModuleList(
             TransformerBlock(
                 Attention(
                     c.dim, c.n_head, c.n_local_heads, c.head_dim, c.attention_qkv_bias, layer
                 ),
-                FeedForward(c.dim, c.intermediate_size),
+                FeedForward.of_size(c.dim, c.intermediate_size),
                 c.dim,
                 c.norm_eps,
             )
@@ -202,10 +224,10 @@ class DualARTransformer(nn.Module):
         )
         self.norm = RMSNorm(c.dim, c.norm_eps)
         if not c.tie_word_embeddings:
-            self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
+            self.output = Linear(c.dim, c.vocab_size, bias=False)
         same = c.fast_dim == c.dim
         self.fast_project_in = nn.Identity() if same else nn.Linear(c.dim, c.fast_dim)
-        self.fast_embeddings = nn.Embedding(c.codebook_size, c.fast_dim)
+        self.fast_embeddings = Embedding(c.codebook_size, c.fast_dim)
         self.fast_layers = nn.ModuleList(
             TransformerBlock(
                 Attention(
@@ -216,14 +238,14 @@ class DualARTransformer(nn.Module):
                     c.fast_attention_qkv_bias,
                     layer,
                 ),
-                FeedForward(c.fast_dim, c.fast_intermediate_size),
+                FeedForward.of_size(c.fast_dim, c.fast_intermediate_size),
                 c.fast_dim,
                 c.norm_eps,
             )
             for layer in range(c.n_fast_layer)
         )
         self.fast_norm = RMSNorm(c.fast_dim, c.norm_eps)
-        self.fast_output = nn.Linear(c.fast_dim, c.codebook_size, bias=False)
+        self.fast_output = Linear(c.fast_dim, c.codebook_size, bias=False)
         # Set when the tokenizer is known (`load_model`): which ids of row 0 are frames.
         self.semantic_begin_id = c.vocab_size - c.codebook_size
         self._rotary: dict[tuple, Tensor] = {}
@@ -298,9 +320,7 @@ class DualARTransformer(nn.Module):
         x = self.norm(x).to(self.stored_dtype)
         if not self.config.tie_word_embeddings:
             return self.output(x)
-        if isinstance(self.embeddings, LoRAEmbedding):
-            return self.embeddings.logits(x)
-        return F.linear(x, self.embeddings.weight)
+        return self.embeddings.logits(x)
 
     def codebook_logits(self, x: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced logits of frames: x [N, D] before each, its codes [N, K] -> [N, K, C]."""

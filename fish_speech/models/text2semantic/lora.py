@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from fish_speech.models.text2semantic.ops.fused import gated, passes_for
+from fish_speech.models.text2semantic.llama import Embedding, FeedForward, Linear
+from fish_speech.models.text2semantic.ops.lora_autograd import (
+    LoRALinearFunction,
+    LoRASwiGLUFunction,
+)
 
 LINEAR_TARGETS = ("wqkv", "wo", "w1", "w2", "w3", "output", "fast_output")
 EMBEDDING_TARGETS = ("embeddings", "codebook_embeddings", "fast_embeddings")
@@ -46,12 +48,12 @@ class LoRAConfig:
     def scaling(self) -> float:
         return self.alpha / self.r
 
-    def fits(self, other: LoRAConfig) -> bool:
+    def is_compatible(self, other: LoRAConfig) -> bool:
         """Whether the adapters of one mean the same in the other; dropout is no matter."""
-        return not self.beside(other)
+        return not self.mismatch(other)
 
-    def beside(self, other: LoRAConfig) -> str:
-        """In what they don't fit, in words; empty where they do."""
+    def mismatch(self, other: LoRAConfig) -> str:
+        """How they differ, in words; empty where they are compatible."""
         differ = []
         for name in ("r", "alpha"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -63,115 +65,20 @@ class LoRAConfig:
         return "; ".join(differ)
 
 
-def kept(layer: LoRALinear) -> Tensor:
-    """The scale of every input [in] of a layer's adapters, 0 for those that dropout takes.
+def input_scale(layer: LoRALinear) -> Tensor:
+    """alpha / r for every input [in] of a layer's adapter, 0 for those that dropout drops.
 
-    The same ones for all columns of a batch (variational dropout): applied to the adapter that
-    costs nothing, to every column a tenth of a training step.
+    One mask for all positions of a batch (variational dropout): scaling A by it costs nothing, a
+    mask for every position a tenth of a training step.
     """
     device = layer.lora_A.device
-    # What is computed again for a gradient draws again; PyTorch restores no other state on MPS.
+    # Gradient checkpointing draws the mask again; on MPS PyTorch restores only the CPU's state.
     source = "cpu" if device.type == "mps" else device
     scales = torch.full((layer.in_features,), layer.scaling, device=source)
     return F.dropout(scales, layer.dropout, layer.training).to(device)
 
 
-class _Product(NamedTuple):
-    """x W^T + x down^T up of columns x [N, in], a frozen W [out, in] and an adapter's halves
-    [r, in] and [r, out], with what its gradients take: `inner`, x down^T [N, r], and the scales
-    `keep` [in] of the inputs that `down` holds."""
-
-    weight: Tensor
-    down: Tensor
-    up: Tensor
-    inner: Tensor
-    keep: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, keep: Tensor) -> _Product:
-        """Of A [r, in], B [out, r] and `keep` in fp32."""
-        down, up = passes_for(x).halves(A, B, keep, weight.dtype)
-        return cls(weight, down, up, x @ down.T, keep)
-
-    @property
-    def update(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What `passes_for` calls one: W, and of what a product of it is to be added."""
-        return self.weight, self.inner, self.up
-
-    def out(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
-        """The product [N, out] (plus a bias, and what it is added to)."""
-        return passes_for(x).adapted(x, self.update, bias, onto)
-
-    def inwards(self, gradient: Tensor) -> Tensor:
-        """Of the product's gradient [N, out], that between the adapter's halves [N, r]."""
-        return gradient @ self.up.T
-
-    def slope_of_x(self, gradient: Tensor, inwards: Tensor, more: Tensor | None = None) -> Tensor:
-        """x's gradient [N, in], added to `more` in its place."""
-        slope = inwards @ self.down if more is None else more.addmm_(inwards, self.down)
-        return slope.addmm_(gradient, self.weight)
-
-    def slopes(self, gradient: Tensor, inwards: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of A and B, in fp32."""
-        return passes_for(x).halves_back(inwards.T @ x, self.inner.T @ gradient, self.keep)
-
-
-class _Adapted(torch.autograd.Function):
-    """A `_Product` of x [N, in]; W and the bias are frozen, A, B and `keep` in fp32."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, keep, onto):
-        product = _Product.of(x, weight, lora_A, lora_B, keep)
-        ctx.save_for_backward(x, *product)
-        return product.out(x, bias, onto)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, *saved = ctx.saved_tensors
-        product = _Product(*saved)
-        inwards = product.inwards(gradient)
-        to_x = product.slope_of_x(gradient, inwards) if ctx.needs_input_grad[0] else None
-        to_onto = gradient if ctx.needs_input_grad[6] else None
-        return to_x, None, None, *product.slopes(gradient, inwards, x), None, to_onto
-
-
-class _AdaptedGate(torch.autograd.Function):
-    """SwiGLU of x [N, D] through `_Product`s, added to `onto`: W, A, B and `keep` of w1, then of w3
-    and w2.
-
-    What w2 takes is not kept: it is as large as each of the two that a pass makes it of.
-    """
-
-    @staticmethod
-    def forward(ctx, x, onto, *layers):
-        w1, w3 = (_Product.of(x, *layer) for layer in (layers[:4], layers[4:8]))
-        middle, gate, up = passes_for(x).adapted_gate(x, w1.update, w3.update)
-        w2 = _Product.of(middle, *layers[8:])
-        ctx.save_for_backward(x, gate, up, *w1, *w3, *w2)
-        return w2.out(middle, onto=onto)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, gate, up, *saved = ctx.saved_tensors
-        w1, w3, w2 = _Product(*saved[:5]), _Product(*saved[5:10]), _Product(*saved[10:])
-        inwards = w2.inwards(gradient)
-        to_middle = w2.slope_of_x(gradient, inwards)
-        middle, to_gate, to_up = passes_for(x).adapted_gate_slope(
-            to_middle, gate, up, w1.update, w3.update
-        )
-        slopes2 = w2.slopes(gradient, inwards, middle)
-        inwards1, inwards3 = w1.inwards(to_gate), w3.inwards(to_up)
-        slopes1, slopes3 = w1.slopes(to_gate, inwards1, x), w3.slopes(to_up, inwards3, x)
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x = w3.slope_of_x(to_up, inwards3, w1.slope_of_x(to_gate, inwards1))
-        slopes = *(None, *slopes1, None), *(None, *slopes3, None), *(None, *slopes2, None)
-        return to_x, gradient if ctx.needs_input_grad[1] else None, *slopes
-
-
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A frozen linear layer plus `lora_B @ lora_A * alpha / r`."""
 
     def __init__(self, base: nn.Linear, config: LoRAConfig, generator: torch.Generator) -> None:
@@ -187,26 +94,26 @@ class LoRALinear(nn.Linear):
             torch.zeros(base.out_features, config.r, device=base.weight.device)
         )
 
-    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """x [..., in] -> [..., out], added to `onto` where there is such."""
-        out = _Adapted.apply(
-            x.flatten(0, -2), self.weight, self.bias, self.lora_A, self.lora_B, kept(self),
-            onto if onto is None else onto.flatten(0, -2),
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out], plus a residual."""
+        out = LoRALinearFunction.apply(
+            x.flatten(0, -2), self.weight, self.bias, self.lora_A, self.lora_B, input_scale(self),
+            residual if residual is None else residual.flatten(0, -2),
         )  # fmt: skip
         return out.unflatten(0, x.shape[:-1])
 
-    def plain(self) -> nn.Linear:
+    def without_lora(self) -> Linear:
         """A layer without adapters, around the same base weight."""
-        layer = nn.Linear(self.in_features, self.out_features, device="meta")
+        layer = Linear(self.in_features, self.out_features, device="meta")
         layer.weight, layer.bias = self.weight, self.bias
         return layer.train(self.training)
 
-    def update(self, rows: Tensor | slice = slice(None)) -> Tensor:
+    def delta_weight(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """What the adapters add to those rows of the weight, in fp32."""
         return self.lora_B.float()[rows] @ self.lora_A.float() * self.scaling
 
 
-class LoRAEmbedding(nn.Embedding):
+class LoRAEmbedding(Embedding):
     """A frozen embedding plus `(lora_B @ lora_A).T * alpha / r`."""
 
     def __init__(self, base: nn.Embedding, config: LoRAConfig, generator: torch.Generator) -> None:
@@ -224,13 +131,13 @@ class LoRAEmbedding(nn.Embedding):
         update = F.linear(F.embedding(ids, self.lora_A.T), self.lora_B * self.scaling)
         return base + update.to(base.dtype)
 
-    def plain(self) -> nn.Embedding:
+    def without_lora(self) -> Embedding:
         """An embedding without adapters, around the same base weight."""
-        layer = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        layer = Embedding(self.num_embeddings, self.embedding_dim, device="meta")
         layer.weight = self.weight
         return layer.train(self.training)
 
-    def update(self, rows: Tensor | slice = slice(None)) -> Tensor:
+    def delta_weight(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """What the adapters add to those rows of the weight, in fp32."""
         return (self.lora_B.float() @ self.lora_A.float()[:, rows]).T * self.scaling
 
@@ -240,22 +147,25 @@ class LoRAEmbedding(nn.Embedding):
         return F.linear(x, self.weight) + F.linear(inner, self.lora_A.T).to(x.dtype)
 
 
-def added(layer: nn.Module, x: Tensor, onto: Tensor) -> Tensor:
-    """A linear layer of x, added to another tensor: in one pass where it has adapters."""
-    return layer(x, onto) if isinstance(layer, LoRALinear) else onto + layer(x)
+class LoRAFeedForward(FeedForward):
+    """A feed-forward of three `LoRALinear`s without biases, which saves half as much for the
+    backward as these would one by one."""
 
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        if not isinstance(module, FeedForward):
+            return False
+        layers = (module.w1, module.w3, module.w2)
+        return all(isinstance(layer, LoRALinear) and layer.bias is None for layer in layers)
 
-def swiglu(x: Tensor, w1: nn.Module, w3: nn.Module, w2: nn.Module, onto: Tensor) -> Tensor:
-    """w2(silu(w1(x)) * w3(x)) added to another tensor: [..., D] -> [..., D]. Where all three are
-    adapted, half as much is kept for the gradient."""
-    layers = (w1, w3, w2)
-    if not all(isinstance(layer, LoRALinear) and layer.bias is None for layer in layers):
-        return added(w2, gated(w1(x), w3(x)), onto)
-    parts = [
-        part for layer in layers for part in (layer.weight, layer.lora_A, layer.lora_B, kept(layer))
-    ]
-    out = _AdaptedGate.apply(x.flatten(0, -2), onto.flatten(0, -2), *parts)
-    return out.unflatten(0, x.shape[:-1])
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # [..., D]
+        parts = [
+            part
+            for layer in (self.w1, self.w3, self.w2)
+            for part in (layer.weight, layer.lora_A, layer.lora_B, input_scale(layer))
+        ]
+        out = LoRASwiGLUFunction.apply(x.flatten(0, -2), residual.flatten(0, -2), *parts)
+        return out.unflatten(0, x.shape[:-1])
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> None:
@@ -263,13 +173,15 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> None:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, module in list(model.named_modules()):
-        parent_name, _, child = name.rpartition(".")
+        child = name.rpartition(".")[2]
         part = name.partition(".")[0]  # of the model: layers, fast_layers, or a module by itself
         if child not in config.targets and f"{part}.{child}" not in config.targets:
             continue
         kind = LoRALinear if isinstance(module, nn.Linear) else LoRAEmbedding
-        adapted = kind(module, config, generator).train(module.training)
-        setattr(model.get_submodule(parent_name), child, adapted)
+        _replace(model, name, kind(module, config, generator))
+    for name, module in list(model.named_modules()):
+        if LoRAFeedForward.fits(module):
+            _replace(model, name, LoRAFeedForward(module.w1, module.w3, module.w2))
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -310,10 +222,17 @@ def adapted_targets(adapters: dict[str, Tensor]) -> tuple[str, ...]:
 def merge_lora(model: nn.Module) -> None:
     """Add the adapters to the base weights, in fp32, and make the modules plain again."""
     for name, module in list(lora_modules(model)):
-        merged = (module.weight.float() + module.update()).to(module.weight.dtype)
+        merged = (module.weight.float() + module.delta_weight()).to(module.weight.dtype)
         module.weight = nn.Parameter(merged, requires_grad=False)
-        parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, module.plain())
+        _replace(model, name, module.without_lora())
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRAFeedForward):
+            _replace(model, name, FeedForward(module.w1, module.w3, module.w2))
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another, in its mode (training or not)."""
+    model.set_submodule(name, new.train(model.get_submodule(name).training))
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbedding]]:
@@ -323,11 +242,11 @@ def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbed
             yield name, module
 
 
-def weight_rows(module: nn.Linear | nn.Embedding, rows: Tensor) -> Tensor:
+def effective_weight_rows(module: nn.Linear | nn.Embedding, rows: Tensor) -> Tensor:
     """Rows of a module's weight as it acts, adapters included: [len(rows), in]."""
     weight = module.weight[rows]
     if isinstance(module, LoRALinear | LoRAEmbedding):
-        weight = (weight.float() + module.update(rows)).to(weight.dtype)
+        weight = (weight.float() + module.delta_weight(rows)).to(weight.dtype)
     return weight
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fish_speech.models.text2semantic.llama import RMSNorm, rotary_table
-from fish_speech.models.text2semantic.lora import LoRAConfig, LoRALinear, swiglu
+from fish_speech.models.text2semantic.llama import FeedForward, RMSNorm, rotary_table
+from fish_speech.models.text2semantic.lora import LoRAConfig, LoRAFeedForward, LoRALinear
 from fish_speech.models.text2semantic.ops import fused
 from fish_speech.training.loss import loss_sums
 from tests.conftest import golden_tensors
@@ -22,7 +22,7 @@ def use(kind, monkeypatch):
     if kind == "cuda":
         pytest.importorskip("triton")
         kernels = import_module("fish_speech.models.text2semantic.ops.triton_ops")
-    monkeypatch.setattr(fused, "kernels_for", lambda x: kernels)
+    monkeypatch.setattr(fused, "triton_ops_for", lambda x: kernels)
 
 
 @pytest.fixture(params=["torch", "cuda"])
@@ -39,8 +39,8 @@ def assert_same(make, wanted, *inputs):
         out = function(*taken)
         out = out if isinstance(out, tuple) else (out,)
         generator = torch.Generator().manual_seed(1)
-        slopes = [torch.randn(o.shape, generator=generator).to(o) for o in out]
-        results.append((out, torch.autograd.grad(out, taken, slopes)))
+        grads = [torch.randn(o.shape, generator=generator).to(o) for o in out]
+        results.append((out, torch.autograd.grad(out, taken, grads)))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
@@ -66,7 +66,7 @@ def test_a_norm(dim):
 @pytest.mark.usefixtures("kind")
 def test_a_gate():
     assert_same(
-        fused.gated, lambda gate, up: F.silu(gate) * up, 3 * randn(5, 700), randn(5, 700).flip(0)
+        fused.silu_mul, lambda gate, up: F.silu(gate) * up, 3 * randn(5, 700), randn(5, 700).flip(0)
     )
 
 
@@ -82,7 +82,7 @@ def test_queries_keys_and_values_turn(heads, local, size):
         return *(torch.view_as_real(x * turns[:, None]).flatten(-2) for x in pairs), v
 
     qkv = randn(2, 7, (heads + 2 * local) * size)
-    assert_same(lambda x: fused.turned(x, rotary, heads, local), plain, qkv)
+    assert_same(lambda x: fused.apply_rope(x, rotary, heads, local), plain, qkv)
 
 
 @pytest.mark.usefixtures("kind")
@@ -94,7 +94,7 @@ def test_a_few_columns_attend_to_each_other(columns, heads, local, size):
         return out.transpose(1, 2).flatten(2)
 
     shapes = [(5, columns, count, size) for count in (heads, local, local)]
-    assert_same(fused.attended, plain, *(randn(*shape) for shape in shapes))
+    assert_same(fused.short_attention, plain, *(randn(*shape) for shape in shapes))
 
 
 @pytest.mark.usefixtures("kind")
@@ -110,24 +110,24 @@ def test_adapted_layers_and_what_they_are_added_to(rank, bias):
 
     def plain(number, x):
         layer = adapted[number]
-        return F.linear(x, layer.weight + layer.update(), layer.bias)
+        return F.linear(x, layer.weight + layer.delta_weight(), layer.bias)
 
     assert_same(
-        lambda x, onto: swiglu(x, *adapted, onto),
-        lambda x, onto: onto + plain(2, F.silu(plain(0, x)) * plain(1, x)),
+        (FeedForward if bias else LoRAFeedForward)(*adapted),
+        lambda x, residual: residual + plain(2, F.silu(plain(0, x)) * plain(1, x)),
         *(randn(2, 35, 100), randn(2, 35, 100).flip(0)),
     )
 
 
 @pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("rank", [8, 3])
-def test_an_adapters_halves(rank):
+def test_the_factors_of_an_adapter_in_low_precision(rank):
     A, B, keep = randn(rank, 300), randn(200, rank), randn(300)
-    made = fused.passes_for(A)
-    down, up = made.halves(A, B, keep, torch.bfloat16)
+    made = fused.ops_for(A)
+    down, up = made.cast_lora_factors(A, B, keep, torch.bfloat16)
     torch.testing.assert_close(down, (A * keep).bfloat16(), atol=0, rtol=0.01)  # or cut off
     torch.testing.assert_close(up, B.T.bfloat16(), atol=0, rtol=0.01)
-    to_A, to_B = made.halves_back(down, up, keep)
+    to_A, to_B = made.cast_lora_factors_backward(down, up, keep)
     torch.testing.assert_close(to_A, down.float() * keep)
     torch.testing.assert_close(to_B, up.float().T)
 

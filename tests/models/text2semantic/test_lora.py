@@ -5,14 +5,14 @@ from torch import nn
 
 from fish_speech.models.text2semantic.lora import (
     LoRAConfig,
+    LoRAFeedForward,
     LoRALinear,
     add_lora,
-    kept,
+    effective_weight_rows,
+    input_scale,
     load_lora,
     lora_state_dict,
     merge_lora,
-    swiglu,
-    weight_rows,
 )
 from fish_speech.training.config import compose_config
 from fish_speech.training.loss import loss_sums
@@ -109,7 +109,7 @@ def test_adapters_stay_fp32_over_a_low_precision_base(model, dtype):
 def test_rows_of_an_adapted_weight_are_those_of_the_merged_one(adapted):
     rows = torch.tensor([404, 412, 1000])
     output, embeddings = (
-        weight_rows(module, rows) for module in (adapted.output, adapted.embeddings)
+        effective_weight_rows(module, rows) for module in (adapted.output, adapted.embeddings)
     )
     merge_lora(adapted)
     torch.testing.assert_close(output, adapted.output.weight[rows])
@@ -144,7 +144,7 @@ def test_a_small_update_of_a_base_in_bf16_is_not_rounded_away(bias, onto):
     layer = LoRALinear(nn.Linear(256, 256, bias=bias).bfloat16(), LoRAConfig(), torch.Generator())
     nn.init.normal_(layer.lora_B, std=1e-4)
     x = torch.randn(2, 500, 256).bfloat16()
-    wanted = x.float() @ layer.update().T  # far below what bf16 tells apart in the output
+    wanted = x.float() @ layer.delta_weight().T  # far below what bf16 tells apart in the output
     past = (onto * torch.randn(x.shape)).bfloat16() if onto else None
     plain = F.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None)
     got = layer(x, past).float() - plain - (past.float() if onto else 0)
@@ -154,16 +154,16 @@ def test_a_small_update_of_a_base_in_bf16_is_not_rounded_away(bias, onto):
 def test_dropout_before_the_adapters_takes_its_share_and_keeps_the_mean():
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(20_000, 3), LoRAConfig(dropout=0.1), torch.Generator())
-    keep = kept(layer)
-    assert sorted(keep.unique().tolist()) == [0, pytest.approx(layer.scaling / 0.9)]
-    assert 0.09 < (keep == 0).float().mean() < 0.11
+    scale = input_scale(layer)
+    assert sorted(scale.unique().tolist()) == [0, pytest.approx(layer.scaling / 0.9)]
+    assert 0.09 < (scale == 0).float().mean() < 0.11
 
     layer = LoRALinear(
         nn.Linear(50, 3, bias=False), LoRAConfig(dropout=0.1), torch.Generator().manual_seed(0)
     )
     nn.init.normal_(layer.lora_B)
     x = torch.ones(4, 50)
-    without, wanted = layer.plain()(x), layer.eval()(x)
+    without, wanted = layer.without_lora()(x), layer.eval()(x)
     steps = torch.stack([layer.train()(x) for _ in range(10_000)])
     assert not torch.equal(steps[0], steps[1])
     torch.testing.assert_close(
@@ -207,7 +207,7 @@ def test_gradients_of_adapted_feed_forward_are_those_of_its_formula():
 
     def out(x, onto, *_):
         torch.manual_seed(1)
-        return swiglu(x, *layers, onto)
+        return LoRAFeedForward(*layers)(x, onto)
 
     w1, w3, w2 = layers
     torch.manual_seed(1)
@@ -230,4 +230,4 @@ def test_adapted_feed_forward_keeps_half_as_much_for_its_gradient():
     w1, w3, w2 = layers
     plain = kept_numbers(lambda x: w2(F.silu(w1(x)) * w3(x)))
     assert 4 * rows * width < plain
-    assert kept_numbers(lambda x: swiglu(x, *layers, x)) < 2.5 * rows * width
+    assert kept_numbers(lambda x: LoRAFeedForward(*layers)(x, x)) < 2.5 * rows * width

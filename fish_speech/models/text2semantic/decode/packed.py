@@ -170,6 +170,9 @@ class WideEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:  # [...] -> [..., D]
         return F.embedding(ids, self.weight).float()
 
+    def logits(self, x: Tensor) -> Tensor:  # [..., D] -> [..., V]
+        return F.linear(x, self.weight)
+
 
 @torch.no_grad()
 def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransformer:

@@ -1,8 +1,8 @@
-"""What a transformer does between its products, with gradients that keep as little as they can:
-what a pass over the memory can compute again is not kept.
+"""Fused operations between the matrix products, as autograd functions that save little: what one
+pass over the memory can recompute in the backward is not kept.
 
-The passes themselves are kernels in Triton on a CUDA card (`triton_ops.py`), torch's operations
-elsewhere (`torch_ops.py`, whose attention leaves its gradient to torch).
+They run as Triton kernels on a CUDA card (`triton_ops.py`), else as torch's operations
+(`torch_ops.py`). Both modules have the same functions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fish_speech.devices import compile_problem
 from fish_speech.models.text2semantic.ops import torch_ops
 
 
-def kernels_for(x: Tensor) -> ModuleType | None:
+def triton_ops_for(x: Tensor) -> ModuleType | None:
     """`triton_ops`, where its kernels can be compiled: on a CUDA card, the current one."""
     if not x.is_cuda or x.get_device() != torch.cuda.current_device() or compile_problem(x.device):
         return None
@@ -27,120 +27,122 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     return triton_ops
 
 
-def passes_for(x: Tensor) -> ModuleType:
-    """The passes for a tensor: both modules have the same ones."""
-    return kernels_for(x) or torch_ops
+def ops_for(x: Tensor) -> ModuleType:
+    """The module whose functions are for a tensor's device."""
+    return triton_ops_for(x) or torch_ops
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Root-mean-square norm of x [..., D], in fp32 and cast back before the weight [D]; and x, for
-    what goes past it: that gradient is added in the same pass."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Root-mean-square norm of x [..., D], in fp32 and cast back before the weight [D]; and x for
+    the residual branch, whose gradient is then added in the same pass."""
     if weight.requires_grad or x.dtype != weight.dtype:
-        return torch_ops.norm(x, weight, eps), x
-    return _Norm.apply(x, weight, eps)
+        return torch_ops.rms_norm(x, weight, eps), x
+    return _RMSNorm.apply(x, weight, eps)
 
 
-class _Norm(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
         ctx.eps = eps
-        return passes_for(x).norm(x.contiguous(), weight, eps), x
+        return ops_for(x).rms_norm(x.contiguous(), weight, eps), x
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, gradient: Tensor | None, more: Tensor | None
+        ctx: Any, grad_out: Tensor | None, residual_grad: Tensor | None
     ) -> tuple[Tensor | None, None, None]:
-        if gradient is None:
-            return more, None, None
+        if grad_out is None:
+            return residual_grad, None, None
         x, weight = ctx.saved_tensors
-        more = None if more is None else more.contiguous()
-        given = gradient.contiguous(), more, x.contiguous(), weight, ctx.eps
-        return passes_for(x).norm_slope(*given), None, None
+        residual_grad = None if residual_grad is None else residual_grad.contiguous()
+        given = grad_out.contiguous(), residual_grad, x.contiguous(), weight, ctx.eps
+        return ops_for(x).rms_norm_backward(*given), None, None
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of contiguous tensors of one shape."""
-    return _Gate.apply(gate, up)
+    return _SiluMul.apply(gate, up)
 
 
-class _Gate(torch.autograd.Function):
+class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return passes_for(gate).gate(gate, up)
+        return ops_for(gate).silu_mul(gate, up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        return passes_for(gate).gate_slope(gradient, gate, up)[1:]
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+        return ops_for(gate).silu_mul_backward(grad_out, gate, up)[1:]
 
 
-def turned(qkv: Tensor, rotary: Tensor, heads: int, local: int) -> tuple[Tensor, Tensor, Tensor]:
+def apply_rope(
+    qkv: Tensor, rotary: Tensor, heads: int, local: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [B, T, (H + 2h) * d] -> queries [B, T, H, d], keys and values [B, T, h, d], queries and
-    keys turned by their positions (see `llama.rotary_table`)."""
-    return _Turn.apply(qkv, rotary, heads, local)
+    keys rotated by their positions (see `llama.rotary_table`)."""
+    return _Rope.apply(qkv, rotary, heads, local)
 
 
-class _Turn(torch.autograd.Function):
+class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, rotary: Tensor, heads: int, local: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(rotary)
-        return passes_for(qkv).turn(qkv.contiguous(), rotary, heads, local)
+        return ops_for(qkv).rope(qkv.contiguous(), rotary, heads, local)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        parts = tuple(gradient.contiguous() for gradient in gradients)
-        return passes_for(parts[0]).turn_back(parts, *ctx.saved_tensors), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        parts = tuple(grad.contiguous() for grad in grads)
+        return ops_for(parts[0]).rope_backward(parts, *ctx.saved_tensors), None, None, None
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of many rows of a few columns: queries [R, T, H, d], keys and values
-    [R, T, h, d] -> [R, T, H * d]. Attention made for long rows takes several times as long."""
-    if kernels_for(q):
-        return _Attend.apply(q, k, v)
-    return torch_ops.attend(q, k, v).type_as(v)
+def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of many short sequences: queries [R, T, H, d], keys and values [R, T, h, d]
+    -> [R, T, H * d]. Kernels for long sequences take several times as long."""
+    if triton_ops_for(q):
+        return _ShortAttention.apply(q, k, v)
+    return torch_ops.short_attention(q, k, v).type_as(v)
 
 
-class _Attend(torch.autograd.Function):
+class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(*parts)
-        return passes_for(parts[0]).attend(*parts)
+        return ops_for(parts[0]).short_attention(*parts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return passes_for(gradient).attend_slope(gradient.contiguous(), *ctx.saved_tensors)
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ops_for(grad_out).short_attention_backward(grad_out.contiguous(), *ctx.saved_tensors)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy of logits [N, V] and targets [N] in fp32, negative ones left out.
 
-    The gradient, asked for once, takes the place of the logits, which nobody else may need;
-    torch's function makes three more tensors of that size.
+    The grad_out, asked for once, takes the place of the logits, which nobody else may need;
+    torch's function makes three residual_grad tensors of that size.
     """
-    return _CrossEntropy.apply(logits if kernels_for(logits) else logits.float(), targets)
+    return _CrossEntropy.apply(logits if triton_ops_for(logits) else logits.float(), targets)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        loss, sizes = passes_for(logits).entropy(logits, targets)
-        ctx.save_for_backward(logits, targets, sizes)
+        loss, lse = ops_for(logits).cross_entropy(logits, targets)
+        ctx.save_for_backward(logits, targets, lse)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, targets, sizes = ctx.saved_tensors
-        passes_for(logits).entropy_slope(logits, targets, sizes, gradient.contiguous())
-        torch.autograd.graph.increment_version(logits)  # so that nobody asks again
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+        logits, targets, lse = ctx.saved_tensors
+        ops_for(logits).cross_entropy_backward(logits, targets, lse, grad_out.contiguous())
+        torch.autograd.graph.increment_version(logits)  # so that a second backward fails
         return logits, None

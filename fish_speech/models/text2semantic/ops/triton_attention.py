@@ -1,6 +1,5 @@
-"""Causal attention of many rows of a few columns, a frame's codes, as kernels in Triton for a CUDA
-card: attention made for long rows takes 64 columns at once. Imported only where they can be
-compiled."""
+"""Causal attention of many short sequences, the codes of a frame, as Triton kernels for a CUDA
+card: kernels for long ones work on tiles of 64 positions. Imported only where they compile."""
 
 from __future__ import annotations
 
@@ -13,95 +12,99 @@ from torch import Tensor
 
 
 @triton.jit
-def product(x, y, WIDE: tl.constexpr):
-    if WIDE:  # Triton's interpreter multiplies no bf16
+def product(x, y, UPCAST: tl.constexpr):
+    if UPCAST:  # Triton's interpreter multiplies no bf16
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, input_precision="ieee")
 
 
 @triton.jit
-def _places(
-    T: tl.constexpr, HEADS: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr,
+def _offsets(
+    T: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of a row's queries that share a head of keys, and of these: their columns, where they are,
-    and which there are."""
+    """Of the queries that share a key head, and of its keys: positions, offsets in memory, and
+    masks of what is within."""
     row, local = tl.program_id(0).to(tl.int64), tl.program_id(1)
     m, n, i = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK)
-    head = local * (HEADS // LOCAL) + m // T
-    query = ((row * T + m % T) * HEADS + head)[:, None] * WIDTH + i[None, :]
-    key = ((row * T + n) * LOCAL + local)[:, None] * WIDTH + i[None, :]
-    asks = (m < HEADS // LOCAL * T)[:, None] & (i < WIDTH)[None, :]
-    return m % T, n, query, key, asks, (n < T)[:, None] & (i < WIDTH)[None, :]
+    head = local * (HEADS // KV_HEADS) + m // T
+    query = ((row * T + m % T) * HEADS + head)[:, None] * HEAD_DIM + i[None, :]
+    key = ((row * T + n) * KV_HEADS + local)[:, None] * HEAD_DIM + i[None, :]
+    q_mask = (m < HEADS // KV_HEADS * T)[:, None] & (i < HEAD_DIM)[None, :]
+    return m % T, n, query, key, q_mask, (n < T)[:, None] & (i < HEAD_DIM)[None, :]
 
 
 @triton.jit
-def _weights(queries, keys, t, n, scale, WIDE: tl.constexpr):
-    scores = product(queries, tl.trans(keys), WIDE) * scale
+def _weights(queries, keys, t, n, scale, UPCAST: tl.constexpr):
+    scores = product(queries, tl.trans(keys), UPCAST) * scale
     scores = tl.where(n[None, :] <= t[:, None], scores, -float("inf"))
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
 
 
 @triton.jit
-def _attend(
-    q, k, v, out, scale, T: tl.constexpr, HEADS: tl.constexpr, LOCAL: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+def _short_attention(
+    q, k, v, out, scale, T: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    t, n, query, key, asks, answers = _places(T, HEADS, LOCAL, WIDTH, BLOCK_Q, BLOCK_K, BLOCK)
-    queries = tl.load(q + query, mask=asks, other=0.0)
-    keys = tl.load(k + key, mask=answers, other=0.0)
-    values = tl.load(v + key, mask=answers, other=0.0)
-    weights = _weights(queries, keys, t, n, scale, WIDE).to(values.dtype)
-    made = product(weights, values, WIDE)
-    tl.store(out + query, made.to(out.dtype.element_ty), mask=asks)
+    t, n, query, key, q_mask, kv_mask = _offsets(
+        T, HEADS, KV_HEADS, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK
+    )
+    queries = tl.load(q + query, mask=q_mask, other=0.0)
+    keys = tl.load(k + key, mask=kv_mask, other=0.0)
+    values = tl.load(v + key, mask=kv_mask, other=0.0)
+    weights = _weights(queries, keys, t, n, scale, UPCAST).to(values.dtype)
+    made = product(weights, values, UPCAST)
+    tl.store(out + query, made.to(out.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit
-def _attend_slope(
-    gradient, q, k, v, to_q, to_k, to_v, scale, T: tl.constexpr, HEADS: tl.constexpr,
-    LOCAL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+def _short_attention_backward(
+    grad_out, q, k, v, grad_q, grad_k, grad_v, scale, T: tl.constexpr, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    t, n, query, key, asks, answers = _places(T, HEADS, LOCAL, WIDTH, BLOCK_Q, BLOCK_K, BLOCK)
-    queries = tl.load(q + query, mask=asks, other=0.0)
-    keys = tl.load(k + key, mask=answers, other=0.0)
-    values = tl.load(v + key, mask=answers, other=0.0)
-    slope = tl.load(gradient + query, mask=asks, other=0.0)
-    weights = _weights(queries, keys, t, n, scale, WIDE)
-    to_weights = product(slope, tl.trans(values), WIDE)
-    along = tl.sum(weights * to_weights, 1)[:, None]
-    to_scores = (weights * (to_weights - along) * scale).to(keys.dtype)
-    made = product(to_scores, keys, WIDE)
-    tl.store(to_q + query, made.to(to_q.dtype.element_ty), mask=asks)
-    made = product(tl.trans(to_scores), queries, WIDE)
-    tl.store(to_k + key, made.to(to_k.dtype.element_ty), mask=answers)
-    made = product(tl.trans(weights.to(slope.dtype)), slope, WIDE)
-    tl.store(to_v + key, made.to(to_v.dtype.element_ty), mask=answers)
+    t, n, query, key, q_mask, kv_mask = _offsets(
+        T, HEADS, KV_HEADS, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK
+    )
+    queries = tl.load(q + query, mask=q_mask, other=0.0)
+    keys = tl.load(k + key, mask=kv_mask, other=0.0)
+    values = tl.load(v + key, mask=kv_mask, other=0.0)
+    grad = tl.load(grad_out + query, mask=q_mask, other=0.0)
+    weights = _weights(queries, keys, t, n, scale, UPCAST)
+    grad_weights = product(grad, tl.trans(values), UPCAST)
+    projection = tl.sum(weights * grad_weights, 1)[:, None]
+    grad_scores = (weights * (grad_weights - projection) * scale).to(keys.dtype)
+    made = product(grad_scores, keys, UPCAST)
+    tl.store(grad_q + query, made.to(grad_q.dtype.element_ty), mask=q_mask)
+    made = product(tl.trans(grad_scores), queries, UPCAST)
+    tl.store(grad_k + key, made.to(grad_k.dtype.element_ty), mask=kv_mask)
+    made = product(tl.trans(weights.to(grad.dtype)), grad, UPCAST)
+    tl.store(grad_v + key, made.to(grad_v.dtype.element_ty), mask=kv_mask)
 
 
-def _launch_attend(kernel: Any, q: Tensor, k: Tensor, *others: Tensor) -> None:
+def _launch(kernel: Any, q: Tensor, k: Tensor, *others: Tensor) -> None:
     (rows, length, heads, width), local = q.shape, k.shape[2]
     kernel[rows, local](
-        *others, width**-0.5, T=length, HEADS=heads, LOCAL=local, WIDTH=width,
+        *others, width**-0.5, T=length, HEADS=heads, KV_HEADS=local, HEAD_DIM=width,
         BLOCK_Q=max(16, triton.next_power_of_2(heads // local * length)),
         BLOCK_K=max(16, triton.next_power_of_2(length)),
-        BLOCK=max(16, triton.next_power_of_2(width)), WIDE=not q.is_cuda,
+        BLOCK=max(16, triton.next_power_of_2(width)), UPCAST=not q.is_cuda,
     )  # fmt: skip
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
     if len(q):
-        _launch_attend(_attend, q, k, q, k, v, out)
+        _launch(_short_attention, q, k, q, k, v, out)
     return out
 
 
-def attend_slope(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor
+def short_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    slopes = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if len(q):
-        _launch_attend(_attend_slope, q, k, gradient, q, k, v, *slopes)
-    return slopes
+        _launch(_short_attention_backward, q, k, grad_out, q, k, v, *grads)
+    return grads
