@@ -17,7 +17,6 @@ from fish_speech.devices import (
     resolve_device,
     resolve_precision,
 )
-from fish_speech.files import list_audio, list_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
     from fish_speech.datasets.shards import Manifest
     from fish_speech.evaluation.leaderboard import Leaderboard
     from fish_speech.training.config import RunConfig
-    from fish_speech.training.runs import Run, Start
+    from fish_speech.training.resume import Start
+    from fish_speech.training.runs import Run
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 EPILOG = """\
@@ -288,31 +288,20 @@ def build_stage(
 def find_start(args: argparse.Namespace, config: RunConfig, run: Run) -> Start:
     """Where training goes on, or begins."""
     from fish_speech.hub import directory_of
-    from fish_speech.training.runs import choose_start, recorded_lora
+    from fish_speech.training.resume import check_missing_base, choose_start
 
-    named = directory_of(config.base) if names_base(args) else None
-
-    def fits(record: dict) -> bool:
-        same_base = named is None or Path(record["base"]) == named.resolve()
-        return same_base and config.adapters.is_compatible(recorded_lora(record))
-
+    base = directory_of(config.base) if names_base(args) else None
     start = choose_start(
         run,
         Path(config.data.dir),
         resume_latest=args.resume_latest,
         resume_from=args.resume_from_checkpoint,
         checkpoint_path=args.checkpoint_path,
-        fits=fits,
+        lora=config.adapters,
+        base=base,
     )
-    if start.exact and named and named != Path(config.base) and not (named / "model.pth").exists():
-        # It would be downloaded, only to be compared; of what is there the weights tell, and of
-        # one that is called alike, for the project may be on another machine now.
-        record = start.checkpoint.read()["run"]
-        if Path(record["base"]).name != named.name:
-            raise ValueError(
-                f"project '{run.project}' was trained over {record['base']}, not over {named}: "
-                "choose another --project"
-            )
+    if base and base != Path(config.base) and not (base / "model.pth").exists():
+        check_missing_base(start, base)
     return start
 
 
@@ -370,7 +359,7 @@ def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -
         from fish_speech.training.runs import named_checkpoint
 
         checkpoint = named_checkpoint(args.checkpoint_path)
-        if not checkpoint.is_ours():
+        if not checkpoint.has_run_record():
             config = make_config(args, None)
             base_dir, lora = find_model(config.base), config.adapters
     elif args.merge_best:
@@ -396,7 +385,7 @@ def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -
 
 
 def run_stages(args: argparse.Namespace) -> int:
-    from fish_speech.training.distributed import is_first
+    from fish_speech.training.distributed import is_rank_zero
     from fish_speech.training.runs import Run, describe_checkpoints
 
     run = Run.of(args.project)
@@ -405,7 +394,7 @@ def run_stages(args: argparse.Namespace) -> int:
     everything = args.full_pipeline
     if everything or args.prepare_data or args.extract_tokens or args.build_dataset or args.train:
         stopped_by = data_and_training(args, run)
-        if not is_first():
+        if not is_rank_zero():
             return OK  # the first process goes on, and answers for all
         if stopped_by is not None:
             named = "resume_from_checkpoint" if args.resume_from_checkpoint else "checkpoint_path"
@@ -422,21 +411,23 @@ def run_stages(args: argparse.Namespace) -> int:
 
 def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
     """The stages up to training. Returns the signal that stopped it early, if one did."""
+    from fish_speech.datasets.clips import is_raw, is_source_of
     from fish_speech.hub import find_model
     from fish_speech.training import distributed
 
     everything, data_dir = args.full_pipeline, args.data_dir
     training = everything or args.train
     config = make_config(args, data_dir)  # which refuses what can't be before hours of preparing
-    with distributed.data_processes() as (rank, world_size):
-        if distributed.is_first() and does_any_of(args, ("evaluate", "merge_best", "eval_every")):
+    with distributed.process_group() as (rank, world_size):
+        evaluates = does_any_of(args, ("evaluate", "merge_best", "eval_every"))
+        if evaluates and distributed.is_rank_zero():
             from fish_speech.evaluation.project import Request, check_named
 
             check_named(Request.of_flags(vars(args)))  # for the same reason
         if args.prepare_data or (everything and is_raw(data_dir)):
-            if distributed.is_first():
+            if distributed.is_rank_zero():
                 prepare_stage(args)
-            distributed.wait_for_all()
+            distributed.barrier()
             args.data_dir = data_dir = prepared_dir(args)  # for the stages after training too
             config.data.dir = str(data_dir)
         elif not everything and is_source_of(prepared_dir(args), data_dir):
@@ -448,10 +439,10 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             return None
         if training:
             start = find_start(args, config, run)
-        goes_on = start.exact if training else run.checkpoints()
-        if goes_on and run.remembered_config.is_file():
+        goes_on = start.resumes if training else run.checkpoints()
+        if goes_on and run.saved_config.is_file():
             asked = config.device
-            config = make_config(args, data_dir, remembered=run.remembered_config)
+            config = make_config(args, data_dir, remembered=run.saved_config)
             if not training:  # encoding and packing need no card that the training had
                 config.device = asked
         elif training and start.checkpoint and not names_base(args):
@@ -462,15 +453,15 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             if world_size > 1:
                 distributed.check_trained_by(world_size, config.train)
         # The first process downloads or packs, the others then find what it made.
-        base_dir = distributed.first_then_all(lambda: find_model(config.base))
-        with distributed.alone_with(data_dir, say):
+        base_dir = distributed.rank_zero_first(lambda: find_model(config.base))
+        with distributed.dataset_lock(data_dir, say):
             # What Lightning starts finds the clips encoded, and the lock given back.
             failed: set[str] = set()
-            if (training or args.extract_tokens) and (distributed.is_first() or world_size > 1):
+            if (training or args.extract_tokens) and (distributed.is_rank_zero() or world_size > 1):
                 failed = extract_stage(args, config, base_dir, rank, world_size)
-                distributed.wait_for_all()
+                distributed.barrier()
             if training or args.build_dataset:
-                manifest = distributed.first_then_all(
+                manifest = distributed.rank_zero_first(
                     lambda: build_stage(args, config, base_dir, failed)
                 )
     return train_stage(args, config, base_dir, start, manifest) if training else None
@@ -481,24 +472,10 @@ def prepared_dir(args: argparse.Namespace) -> Path:
     return Path("training_data") / args.project
 
 
-def is_source_of(prepared: Path, data_dir: Path) -> bool:
-    """Whether a folder holds recordings only, and clips were prepared."""
-    if not (prepared.is_dir() and data_dir.is_dir()) or prepared.samefile(data_dir):
-        return False
-    return bool(list_audio(data_dir)) and is_raw(data_dir) and not is_raw(prepared)
-
-
-def is_raw(data_dir: Path) -> bool:
-    """Whether a folder holds recordings that are not prepared: no clip has a `.lab` beside it."""
-    if not data_dir.is_dir():
-        raise FileNotFoundError(f"--data-dir {data_dir}: no such folder")
-    return not any(file.suffix == ".lab" for file in list_files(data_dir))
-
-
 def say(message: str) -> None:
-    from fish_speech.training.distributed import is_first
+    from fish_speech.training.distributed import is_rank_zero
 
-    if is_first():
+    if is_rank_zero():
         print(message, file=sys.stderr, flush=True)
 
 

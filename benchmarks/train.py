@@ -80,7 +80,8 @@ def _train(
     from fish_speech.datasets.shards import build_shards
     from fish_speech.devices import keep_freed_memory
     from fish_speech.training.config import compose_config
-    from fish_speech.training.runs import Run, choose_start
+    from fish_speech.training.resume import choose_start
+    from fish_speech.training.runs import Run
     from fish_speech.training.train import train
 
     keep_freed_memory()  # as finetune_tts.py does

@@ -23,7 +23,7 @@ from torch import Tensor
 from fish_speech.tokenizer import FishTokenizer
 
 SYSTEM_TEXT = "Speak out the provided text."
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def build_item(
 
     It is the prompt of `build_prompt`, its answer, and labels shifted left by one. Row 0 learns
     `<|voice|>`, the frames and the last `<|im_end|>`; rows 1..K learn the frames only. Everything
-    else, references included, is `IGNORED`.
+    else, references included, is `IGNORE_INDEX`.
     """
     num_codebooks = len(utterance.codes)
     prompt = build_prompt(
@@ -94,7 +94,7 @@ def build_item(
     )
     frames = _frames(tokenizer, utterance.codes)
     whole = torch.cat([prompt, frames, _control(tokenizer, "<|im_end|>", num_codebooks)], dim=1)
-    labels = torch.full_like(whole, IGNORED)
+    labels = torch.full_like(whole, IGNORE_INDEX)
     voice = prompt.shape[1] - 1
     labels[0, voice:] = whole[0, voice:]
     labels[1:, voice + 1 : -1] = utterance.codes

@@ -1,6 +1,6 @@
 import torch
 
-from fish_speech.conversation import IGNORED, Utterance, build_item, build_prompt
+from fish_speech.conversation import IGNORE_INDEX, Utterance, build_item, build_prompt
 from tests.conftest import golden_tensors
 
 
@@ -32,8 +32,8 @@ def test_training_continues_exactly_the_synthesis_prompt(tokenizer):
         assert torch.equal(tokens[:, : prompt.shape[1]], prompt)
         assert torch.equal(tokens[1:, prompt.shape[1] :], codes)
         # Learned: <|voice|>, the frames and <|im_end|>; of the codes the frames only.
-        assert (labels[0] != IGNORED).sum() == 5 + 2
-        assert (labels[1:] != IGNORED).sum() == 8 * 5
+        assert (labels[0] != IGNORE_INDEX).sum() == 5 + 2
+        assert (labels[1:] != IGNORE_INDEX).sum() == 8 * 5
         assert labels[0, -1] == tokenizer.im_end_id
 
 

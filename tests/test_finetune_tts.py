@@ -137,7 +137,7 @@ def test_the_whole_pipeline_goes_on_where_it_was_and_does_nothing_twice(project,
     said = capsys.readouterr().err
     assert "6 had theirs" in said
     assert "(unchanged)" in said
-    assert "going on from results/p/checkpoints/step_000000002.ckpt exactly" in said
+    assert "resuming from results/p/checkpoints/step_000000002.ckpt" in said
 
 
 def test_recordings_are_evaluated_by_what_was_prepared_of_them(project, monkeypatch, capsys):
@@ -197,7 +197,7 @@ def test_its_own_base_is_downloaded_where_a_project_was_moved(
     )
     other = [*TRAIN, "--max-steps", 2, "--model-version", "1.5"]
     assert finetune_tts.main(["--project", "p", *map(str, other)]) == 0
-    assert "going on from results/p/checkpoints/step_000000001.ckpt" in capsys.readouterr().err
+    assert "resuming from results/p/checkpoints/step_000000001.ckpt" in capsys.readouterr().err
 
 
 def test_losses_that_cannot_be_drawn_cost_no_training(project, tmp_path, monkeypatch, capsys):
@@ -437,7 +437,7 @@ def test_what_a_stopped_run_says_goes_on_does(project, tmp_path, monkeypatch, ca
         assert project(*flags, flag, newest) == 128 + signal.SIGTERM
     assert f"stopped; --resume-latest in place of {flag} goes on" in capsys.readouterr().err
     assert project(*flags, "--resume-latest") == 0
-    assert "going on from results/p/checkpoints/step_000000002.ckpt" in capsys.readouterr().err
+    assert "resuming from results/p/checkpoints/step_000000002.ckpt" in capsys.readouterr().err
 
 
 def test_a_project_name_that_is_a_path_is_refused(tmp_path, monkeypatch, capsys):

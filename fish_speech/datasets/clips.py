@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
-from fish_speech.files import list_audio, read_text
+from fish_speech.files import list_audio, list_files, read_text
 
 REJECTED = "rejected"  # the folder of clips that preparing sorted out
 
@@ -41,6 +41,20 @@ class Clip:
 def is_rejected(path: Path, data_dir: Path) -> bool:
     """Whether a file of a data set is among the clips that preparing sorted out."""
     return path.relative_to(data_dir).parts[0] == REJECTED
+
+
+def is_raw(folder: Path) -> bool:
+    """Whether a folder holds recordings that are not prepared: no clip has a `.lab` beside it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    return not any(file.suffix == ".lab" for file in list_files(folder))
+
+
+def is_source_of(prepared: Path, folder: Path) -> bool:
+    """Whether a folder holds raw recordings, while `prepared` is a data set."""
+    if not (prepared.is_dir() and folder.is_dir()) or prepared.samefile(folder):
+        return False
+    return bool(list_audio(folder)) and is_raw(folder) and not is_raw(prepared)
 
 
 def find_clips(data_dir: str | Path) -> list[Clip]:

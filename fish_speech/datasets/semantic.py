@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fish_speech.console import stop_signals
-from fish_speech.conversation import IGNORED, Utterance, build_item, with_speaker
+from fish_speech.conversation import IGNORE_INDEX, Utterance, build_item, with_speaker
 from fish_speech.datasets.shards import Sample
 from fish_speech.tokenizer import FishTokenizer
 
-_POOL = 16  # batches whose items are sorted by length together
+_POOL_BATCHES = 16  # batches whose items are sorted by length together
 
 
-class Draw(NamedTuple):
-    """One item of the endless stream, and what the whole optimizer step that it belongs to holds.
+class SampleKey(NamedTuple):
+    """One item of the endless stream, and what its whole optimizer step holds.
 
     `step_items` and `step_frames` let every batch weigh its labels so that a step is the mean over
     all of them, however they are split over micro-batches and processes.
@@ -43,7 +43,7 @@ class SemanticDataset(Dataset):
     """Items of `conversation.build_item`, some with another utterance of the speaker in front.
 
     What is drawn for an item depends on (seed, epoch, index) alone. Samples whose item would exceed
-    `max_length` columns are left out (`too_long` names their clips).
+    `max_length` positions are left out (`too_long` names their clips).
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class SemanticDataset(Dataset):
         self.reference_share = reference_share
         nothing = Utterance("", torch.zeros(1, 0, dtype=torch.long))
         self._overhead = build_item(tokenizer, nothing)[0].shape[1] + 1
-        columns = [self._count_columns(sample) for sample in samples]
-        fits = [count <= max_length for count in columns]
+        positions = [self._count_positions(sample) for sample in samples]
+        fits = [count <= max_length for count in positions]
         self.samples = list(compress(samples, fits))
-        self._columns = list(compress(columns, fits))
+        self._num_positions = list(compress(positions, fits))
         self.too_long = [s.name for s, short in zip(samples, fits, strict=True) if not short]
         self.by_speaker: dict[str, list[int]] = {}
         for index, sample in enumerate(self.samples):
@@ -73,25 +73,25 @@ class SemanticDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def frames(self, index: int) -> int:
+    def num_frames(self, index: int) -> int:
         """Frames of a sample: the length that batches are sorted by."""
         return self.samples[index].codes.shape[1]
 
-    def columns(self, index: int) -> int:
-        """Columns of a sample's item without a reference, at most."""
-        return self._columns[index]
+    def num_positions(self, index: int) -> int:
+        """Positions of a sample's item without a reference, at most."""
+        return self._num_positions[index]
 
-    def __getitem__(self, draw: Draw) -> dict[str, Tensor | Draw]:
-        """`tokens` and `labels` [K+1, T] (int64) of a draw."""
-        rng = random.Random(f"{self.seed} {draw.epoch} {draw.index}")
-        sample = self.samples[draw.index]
+    def __getitem__(self, key: SampleKey) -> dict[str, Tensor | SampleKey]:
+        """`tokens` and `labels` [K+1, T] (int64) of an item."""
+        rng = random.Random(f"{self.seed} {key.epoch} {key.index}")
+        sample = self.samples[key.index]
         tokens, labels = build_item(
             self.tokenizer,
             _utterance(sample),
-            references=self._references(draw.index, rng),
+            references=self._references(key.index, rng),
             speaker=sample.speaker if self.name_speakers else None,
         )
-        return {"tokens": tokens, "labels": labels, "draw": draw}
+        return {"tokens": tokens, "labels": labels, "key": key}
 
     def _references(self, index: int, rng: random.Random) -> list[Utterance]:
         others = self.by_speaker[self.samples[index].speaker]
@@ -100,11 +100,11 @@ class SemanticDataset(Dataset):
         other = rng.choice(others)
         if other == index:
             other = others[(others.index(other) + 1) % len(others)]
-        if self._columns[index] + self._columns[other] > self.max_length:
+        if self._num_positions[index] + self._num_positions[other] > self.max_length:
             return []
         return [_utterance(self.samples[other])]
 
-    def _count_columns(self, sample: Sample) -> int:
+    def _count_positions(self, sample: Sample) -> int:
         text = with_speaker(sample.text, sample.speaker if self.name_speakers else None)
         return len(self.tokenizer.encode(text)) + sample.codes.shape[1] + self._overhead
 
@@ -113,8 +113,8 @@ def _utterance(sample: Sample) -> Utterance:
     return Utterance(sample.text, torch.from_numpy(sample.codes.astype("int64")))
 
 
-class StepBatches:
-    """Endless micro-batches for one process: lists of `Draw`, from a position on.
+class StepBatchSampler:
+    """Endless micro-batches for one process: lists of `SampleKey`, from a position on.
 
     Every epoch is a permutation, sorted by length within pools so that the items of a batch are
     alike. The stream of epochs is cut into optimizer steps of
@@ -137,19 +137,19 @@ class StepBatches:
         self.rank, self.world_size = rank, world_size
         self._epoch: tuple[int, list[int]] = (-1, [])
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         step_size = self.batch_size * self.accumulate * self.world_size
         step = self.start_step
         while True:
-            drawn = [self._draw(step * step_size + i) for i in range(step_size)]
-            frames = sum(self.lengths[index] for _, index in drawn)
-            draws = [Draw(epoch, index, step_size, frames) for epoch, index in drawn]
+            chosen = [self._sample_at(step * step_size + i) for i in range(step_size)]
+            frames = sum(self.lengths[index] for _, index in chosen)
+            keys = [SampleKey(epoch, index, step_size, frames) for epoch, index in chosen]
             for micro in range(self.accumulate):
                 begin = (micro * self.world_size + self.rank) * self.batch_size
-                yield draws[begin : begin + self.batch_size]
+                yield keys[begin : begin + self.batch_size]
             step += 1
 
-    def _draw(self, position: int) -> tuple[int, int]:
+    def _sample_at(self, position: int) -> tuple[int, int]:
         epoch, offset = divmod(position, len(self.lengths))
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._order(epoch))
@@ -164,8 +164,9 @@ class StepBatches:
         # about the same length fall on whole steps.
         head = -epoch * len(order) % step_size
         chunks, short = [], []
-        for begin in range(head, len(order), _POOL * step_size):
-            pool = sorted(order[begin : begin + _POOL * step_size], key=self.lengths.__getitem__)
+        for begin in range(head, len(order), _POOL_BATCHES * step_size):
+            pool = order[begin : begin + _POOL_BATCHES * step_size]
+            pool.sort(key=self.lengths.__getitem__)
             whole = len(pool) - len(pool) % step_size
             chunks += [pool[i : i + step_size] for i in range(0, whole, step_size)]
             short = pool[whole:]
@@ -183,22 +184,22 @@ def collate(items: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
     rows = items[0]["tokens"].shape[0]
     tokens = torch.zeros(len(items), rows, length, dtype=torch.long)
     tokens[:, 0] = pad_id
-    labels = torch.full((len(items), rows, length), IGNORED)
+    labels = torch.full((len(items), rows, length), IGNORE_INDEX)
     padding = torch.ones(len(items), length, dtype=torch.bool)
     for i, item in enumerate(items):
-        columns = item["tokens"].shape[1]
-        tokens[i, :, :columns] = item["tokens"]
-        labels[i, :, :columns] = item["labels"]
-        padding[i, :columns] = False
-    draw: Draw = items[0]["draw"]
+        positions = item["tokens"].shape[1]
+        tokens[i, :, :positions] = item["tokens"]
+        labels[i, :, :positions] = item["labels"]
+        padding[i, :positions] = False
+    key: SampleKey = items[0]["key"]
     # An item's row 0 learns <|voice|>, its frames and <|im_end|>.
     return {
         "tokens": tokens,
         "labels": labels,
         "key_padding_mask": padding,
-        "step_tokens": torch.tensor(draw.step_frames + 2 * draw.step_items),
-        "step_frames": torch.tensor(draw.step_frames),
-        "indices": torch.tensor([item["draw"].index for item in items]),
+        "step_tokens": torch.tensor(key.step_frames + 2 * key.step_items),
+        "step_frames": torch.tensor(key.step_frames),
+        "indices": torch.tensor([item["key"].index for item in items]),
     }
 
 
@@ -225,8 +226,8 @@ class SemanticDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         rank = self.trainer.global_rank if self.trainer else 0
         world_size = self.trainer.world_size if self.trainer else 1
-        batches = StepBatches(
-            [self.train.frames(i) for i in range(len(self.train))],
+        batches = StepBatchSampler(
+            [self.train.num_frames(i) for i in range(len(self.train))],
             self.batch_size,
             seed=self.seed,
             accumulate=self.accumulate,
@@ -239,9 +240,9 @@ class SemanticDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader | list:
         if self.validation is None or not len(self.validation):
             return []
-        order = sorted(range(len(self.validation)), key=self.validation.frames)
+        order = sorted(range(len(self.validation)), key=self.validation.num_frames)
         batches = [
-            [Draw(0, index, 0, 0) for index in order[i : i + self.batch_size]]
+            [SampleKey(0, index, 0, 0) for index in order[i : i + self.batch_size]]
             for i in range(0, len(order), self.batch_size)
         ]
         return self._loader(self.validation, batches)
@@ -259,7 +260,7 @@ class SemanticDataModule(L.LightningDataModule):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl+C, and what SLURM sends, reach the workers too, but the step at hand still needs their
-    batches. They end with the process that they work for."""
+    """Ctrl+C and SLURM's signals reach workers too, but the current step still needs their batches.
+    They end with the process that they work for."""
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -17,7 +17,7 @@ from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.protos.stream import read_shard, write_shard
 from fish_speech.datasets.protos.text_data_pb2 import Semantics, Sentence, TextData
 from fish_speech.files import file_digest, read_json, safe_name, write_json
-from fish_speech.text import is_speakable
+from fish_speech.text import is_speakable, spoken_text
 
 SHARD_FOLDER = "protos"
 _MANIFEST = "manifest.json"
@@ -78,9 +78,9 @@ def build_shards(
 
     manifest, usable = Manifest(source, []), []
     folder.mkdir(exist_ok=True)
-    # Which split a clip belongs to follows from all of them: until then they wait in a file.
+    # Which split a clip belongs to follows from all of them: until then they are spilled to a file.
     with TemporaryFile(dir=folder) as file:
-        waiting = _Waiting(file)
+        spilled = _SpillFile(file)
         for clip in progress(clips):
             try:
                 text, codes = clip.read_text(), read_codes(clip.codes, num_codebooks, codebook_size)
@@ -91,7 +91,7 @@ def build_shards(
                 continue
             manifest.frames += codes.shape[1]
             usable.append(clip)
-            waiting.put(clip.name, sentence(text, codes))
+            spilled.put(clip.name, sentence(text, codes))
         if not usable:
             reason = next(iter(manifest.skipped.values()))
             raise ValueError(f"{data_dir}: no clip can be used; the first: {reason}")
@@ -103,7 +103,7 @@ def build_shards(
             setattr(manifest, split, [clip.name for clip in chosen])
             for number, (speaker, group) in enumerate(groupby(chosen, lambda clip: clip.speaker)):
                 name = f"{split}-{number:03d}-{safe_name(speaker, max_length=40)}.protos"
-                spoken = (waiting.get(clip.name) for clip in group)
+                spoken = (spilled.get(clip.name) for clip in group)
                 write_shard(folder / name, text_data(spoken, Path(data_dir).name, speaker))
                 manifest.shards[name] = file_digest(folder / name)
     write_json(folder / _MANIFEST, asdict(manifest))
@@ -119,9 +119,8 @@ def read_codes(file: Path, num_codebooks: int, codebook_size: int) -> np.ndarray
     try:
         codes = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{file}: damaged codes ({getattr(error, 'strerror', None) or error}); delete the file"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{file}: damaged codes ({reason}); delete the file") from error
     if codes.ndim != 2 or codes.shape[0] != num_codebooks or codes.dtype.kind not in "iu":
         raise ValueError(
             f"{file}: codes are {codes.dtype} {codes.shape}, expected integers of "
@@ -147,6 +146,22 @@ def read_samples(paths: Iterable[str | Path]) -> Iterator[Sample]:
                 yield Sample(" ".join(sentence.texts), message.name, np.stack(rows))
 
 
+def load_split(data_dir: Path, manifest: Manifest, split: str) -> list[Sample]:
+    """The samples of a split, each with the name of its clip and its text as it would be spoken.
+
+    Raises `ValueError` where the shards are not those of the manifest any more.
+    """
+    for path in manifest.paths(data_dir, split):
+        if not path.is_file() or file_digest(path) != manifest.shards[path.name]:
+            raise ValueError(f"{path}: was packed again by another run; start this one again")
+    samples = read_samples(manifest.paths(data_dir, split))
+    names = getattr(manifest, split)
+    return [
+        replace(sample, name=name, text=spoken_text(sample.text))
+        for sample, name in zip(samples, names, strict=True)
+    ]
+
+
 def sentence(text: str, codes: np.ndarray) -> Sentence:
     """An utterance of codes [K, T] as shards hold it."""
     return Sentence(texts=[text], semantics=[Semantics(values=row) for row in codes.tolist()])
@@ -159,18 +174,18 @@ def text_data(sentences: Iterable[Sentence], source: str, speaker: str) -> Itera
         yield TextData(source=source, name=speaker, sentences=part)
 
 
-class _Waiting:
-    """Utterances by name, in a file."""
+class _SpillFile:
+    """Utterances by name, in a file rather than in memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._places: dict[str, tuple[int, int]] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
 
     def put(self, name: str, utterance: Sentence) -> None:
-        self._places[name] = self._file.tell(), self._file.write(utterance.SerializeToString())
+        self._spans[name] = self._file.tell(), self._file.write(utterance.SerializeToString())
 
     def get(self, name: str) -> Sentence:
-        start, size = self._places[name]
+        start, size = self._spans[name]
         self._file.seek(start)
         return Sentence.FromString(self._file.read(size))
 
@@ -179,18 +194,18 @@ def _choose_validation(clips: list[Clip], share: float, before: Manifest | None)
     """Names of the held-out clips: about a share, at least one of two and three of twenty; but
     never the only clip, or the last one, of a speaker.
 
-    The digest of a name decides, and not how many others there are, so that a second stage with
-    more clips never validates on what the first one learned (unless a larger share is asked for, or
-    a speaker had no other clip). What was held out before stays so, unless a smaller share is asked
-    for; where all that is too few, one that was learned is taken only where there is no other.
+    A hash of its name decides whether a clip is held out, not which others there are, so that a
+    second stage with more clips never validates on what the first one learned (unless a larger
+    share is asked for, or a speaker had no other clip). What was held out before stays so, unless a
+    smaller share is asked for; a clip that was learned is taken only where there is no other.
     """
     if share <= 0:
         return set()
-    places = {clip.name: _place(clip.name) for clip in clips}
-    names = sorted(places, key=places.__getitem__)
+    fractions = {clip.name: _hash_fraction(clip.name) for clip in clips}
+    names = sorted(fractions, key=fractions.__getitem__)
     held = set(before.validation) if before else set()
     learned = set(before.train) if held else set()  # else nothing was to be held out
-    chosen = [name for name in names if places[name] < share]
+    chosen = [name for name in names if fractions[name] < share]
     others = [name for name in names if name not in learned]
     speakers = {clip.name: clip.speaker for clip in clips}
     left = Counter(speakers.values())
@@ -210,8 +225,8 @@ def _choose_validation(clips: list[Clip], share: float, before: Manifest | None)
     return held_out
 
 
-def _place(name: str) -> float:
-    """Where a name lies in [0, 1), evenly and for ever."""
+def _hash_fraction(name: str) -> float:
+    """A hash of a name, uniform in [0, 1)."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 

@@ -20,7 +20,7 @@ from fish_speech.inference import TextToSpeech
 from fish_speech.models.vqgan import load_codec
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.callbacks import step_finished
-from fish_speech.training.distributed import is_first
+from fish_speech.training.distributed import is_rank_zero
 
 _SAMPLES = 4
 _LOGGED = ("wer", "cer", "similarity", "similarity_referenced", "runaways", "empty")
@@ -44,7 +44,7 @@ class EvaluateDuringTraining(L.Callback):
         speaker_encoder: str | None = None,
     ) -> None:
         self.every, self.base_dir, self.say = every, base_dir, say
-        if not is_first():
+        if not is_rank_zero():
             return  # the others wait for it at their next step
         data = HeldOut(data_dir)
         self._lines = data.plan([], _SAMPLES, lambda message: None)
@@ -61,7 +61,7 @@ class EvaluateDuringTraining(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
         due = step_finished(trainer, batch_index) and trainer.global_step % self.every == 0
         if due and trainer.is_global_zero and not trainer.should_stop:
-            module.look()  # adapters that this step has spoiled are not to be heard
+            module.flush_metrics()  # adapters that this step has spoiled are not to be heard
             module.model.eval()
             try:
                 self._evaluate(trainer, module)

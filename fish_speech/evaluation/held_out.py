@@ -12,13 +12,12 @@ import torch
 from fish_speech.audio_decoding import audio_info
 from fish_speech.conversation import Utterance, build_item
 from fish_speech.datasets.clips import Clip, find_clips
-from fish_speech.datasets.shards import read_manifest
+from fish_speech.datasets.shards import load_split, read_manifest
 from fish_speech.evaluation.measure import Say
 from fish_speech.evaluation.synthesis import Line, Recording, plan_lines
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.loss import loss_sums
-from fish_speech.training.train import load_split
 
 _REAL_CLIPS = 8  # that stand for a voice; where fewer are held out, training clips fill up
 _MOST_CLIPS = 32  # held-out ones that are listened to and whose loss is taken

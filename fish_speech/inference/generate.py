@@ -142,8 +142,7 @@ def row_0_head(model: DualARTransformer, im_end_id: int) -> nn.Module:
     begin = model.semantic_begin_id
     rows = torch.arange(begin - 1, begin + model.config.codebook_size, device=model.device)
     rows[0] = im_end_id
-    output = model.embeddings if model.config.tie_word_embeddings else model.output
-    return model.head_type(model.norm, effective_weight_rows(output, rows))
+    return model.head_type(model.norm, effective_weight_rows(model.output_layer, rows))
 
 
 @torch.inference_mode()

@@ -52,7 +52,7 @@ class SaveCheckpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module) -> None:
         self._saved_step = trainer.global_step
         name = f"before_{trainer.loggers[0].version}"  # this start's
-        if trainer.is_global_zero and (aside := self.run.set_aside(trainer.global_step, name)):
+        if trainer.is_global_zero and (aside := self.run.archive_after(trainer.global_step, name)):
             self.say(f"later checkpoints of the run up to now were moved to {aside}")
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
@@ -66,7 +66,7 @@ class SaveCheckpoints(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:
         try:
-            module.look()  # at the steps that were taken: they are logged
+            module.flush_metrics()  # at the steps that were taken: they are logged
         except Exception:  # that step has spoiled the adapters, or the device is gone
             return
         # Between two steps the adapters are what the last one left, so a run that ran out of
@@ -156,8 +156,8 @@ class Progress(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
         if step_finished(trainer, batch_index) and self._bar is not None:
-            if module.figures:
-                self._bar.set_postfix_str(_PROGRESS.format(**module.figures), refresh=False)
+            if module.metrics:
+                self._bar.set_postfix_str(_PROGRESS.format(**module.metrics), refresh=False)
             self._bar.update()
             self._forecast(trainer)
 
@@ -173,7 +173,7 @@ class Progress(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, module) -> None:
         metrics = trainer.callback_metrics
         if trainer.is_global_zero and "validation/loss" in metrics and not trainer.sanity_checking:
-            learned = module.figures.get("train/loss")
+            learned = module.metrics.get("train/loss")
             before = "" if learned is None else f"training loss {learned:.3f}, "
             tqdm.write(
                 f"step {trainer.global_step}: {before}"

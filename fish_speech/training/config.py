@@ -121,6 +121,7 @@ def compose_config(
         if remembered is not None:
             given = [*(text.partition("=")[0].lstrip("+") for text in overrides), *values]
             known = OmegaConf.load(remembered)
+            known.optimizer.pop("max_steps", None)  # which earlier versions wrote, for nothing
             for key in given:
                 OmegaConf.update(known, key, OmegaConf.select(composed, key), merge=False)
             # A setting that came after the run is as composed; of two models nothing is mixed.

@@ -21,11 +21,11 @@ _MEETING = timedelta(minutes=10)  # which all processes begin within
 
 
 @contextmanager
-def data_processes() -> Iterator[tuple[int, int]]:
+def process_group() -> Iterator[tuple[int, int]]:
     """Rank and number of the processes that share the preparation of the data.
 
     Those of torchrun and SLURM start together; until the block ends they are a group for
-    `wait_for_all`. A process alone, or one that Lightning starts once the data is ready, is (0, 1).
+    `barrier`. A process alone, or one that Lightning starts once the data is ready, is (0, 1).
     """
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
@@ -55,7 +55,7 @@ def data_processes() -> Iterator[tuple[int, int]]:
     # a group of its own later; under a prefix this one leaves nothing behind that it would find.
     distributed.init_process_group(
         "gloo",
-        store=distributed.PrefixStore("data_processes", store),
+        store=distributed.PrefixStore("process_group", store),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(days=7),
@@ -75,7 +75,7 @@ def check_trained_by(world_size: int, settings: TrainConfig) -> None:
         )
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Wait until every process of the group is here; not at all where there is none."""
     from torch import distributed
 
@@ -84,14 +84,14 @@ def wait_for_all() -> None:
 
 
 @contextmanager
-def alone_with(data_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+def dataset_lock(data_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
     """No other run changes the data set meanwhile: the first process holds its lock for all.
 
     Where it is taken, wait for it: several projects may be trained on one data set.
     """
     waited = False
     with ExitStack() as held:
-        while is_first() and data_dir.is_dir():  # else whoever reads it says what is missing
+        while is_rank_zero() and data_dir.is_dir():  # else whoever reads it says what is missing
             try:
                 held.enter_context(exclusive(data_dir, f"data set {data_dir}"))
                 break
@@ -100,18 +100,18 @@ def alone_with(data_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
                     say(f"waiting (Ctrl+C stops that): {error}")
                 waited = True
             time.sleep(1)
-        wait_for_all()
+        barrier()
         yield
-        wait_for_all()
+        barrier()
 
 
-def first_then_all(work: Callable[[], T]) -> T:
+def rank_zero_first(work: Callable[[], T]) -> T:
     """Let the first process do work that the others then find done."""
-    if is_first():
+    if is_rank_zero():
         result = work()
-        wait_for_all()
+        barrier()
         return result
-    wait_for_all()
+    barrier()
     return work()
 
 
@@ -131,7 +131,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that speaks and writes for all."""
     if "RANK" in os.environ:
         return os.environ["RANK"] == "0"

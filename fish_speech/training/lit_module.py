@@ -16,7 +16,7 @@ from torch import Tensor
 from fish_speech.devices import peak_memory, read_later, seed_draws, sent
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.lora import load_lora, lora_state_dict
-from fish_speech.training.loss import Places, loss_figures, loss_sums
+from fish_speech.training.loss import LabelPositions, loss_metrics, loss_sums
 from fish_speech.training.step_graphs import StepGraphs
 
 SCHEDULES = ("constant", "wsd", "cosine")
@@ -39,9 +39,8 @@ class OptimizerConfig:
     schedule: str = "constant"
     decay_share: float = 0.2
     final_share: float = 0.0
-    max_steps: int = 0
 
-    def rate(self, step: int) -> float:
+    def learning_rate_at(self, step: int, max_steps: int) -> float:
         """The learning rate of a step (the first is 0): a pure function, so nothing to resume."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.schedule == "constant":
@@ -50,8 +49,8 @@ class OptimizerConfig:
             raise ValueError(f"schedule: '{self.schedule}' is none of {', '.join(SCHEDULES)}")
         start = self.warmup_steps
         if self.schedule == "wsd":
-            start = max(start, round(self.max_steps * (1 - self.decay_share)))
-        span = max(1, self.max_steps - start)
+            start = max(start, round(max_steps * (1 - self.decay_share)))
+        span = max(1, max_steps - start)
         progress = min(1.0, max(0.0, (step - start) / span))
         fall = 1 - progress if self.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
         return self.learning_rate * warm * (self.final_share + (1 - self.final_share) * fall)
@@ -65,14 +64,14 @@ class DivergedError(ValueError):
         self.step = step
 
 
-class _Taken(NamedTuple):
-    """A step that was taken, with its learning rate, the columns learned from up to it, and what a
-    device may still be at: `totals` of its losses and the norm of its gradient [6]."""
+class _StepMetrics(NamedTuple):
+    """Of one optimizer step: its clips, its learning rate, and the tokens that the run has seen.
+    `read` waits for the device, and returns the loss sums and the gradient norm [6]."""
 
     step: int
     clips: list[str]
-    rate: float
-    columns: int
+    learning_rate: float
+    tokens: int
     read: Callable[[], Tensor]
 
 
@@ -99,17 +98,16 @@ class TextToSemantic(L.LightningModule):
         self.seed = seed
         self.run, self.clip_names = run or {}, clip_names
         self.graphs: StepGraphs | None = None
-        self.figures: dict[str, float] = {}  # of the last step that was looked at, as it is logged
+        self.metrics: dict[str, float] = {}  # of the last step that was flushed
         self.adapters_only = bool(lora_state_dict(model))
         self.strict_loading = not self.adapters_only
-        # Added up: of the step at hand (whose last batch alone holds its longest clips), and of the
-        # validation at hand.
-        self._step: Tensor | int = 0
-        self._validation: Tensor | int = 0
-        self._clips: list[str] = []  # of the step at hand
-        self._taken: deque[_Taken] = deque()
-        self._unlogged: int | None = None  # the last step that was looked at, if it isn't logged
-        self._since, self._columns = 0.0, 0  # when it began, and what it has learned from
+        # Loss sums over the micro-batches of the current step, and over the current validation.
+        self._step_sums: Tensor | int = 0
+        self._validation_sums: Tensor | int = 0
+        self._step_clips: list[str] = []
+        self._pending: deque[_StepMetrics] = deque()
+        self._unlogged_step: int | None = None  # flushed, but not logged
+        self._started, self._num_tokens = 0.0, 0
 
     def transfer_batch_to_device(
         self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
@@ -118,23 +116,25 @@ class TextToSemantic(L.LightningModule):
         codes = batch["step_frames"] * self.model.config.num_codebooks
         return {
             "tokens": sent(batch["tokens"], device),
-            "places": Places(*(sent(part, device) for part in Places.of(batch["labels"]))),
+            "positions": LabelPositions(
+                *(sent(part, device) for part in LabelPositions.from_labels(batch["labels"]))
+            ),
             "step_labels": sent(torch.stack([batch["step_tokens"], codes]), device),
             "indices": batch["indices"].tolist(),
-            "columns": int((~batch["key_padding_mask"]).sum()),
+            "num_tokens": int((~batch["key_padding_mask"]).sum()),
         }
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         micro = batch_index % self.trainer.accumulate_grad_batches
-        self._note(batch, micro)
+        self._record_batch(batch, micro)
         self._seed_step(micro)
-        tokens, places, labels = batch["tokens"], batch["places"], batch["step_labels"]
-        made = self.graphs and self.graphs(tokens, places, 1 / labels)
+        tokens, positions, labels = batch["tokens"], batch["positions"], batch["step_labels"]
+        made = self.graphs and self.graphs(tokens, positions, 1 / labels)
         if made is None:
-            sums = loss_sums(self.model, tokens, places, fill_up=True)
+            sums = loss_sums(self.model, tokens, positions, bucketed=True)
             made = sums.loss(*labels), sums
         loss, sums = made
-        self._step = sums.totals() + (self._step if micro else 0)
+        self._step_sums = sums.totals() + (self._step_sums if micro else 0)
         # Lightning divides by the micro-batches and averages over processes; the sums are already
         # parts of the whole step's mean.
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
@@ -145,65 +145,67 @@ class TextToSemantic(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm, and note what the step has made."""
+        """Clip the norm, and queue the metrics of the step."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
-        totals = self.trainer.strategy.reduce(self._step, reduce_op="sum")
+        totals = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
         read = read_later(torch.cat([totals, norm.detach().float()[None]]))
         rate = optimizer.param_groups[0]["lr"]
-        self._taken.append(_Taken(self.global_step, self._clips, rate, self._columns, read))
-        self.look(but=self._unseen())
+        self._pending.append(
+            _StepMetrics(self.global_step, self._step_clips, rate, self._num_tokens, read)
+        )
+        self.flush_metrics(keep_last=self._deferred_steps())
 
-    def _unseen(self) -> int:
-        """Steps whose figures are left to the next one: a card is at them while Python prepares
-        that. Who keeps what a step has made, or goes by it, looks before."""
+    def _deferred_steps(self) -> int:
+        """Steps whose metrics are read later: on one GPU it computes the last one while Python
+        prepares the next. Whoever saves or validates flushes them before."""
         alone = self.trainer.world_size == 1
         return int(alone and self.device.type == "cuda")
 
-    def look(self, but: int = 0) -> None:
-        """Log what the steps have made, the last ones left out.
+    def flush_metrics(self, keep_last: int = 0) -> None:
+        """Log the metrics of the steps so far, except the last ones.
 
-        Raises `ValueError` where that is no finite number: the adapters are NaN, or would be.
+        Raises `ValueError` where one is not finite: the adapters are NaN, or would be.
         """
-        while len(self._taken) > but:
-            taken = self._taken.popleft()
-            *totals, norm = taken.read().tolist()
-            self._refuse_unless_finite(taken, totals[0] + totals[1], "loss")
-            self._refuse_unless_finite(taken, norm, "gradient")
-            figures = loss_figures(totals) | {
+        while len(self._pending) > keep_last:
+            step = self._pending.popleft()
+            *totals, norm = step.read().tolist()
+            self._check_finite(step, totals[0] + totals[1], "loss")
+            self._check_finite(step, norm, "gradient")
+            metrics = loss_metrics(totals) | {
                 "gradient_norm": norm,
-                "learning_rate": taken.rate,
-                "tokens_per_second": taken.columns / (time.monotonic() - self._since),
+                "learning_rate": step.learning_rate,
+                "tokens_per_second": step.tokens / (time.monotonic() - self._started),
                 "memory_gb": peak_memory(self.device) / 1e9,
             }
-            self.figures = {f"train/{name}": value for name, value in figures.items()}
-            self._unlogged = taken.step
-            if (taken.step + 1) % self.trainer.log_every_n_steps == 0:
+            self.metrics = {f"train/{name}": value for name, value in metrics.items()}
+            self._unlogged_step = step.step
+            if (step.step + 1) % self.trainer.log_every_n_steps == 0:
                 self._log()
 
     def _log(self) -> None:
-        if self._unlogged is not None:
+        if self._unlogged_step is not None:
             for logger in self.trainer.loggers:
-                logger.log_metrics(self.figures, self._unlogged)
+                logger.log_metrics(self.metrics, self._unlogged_step)
                 logger.save()
-        self._unlogged = None
+        self._unlogged_step = None
 
-    def _refuse_unless_finite(self, taken: _Taken, value: float, what: str) -> None:
+    def _check_finite(self, step: _StepMetrics, value: float, what: str) -> None:
         """All processes stop where one of them would go on with nonsense."""
         fine = math.isfinite(value)
         if self.trainer.strategy.reduce_boolean_decision(fine, all=True):
             return
         message = (
-            f"the {what} is {value} at step {taken.step}, in {', '.join(taken.clips)}; "
+            f"the {what} is {value} at step {step.step}, in {', '.join(step.clips)}; "
             "look at these clips, or lower --learning-rate"
         )
-        raise DivergedError(message, taken.step) if what == "loss" else ValueError(message)
+        raise DivergedError(message, step.step) if what == "loss" else ValueError(message)
 
-    def _note(self, batch: dict[str, Any], micro: int) -> None:
+    def _record_batch(self, batch: dict[str, Any], micro: int) -> None:
         names = self.clip_names or {i: f"sample {i}" for i in batch["indices"]}
         clips = [names[i] for i in batch["indices"]]
-        self._clips = clips if micro == 0 else self._clips + clips
-        # One process counts for all: its part of the columns is as good as any.
-        self._columns += batch["columns"] * self.trainer.world_size
+        self._step_clips = clips if micro == 0 else self._step_clips + clips
+        # One process counts for all: its tokens are as good as any's.
+        self._num_tokens += batch["num_tokens"] * self.trainer.world_size
 
     def on_train_batch_end(self, outputs, batch: dict[str, Tensor], batch_index: int) -> None:
         # Where it stops, Lightning validates: the last step is to have its loss whatever the
@@ -211,14 +213,14 @@ class TextToSemantic(L.LightningModule):
         self.trainer.should_stop |= self.global_step == self.trainer.max_steps
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        sums = loss_sums(self.model, batch["tokens"], batch["places"], fill_up=True)
-        self._validation = sums.totals() + self._validation
+        sums = loss_sums(self.model, batch["tokens"], batch["positions"], bucketed=True)
+        self._validation_sums = sums.totals() + self._validation_sums
 
     def on_validation_start(self) -> None:
-        self.look()
+        self.flush_metrics()
 
     def on_validation_epoch_end(self) -> None:
-        totals, self._validation = self._validation, 0
+        totals, self._validation_sums = self._validation_sums, 0
         if not bool(totals[:2].sum().isfinite()):  # in every process: each saw all
             step = self.global_step
             raise DivergedError(
@@ -226,8 +228,8 @@ class TextToSemantic(L.LightningModule):
                 "lower --learning-rate",
                 step,
             )
-        figures = {f"validation/{name}": value for name, value in loss_figures(totals).items()}
-        self.log_dict(figures, rank_zero_only=True)
+        metrics = {f"validation/{name}": value for name, value in loss_metrics(totals).items()}
+        self.log_dict(metrics, rank_zero_only=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.optimizer_config
@@ -246,23 +248,23 @@ class TextToSemantic(L.LightningModule):
         )
 
     def on_train_start(self) -> None:
-        self._since = time.monotonic()
+        self._started = time.monotonic()
         # A resumed optimizer has come with the settings that it was saved with.
         wanted = self.configure_optimizers().param_groups
         for group, fresh in zip(self.trainer.optimizers[0].param_groups, wanted, strict=True):
             group.update({name: fresh[name] for name in ("weight_decay", "betas", "eps")})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        rate = self.optimizer_config.rate(self.global_step)
+        rate = self.optimizer_config.learning_rate_at(self.global_step, self.trainer.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
     def on_train_end(self) -> None:
-        self.look()
+        self.flush_metrics()
         self._log()  # the last step, whatever the interval
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.look()
+        self.flush_metrics()
         checkpoint["run"] = self.run
         if self.adapters_only:
             adapters = lora_state_dict(self.model)

@@ -11,20 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fish_speech.conversation import IGNORED
+from fish_speech.conversation import IGNORE_INDEX
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.ops.fused import cross_entropy
 
 # At the published size a label's logits of row 0 take 0.4 MB (0.2 where they stay in bf16), and
-# what the fast transformer keeps of a frame for its gradient takes 1 MB in bf16.
-LABELS_AT_ONCE, FRAMES_AT_ONCE = 256, 512
-_MORE = 4  # times as many on a GPU, whose kernels are the slower, the less they have to do
-_FILLED = 16, 16  # sizes from a power of two to the next, and how far they are apart at least
+# what the fast transformer saves of a frame for the backward takes 1 MB in bf16.
+LABEL_CHUNK, FRAME_CHUNK = 256, 512
+_GPU_CHUNK_FACTOR = 4  # a GPU's kernels need more work at a time to be fast
+_BUCKETS = 16, 16  # per power of two, and the least distance between two
 
 
-def at_once(most: int, device: torch.device) -> int:
-    """How many of `LABELS_AT_ONCE` or `FRAMES_AT_ONCE` there are at a time on a device."""
-    return most * (_MORE if device.type == "cuda" else 1)
+def chunk_size(most: int, device: torch.device) -> int:
+    """`LABEL_CHUNK` or `FRAME_CHUNK`, as it is on a device."""
+    return most * (_GPU_CHUNK_FACTOR if device.type == "cuda" else 1)
 
 
 @dataclass
@@ -44,15 +44,15 @@ class LossSums:
         return self.token / step_tokens + self.codebook / step_codes
 
     def totals(self) -> Tensor:
-        """All five [5] (fp32), without their history: what `loss_figures` divides."""
+        """All five [5] (fp32), detached: what `loss_metrics` divides."""
         # Filled in: a GPU would be waited for before they were copied to it.
         counts = [self.token.new_full((), count) for count in (self.tokens, self.codes)]
         sums = [self.token, self.codebook, self.top5.to(self.token.dtype), *counts]
         return torch.stack(sums).detach().float()
 
 
-def loss_figures(totals: Tensor | Sequence[float]) -> dict[str, Any]:
-    """Mean losses a label and the top-5 accuracy, of `LossSums.totals` that were added up [5]."""
+def loss_metrics(totals: Tensor | Sequence[float]) -> dict[str, Any]:
+    """Mean losses per label and the top-5 accuracy, of added up `LossSums.totals` [5]."""
     token, codebook, top5, tokens, codes = totals
     token, codebook, top5 = token / tokens, codebook / codes, top5 / codes
     return {
@@ -63,177 +63,181 @@ def loss_figures(totals: Tensor | Sequence[float]) -> dict[str, Any]:
     }
 
 
-class Places(NamedTuple):
-    """The columns of a batch [B, K+1, T] that are learned, as positions in [B * T].
+class LabelPositions(NamedTuple):
+    """Where a batch [B, K+1, T] has labels, as positions in [B * T].
 
-    `spoken` [M] with its row-0 `ids` [M], `frames` [N] with its `codes` [N, K]. Where both are
-    `IGNORED` nothing is learned: that fills a batch up to a size.
+    `token_positions` [M] with row 0's `token_labels` [M], `frame_positions` [N] with `code_labels`
+    [N, K]. A label of `IGNORE_INDEX` is padding, up to the size of a bucket.
     """
 
-    spoken: Tensor
-    ids: Tensor
-    frames: Tensor
-    codes: Tensor
+    token_positions: Tensor
+    token_labels: Tensor
+    frame_positions: Tensor
+    code_labels: Tensor
 
     @classmethod
-    def of(cls, labels: Tensor) -> Places:
+    def from_labels(cls, labels: Tensor) -> LabelPositions:
         """Of labels [B, K+1, T]."""
         labels = labels.transpose(1, 2).flatten(0, 1)  # [B * T, K+1]
-        spoken = (labels[:, 0] != IGNORED).nonzero()[:, 0]
-        frames = (labels[:, 1:] != IGNORED).all(1).nonzero()[:, 0]
+        spoken = (labels[:, 0] != IGNORE_INDEX).nonzero()[:, 0]
+        frames = (labels[:, 1:] != IGNORE_INDEX).all(1).nonzero()[:, 0]
         return cls(spoken, labels[spoken, 0], frames, labels[frames, 1:])
 
-    def widened(self, columns: int, wider: int) -> Places:
-        """Of a batch of `columns` that was filled up to `wider` ones."""
+    def repadded(self, length: int, padded: int) -> LabelPositions:
+        """The same when the batch is padded from `length` to `padded` positions an item."""
         spoken, frames = (
-            place + place // columns * (wider - columns) for place in (self.spoken, self.frames)
+            position + position // length * (padded - length)
+            for position in (self.token_positions, self.frame_positions)
         )
-        return self._replace(spoken=spoken, frames=frames)
+        return self._replace(token_positions=spoken, frame_positions=frames)
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Labels of row 0, and codes."""
-        return self.ids.numel(), self.codes.numel()
+        """How many labels row 0 has, and how many the codebooks."""
+        return self.token_labels.numel(), self.code_labels.numel()
 
-    def filled(self, size: int) -> Places:
-        """With so many positions in either."""
-        spoken, frames = (size - len(part) for part in (self.spoken, self.frames))
-        return Places(
-            F.pad(self.spoken, (0, spoken)),
-            F.pad(self.ids, (0, spoken), value=IGNORED),
-            F.pad(self.frames, (0, frames)),
-            F.pad(self.codes, (0, 0, 0, frames), value=IGNORED),
+    def padded_to(self, size: int) -> LabelPositions:
+        """The same with so many token and frame positions."""
+        spoken, frames = (size - len(part) for part in (self.token_positions, self.frame_positions))
+        return LabelPositions(
+            F.pad(self.token_positions, (0, spoken)),
+            F.pad(self.token_labels, (0, spoken), value=IGNORE_INDEX),
+            F.pad(self.frame_positions, (0, frames)),
+            F.pad(self.code_labels, (0, 0, 0, frames), value=IGNORE_INDEX),
         )
 
 
-def rounded_up(size: int, steps: int, least: int = 1) -> int:
-    """The next of the sizes of which there are so many from a power of two to the next, `least`
-    apart at least."""
+def bucket_size(size: int, steps: int, least: int = 1) -> int:
+    """Round up to a bucket: there are `steps` from a power of two to the next, at least `least`
+    apart."""
     step = max(least, (1 << max(0, size - 1).bit_length()) // (2 * steps))
     return -(-size // step) * step
 
 
-def filled_up(
-    tokens: Tensor, places: Places, most: int, steps: int, least: int = 1
-) -> tuple[Tensor, Places]:
-    """A batch with columns, `most` of them if it hasn't more, and labels of a size as
-    `rounded_up` gives."""
+def pad_to_bucket(
+    tokens: Tensor, positions: LabelPositions, most: int, steps: int, least: int = 1
+) -> tuple[Tensor, LabelPositions]:
+    """A batch padded to buckets: of T, up to `most`, and of the numbers of labels."""
     width = tokens.shape[2]
-    columns = max(width, min(rounded_up(width, steps, least), most))
-    size = rounded_up(max(len(places.spoken), len(places.frames), 1), steps, least)
-    return F.pad(tokens, (0, columns - width)), places.widened(width, columns).filled(size)
+    columns = max(width, min(bucket_size(width, steps, least), most))
+    size = bucket_size(
+        max(len(positions.token_positions), len(positions.frame_positions), 1), steps, least
+    )
+    return F.pad(tokens, (0, columns - width)), positions.repadded(width, columns).padded_to(size)
 
 
 def loss_sums(
-    model: DualARTransformer, tokens: Tensor, labels: Tensor | Places, *, fill_up: bool = False
+    model: DualARTransformer,
+    tokens: Tensor,
+    labels: Tensor | LabelPositions,
+    *,
+    bucketed: bool = False,
 ) -> LossSums:
-    """Losses of tokens and labels [B, K+1, T], padded on the right, or their `Places`.
+    """Losses of tokens and labels [B, K+1, T], padded on the right, or their `LabelPositions`.
 
     The output layer runs only on positions with a label, the fast transformer only on frames.
-    `fill_up` is for many batches: their sizes are rounded up by some percent, to such as come
-    again. What multiplies on a CPU is compiled for every size, and kept: at the published size a
-    second and 20 MB.
+    `bucketed` pads many different batches to few shapes: oneDNN compiles its products for each
+    shape and keeps them, at the published size a second and 20 MB.
     """
-    places = labels if isinstance(labels, Places) else Places.of(labels)
-    counts = places.counts
-    if fill_up:
-        tokens, places = filled_up(tokens, places, model.config.max_seq_len, *_FILLED)
-    return LossSums(*loss_parts(model, tokens, places), *counts)
+    positions = labels if isinstance(labels, LabelPositions) else LabelPositions.from_labels(labels)
+    counts = positions.counts
+    if bucketed:
+        tokens, positions = pad_to_bucket(tokens, positions, model.config.max_seq_len, *_BUCKETS)
+    return LossSums(*loss_parts(model, tokens, positions), *counts)
 
 
 def loss_parts(
-    model: DualARTransformer, tokens: Tensor, places: Places
+    model: DualARTransformer, tokens: Tensor, positions: LabelPositions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`token`, `codebook` and `top5` of `LossSums`; nothing here waits for a device."""
+    """`token`, `codebook` and `top5` of `LossSums`; without a synchronisation."""
     x = model.hidden_states(tokens).flatten(0, 1)  # [B * T, D]
-    token = token_loss(model, x[places.spoken], places.ids)
-    return token, *codebook_loss(model, x[places.frames], places.codes)
+    token = token_loss(model, x[positions.token_positions], positions.token_labels)
+    return token, *codebook_loss(model, x[positions.frame_positions], positions.code_labels)
 
 
 def token_loss(model: DualARTransformer, x: Tensor, targets: Tensor) -> Tensor:
-    """Summed loss of row 0: hidden states [N, D], labels [N] (or `IGNORED`) -> scalar."""
-    output = model.embeddings if model.config.tie_word_embeddings else model.output
-    trained = [*model.norm.parameters(), *output.parameters()]
-    (loss,) = _in_pieces(
+    """Summed loss of row 0: hidden states [N, D], labels [N] (or `IGNORE_INDEX`) -> scalar."""
+    trained = [*model.norm.parameters(), *model.output_layer.parameters()]
+    (loss,) = _chunked_loss(
         lambda x, targets: (cross_entropy(model.token_logits(x), targets),),
-        x, targets, LABELS_AT_ONCE, trained,
+        x, targets, LABEL_CHUNK, trained,
     )  # fmt: skip
     return loss
 
 
 def codebook_loss(model: DualARTransformer, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of the codes [N, K] (or `IGNORED`) of frames, of hidden states [N, D] before
-    each; and how many of them are among the five most likely."""
+    """Summed loss of hidden states [N, D] before frames and their codes [N, K] (or `IGNORE_INDEX`);
+    and how many codes are among the five most likely."""
 
-    def piece(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk_loss(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         codes, labels = targets.clamp(min=0), targets.flatten()
         logits = model.codebook_logits(x, codes).flatten(0, 1)  # [N * K, C]
         with torch.no_grad():
             # Counting what is ahead of the label is cheaper than sorting.
             label_logits = logits.gather(1, codes.flatten()[:, None])
             likely = (logits > label_logits).sum(1) < 5
-            top5 = (likely & (labels != IGNORED)).sum()
+            top5 = (likely & (labels != IGNORE_INDEX)).sum()
         return cross_entropy(logits, labels), top5
 
     trained = [p for name, p in model.named_parameters() if name.startswith("fast_")]
-    loss, top5 = _in_pieces(piece, x, targets, FRAMES_AT_ONCE, trained)
+    loss, top5 = _chunked_loss(chunk_loss, x, targets, FRAME_CHUNK, trained)
     return loss, top5
 
 
-def _in_pieces(
+def _chunked_loss(
     function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     x: Tensor,
     targets: Tensor,
     most: int,
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """A loss, and counts, of x [N, D] and targets [N, ...], added up over pieces of about a size.
+    """A loss, and counts, of x [N, D] and targets [N, ...], summed over chunks of about one size.
 
-    With each loss its gradients are taken, for x and for the `parameters` that are trained (all
-    that the function uses), so that what it is made of exists for one piece at a time, and nothing
-    is computed twice.
+    The gradients, of x and of all trained `parameters` that the function uses, are computed chunk
+    by chunk in the forward: the activations of one chunk exist at a time, and nothing is
+    recomputed.
     """
-    pieces = -(-len(x) // at_once(most, x.device))
-    if pieces < 2:
+    chunks = -(-len(x) // chunk_size(most, x.device))
+    if chunks < 2:
         return function(x, targets)
-    size = -(-len(x) // pieces)
+    size = -(-len(x) // chunks)
     trained = [p for p in parameters if p.requires_grad]
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *trained))
-    return _InPieces.apply(function, targets, size, wanted, x, *trained)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *trained))
+    return _ChunkedLoss.apply(function, targets, size, needs_grad, x, *trained)
 
 
-class _InPieces(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
         targets: Tensor,
         size: int,
-        wanted: bool,
+        needs_grad: bool,
         x: Tensor,
         *trained: Tensor,
     ) -> tuple[Tensor, ...]:
-        sums, to_x, learns = [], [], ctx.needs_input_grad[4]
-        to_trained = [torch.zeros_like(parameter) for parameter in trained]
-        for piece, labels in zip(x.split(size), targets.split(size), strict=True):
-            with torch.set_grad_enabled(wanted):
-                piece = piece.detach().requires_grad_(learns)
-                loss, *counts = function(piece, labels)
+        sums, grad_x, learns = [], [], ctx.needs_input_grad[4]
+        grad_trained = [torch.zeros_like(parameter) for parameter in trained]
+        for chunk, labels in zip(x.split(size), targets.split(size), strict=True):
+            with torch.set_grad_enabled(needs_grad):
+                chunk = chunk.detach().requires_grad_(learns)
+                loss, *counts = function(chunk, labels)
             sums.append([loss.detach(), *counts])
-            if wanted:
-                slopes = torch.autograd.grad(loss, (piece, *trained) if learns else trained)
-                to_x += slopes[:learns]
-                for sum_, more in zip(to_trained, slopes[learns:], strict=True):
+            if needs_grad:
+                grads = torch.autograd.grad(loss, (chunk, *trained) if learns else trained)
+                grad_x += grads[:learns]
+                for sum_, more in zip(grad_trained, grads[learns:], strict=True):
                     sum_ += more
-        if wanted:
-            ctx.save_for_backward(torch.cat(to_x) if learns else None, *to_trained)
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(grad_x) if learns else None, *grad_trained)
         loss, *counts = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
         ctx.mark_non_differentiable(*counts)
         return loss, *counts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        to_x, *to_trained = ctx.saved_tensors
-        to_x = None if to_x is None else to_x * gradient
-        return None, None, None, None, to_x, *(slope * gradient for slope in to_trained)
+    def backward(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        grad_x, *grad_trained = ctx.saved_tensors
+        grad_x = None if grad_x is None else grad_x * grad_out
+        return None, None, None, None, grad_x, *(grad * grad_out for grad in grad_trained)

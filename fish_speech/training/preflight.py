@@ -10,7 +10,7 @@ from fish_speech.datasets.semantic import SemanticDataModule
 from fish_speech.devices import compile_problem, free_memory
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.training.config import RunConfig
-from fish_speech.training.loss import FRAMES_AT_ONCE, LABELS_AT_ONCE, at_once
+from fish_speech.training.loss import FRAME_CHUNK, LABEL_CHUNK, chunk_size
 
 OUT_OF_MEMORY = (
     "out of memory; try --batch-size 1 with --gradient-accumulation-steps, "
@@ -32,7 +32,7 @@ def preflight(
 ) -> bool:
     """Say what will be trained and what it needs; choose gradient checkpointing. Returns whether
     batches become CUDA graphs, which need as much memory again."""
-    minutes = sum(map(data.train.frames, range(len(data.train)))) / frame_rate / 60
+    minutes = sum(map(data.train.num_frames, range(len(data.train)))) / frame_rate / 60
     say(
         f"{len(data.train)} utterances to learn from ({minutes:.1f} minutes), "
         f"{len(data.validation)} held out, {len(data.train.by_speaker)} speaker(s); "
@@ -40,7 +40,7 @@ def preflight(
     )
     if not len(data.validation):
         say("warning: nothing is held out, so there is no validation loss")
-    longest = max(map(data.train.columns, range(len(data.train))))
+    longest = max(map(data.train.num_positions, range(len(data.train))))
     longest *= 2 if config.data.reference_share else 1
     columns = data.batch_size * min(longest, config.data.max_length)
     needs = {chosen: expected_memory(model, columns, chosen, device) for chosen in (False, True)}
@@ -63,9 +63,7 @@ def expected_memory(
     model: DualARTransformer, columns: int, checkpointing: bool, device: torch.device
 ) -> int:
     """About how many bytes training needs for a batch of so many columns, all of them frames."""
-    labels, frames = (
-        min(columns, at_once(most, device)) for most in (LABELS_AT_ONCE, FRAMES_AT_ONCE)
-    )
+    labels, frames = (min(columns, chunk_size(most, device)) for most in (LABEL_CHUNK, FRAME_CHUNK))
     c = model.config
     size = model.embeddings.weight.element_size()
     slow_learns = any(

@@ -1,11 +1,10 @@
-"""Runs on disk: `results/<project>/{checkpoints,logs,training_configs}`, and where one starts."""
+"""Runs on disk: `results/<project>/{checkpoints,logs,training_configs}`."""
 
 from __future__ import annotations
 
 import csv
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,14 +32,14 @@ class Checkpoint:
             raise ValueError(f"{self.path}: not a checkpoint of finetune_tts.py")
         return content
 
-    def is_sound(self) -> bool:
+    def is_readable(self) -> bool:
         """Whether it can be read."""
         try:
             return bool(self.read())
         except ValueError:
             return False
 
-    def is_ours(self) -> bool:
+    def has_run_record(self) -> bool:
         """Whether it says what it was trained on; the reference's checkpoints do not."""
         return "run" in self._content()
 
@@ -79,7 +78,7 @@ class Run:
         return self.folder / "training_configs"
 
     @property
-    def remembered_config(self) -> Path:
+    def saved_config(self) -> Path:
         """The composed config of the latest start that came to a checkpoint."""
         return self.configs / "latest.yaml"
 
@@ -128,7 +127,7 @@ class Run:
         try:
             newest.read()
         except ValueError as error:
-            sound = next(filter(Checkpoint.is_sound, earlier), None)
+            sound = next(filter(Checkpoint.is_readable, earlier), None)
             if sound is None:
                 raise
             raise ValueError(
@@ -137,7 +136,7 @@ class Run:
             ) from error
         return newest
 
-    def set_aside(self, step: int, name: str) -> Path | None:
+    def archive_after(self, step: int, name: str) -> Path | None:
         """Move the checkpoints after `step` into a folder of that name beside them.
 
         Returns the folder, or None where there are none.
@@ -237,103 +236,9 @@ def describe_checkpoints(run: Run) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where training starts: `exact` continues that checkpoint's run, else only its adapters are
-    taken; `reason` is a sentence for the user."""
-
-    checkpoint: Checkpoint | None
-    exact: bool
-    reason: str
-
-
-def choose_start(
-    run: Run,
-    data_dir: Path,
-    *,
-    resume_latest: bool = False,
-    resume_from: str | None = None,
-    checkpoint_path: str | None = None,
-    fits: Callable[[dict[str, Any]], bool] = lambda record: True,
-) -> Start:
-    """Apply the rules of resuming (README, "Going on from a checkpoint").
-
-    What a project has is never started over: without a flag, too, it goes on. `fits` says whether
-    another project's record is of the base and LoRA config that are wanted here. Raises
-    `ValueError` or `FileNotFoundError` that says what there is to choose from.
-    """
-    if resume_latest and resume_from:
-        raise ValueError("--resume-latest and --resume-from-checkpoint exclude each other")
-    if resume_from and checkpoint_path:
-        raise ValueError("--resume-from-checkpoint and --checkpoint-path exclude each other")
-    own = run.checkpoints()
-    named = resume_from or checkpoint_path
-    other = named_checkpoint(named) if named else None
-    is_own = other and other.path.resolve().parent == run.checkpoint_folder.resolve()
-    if resume_from and is_own:
-        return Start(other, True, f"going on from {other.path} exactly")
-    if own:
-        parent = run.newest().read()["run"]["parent"]
-        is_parent = other and parent and _is_in(Path(parent), real_path(named))
-        if other and not (is_own or is_parent):
-            raise ValueError(
-                f"project '{run.project}' has checkpoints of its own, up to step {own[-1].step}, "
-                f"that did not start from {named}; choose another --project"
-            )
-        if is_own and other.path.resolve() != own[-1].path.resolve():
-            raise ValueError(
-                f"--checkpoint-path {named}: project '{run.project}' goes on from its newest, "
-                f"{own[-1].path.name}; --resume-from-checkpoint {named} goes back to that one"
-            )
-        return Start(own[-1], True, f"going on from {own[-1].path} exactly")
-    if other is not None:
-        other.read()
-        return Start(other, False, f"starting from the adapters of {other.path}")
-    if not resume_latest:
-        return Start(None, False, "starting from the base model")
-    related = _latest_of_same_data(run, data_dir, fits)
-    if related is None:
-        raise FileNotFoundError(
-            f"--resume-latest: no checkpoint, neither of project '{run.project}' nor of another "
-            f"one trained on {data_dir} that fits (base, LoRA config); leave the flag out to start "
-            "from the base"
-        )
-    return Start(
-        related,
-        False,
-        f"project '{run.project}' is new: starting from the adapters of {related.path}, "
-        f"the newest trained on {data_dir}",
-    )
-
-
-def _is_in(file: Path, place: Path) -> bool:
-    """Whether a checkpoint is `place`, or lies in that folder or run."""
-    return place.resolve() in (file.resolve(), *file.resolve().parents[:2])
-
-
 def real_path(path: str | Path) -> Path:
     """The guide writes `fish-speech/results/...` for `results/...`; both mean the same."""
     path = Path(path)
     if not path.exists() and path.parts[:1] == ("fish-speech",):
         return Path(*path.parts[1:])
     return path
-
-
-def _latest_of_same_data(
-    run: Run, data_dir: Path, fits: Callable[[dict[str, Any]], bool]
-) -> Checkpoint | None:
-    """The newest checkpoint of another project that was trained on the same data and fits."""
-    wanted = str(data_dir.resolve())
-    candidates = []
-    for folder in run.folder.parent.iterdir() if run.folder.parent.is_dir() else ():
-        if found := Run(folder).checkpoints():
-            candidates.append(found[-1])
-    candidates.sort(key=lambda c: c.path.stat().st_mtime, reverse=True)
-    for checkpoint in candidates:
-        try:
-            record = checkpoint.read()["run"]
-        except ValueError:
-            continue  # another project's damage is not this one's
-        if record["data_dir"] == wanted and fits(record):
-            return checkpoint
-    return None

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
-from fish_speech.datasets.shards import Manifest, Sample, read_samples
+from fish_speech.datasets.shards import Manifest, Sample, load_split
 from fish_speech.devices import is_out_of_memory, resolve_device, resolve_precision
 from fish_speech.files import exclusive, file_digest, remove_temporaries, write_text
 from fish_speech.models.text2semantic import ModelConfig, load_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora
 from fish_speech.models.vqgan import CodecConfig
-from fish_speech.text import spoken_text
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.callbacks import (
     AtomicCheckpoints,
@@ -33,10 +32,11 @@ from fish_speech.training.callbacks import (
     plot_losses,
 )
 from fish_speech.training.config import RunConfig
-from fish_speech.training.distributed import is_first
+from fish_speech.training.distributed import is_rank_zero
 from fish_speech.training.lit_module import DivergedError, TextToSemantic
 from fish_speech.training.preflight import OUT_OF_MEMORY, Say, preflight
-from fish_speech.training.runs import Checkpoint, Run, Start, recorded_lora
+from fish_speech.training.resume import Start
+from fish_speech.training.runs import Checkpoint, Run, recorded_lora
 from fish_speech.training.step_graphs import StepGraphs
 
 
@@ -64,7 +64,7 @@ def train(
     in a `MemoryError` that says what to change.
     """
     run = Run.of(config.project)
-    if not is_first():  # a further process of a run whose first one holds the lock
+    if not is_rank_zero():  # a further process of a run whose first one holds the lock
         return _train(config, run, base_dir, manifest, start, lambda message: None, callbacks)
     with exclusive(run.folder, f"project '{run.project}'"):
         for folder in (run.checkpoint_folder, run.logs, run.configs):  # an evaluation has its own
@@ -82,7 +82,7 @@ def _train(
     callbacks: Sequence[L.Callback],
 ) -> Trained:
     max_steps = config.train.max_steps
-    if start.exact and start.checkpoint.step >= max_steps:
+    if start.resumes and start.checkpoint.step >= max_steps:
         say(
             f"{start.checkpoint.path} is at step {start.checkpoint.step} of {max_steps} already; "
             "a higher --max-steps trains on"
@@ -95,21 +95,22 @@ def _train(
     if start.checkpoint is not None:
         check_fits(start.checkpoint, lora, base_digest, base_dir)
 
-    if start.exact and start.checkpoint.read()["run"].get("shards") not in (None, manifest.shards):
+    shards = start.checkpoint.read()["run"].get("shards") if start.resumes else None
+    if shards not in (None, manifest.shards):
         say(
             f"the data has changed since {start.checkpoint.path}: "
             f"going on with what {config.data.dir} holds now"
         )
     data = _data_module(config, base_dir, manifest, start, say)
-    data.start_step = start.checkpoint.step if start.exact else 0
+    data.start_step = start.checkpoint.step if start.resumes else 0
     model = load_model(base_dir, dtype=dtype)
     model.set_dropout(config.train.dropout)
     add_lora(model, lora, seed=config.seed)
-    if start.checkpoint is not None and not start.exact:
+    if start.checkpoint is not None and not start.resumes:
         load_lora(model, start.checkpoint.read()["state_dict"], start.checkpoint.path)
     module = TextToSemantic(
         model,
-        replace(config.optimizer, max_steps=max_steps),
+        config.optimizer,
         seed=config.seed,
         run=_run_record(config, run, base_dir, base_digest, manifest, start, data),
         clip_names=[sample.name for sample in data.train.samples],
@@ -118,21 +119,21 @@ def _train(
     frame_rate = CodecConfig.from_pretrained(base_dir).frame_rate
     if preflight(config, model, data, frame_rate, device, say):
         module.graphs = StepGraphs(model)
-    if is_first():
+    if is_rank_zero():
         time = datetime.now().strftime("%Y%m%d-%H%M%S")
         write_text(run.configs / f"{time}.yaml", config.to_yaml())
     checkpoints = SaveCheckpoints(run, config.train.save_every, config.train.keep_checkpoints, say)
-    stop, remember = StopCleanly(checkpoints), _Remember(config, run)
+    stop, save_config = StopCleanly(checkpoints), _SaveRunConfig(config, run)
     try:
         with _quiet_lightning():
-            own = [checkpoints, remember, Progress(max_steps), stop]
+            own = [checkpoints, save_config, Progress(max_steps), stop]
             trainer = _trainer(config, run, device, data, [*own, *callbacks])
-            trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.exact else None)
+            trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.resumes else None)
     except DivergedError as error:
-        begin = start.checkpoint.step if start.exact else 0
-        undone = _undo_step(run, error.step, begin, log_name=trainer.loggers[0].version)
-        if is_first() and not any(checkpoint.step > begin for checkpoint in run.checkpoints()):
-            remember.undo()
+        begin = start.checkpoint.step if start.resumes else 0
+        undone = _archive_diverged(run, error.step, begin, log_name=trainer.loggers[0].version)
+        if is_rank_zero() and not any(checkpoint.step > begin for checkpoint in run.checkpoints()):
+            save_config.undo()
         raise ValueError(f"{error}; {undone}") from error
     except SystemExit as error:  # Lightning's answer to a second Ctrl+C
         raise KeyboardInterrupt from error
@@ -142,17 +143,17 @@ def _train(
         raise MemoryError(OUT_OF_MEMORY) from error
     finally:
         stop.restore()
-        if is_first():
+        if is_rank_zero():
             _plot(run, say)
     return Trained(run.checkpoint(trainer.global_step), stop.signal)
 
 
-class _Remember(L.Callback):
+class _SaveRunConfig(L.Callback):
     """Keeps the config that the next start goes on with: from the first checkpoint on, for settings
     that came to none would fail that start too."""
 
     def __init__(self, config: RunConfig, run: Run) -> None:
-        self.config, self.file = config, run.remembered_config
+        self.config, self.file = config, run.saved_config
         self._before = self.file.read_text(encoding="utf-8") if self.file.is_file() else None
 
     def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict[str, Any]) -> None:
@@ -164,14 +165,14 @@ class _Remember(L.Callback):
             write_text(self.file, self._before)
 
 
-def _undo_step(run: Run, step: int, begin: int, *, log_name: str) -> str:
+def _archive_diverged(run: Run, step: int, begin: int, *, log_name: str) -> str:
     """Put the checkpoint aside that a run saved of the step at which it diverged; where to go
     on."""
     earlier = [checkpoint.path for checkpoint in run.checkpoints() if checkpoint.step < step]
     if step == begin:  # the start itself: it is not this run's to move
         others = f" (--resume-from-checkpoint {earlier[-1]})" if earlier else ""
         return f"that is where it started: go on from another checkpoint{others}"
-    aside = run.set_aside(step - 1, f"diverged_{log_name}") if is_first() else None
+    aside = run.archive_after(step - 1, f"diverged_{log_name}") if is_rank_zero() else None
     moved = f"the checkpoint of this step was moved to {aside}; " if aside else ""
     return moved + (f"the last before it is {earlier[-1]}" if earlier else "there is none before")
 
@@ -213,7 +214,9 @@ def _run_record(
     """What every checkpoint of the run carries: all that merging and resuming must know."""
     parent = None
     if start.checkpoint is not None:
-        parent = start.checkpoint.read()["run"]["parent"] if start.exact else start.checkpoint.path
+        parent = (
+            start.checkpoint.read()["run"]["parent"] if start.resumes else start.checkpoint.path
+        )
     return {
         "project": run.project,
         "data_dir": str(Path(config.data.dir).resolve()),
@@ -230,22 +233,6 @@ def _run_record(
 def _named_speakers(manifest: Manifest) -> list[str]:
     """The speakers whose names the texts are trained with: none where there is only one."""
     return manifest.speakers if len(manifest.speakers) > 1 else []
-
-
-def load_split(data_dir: Path, manifest: Manifest, split: str) -> list[Sample]:
-    """The samples of a split, each with the name of its clip and its text as it would be spoken.
-
-    Raises `ValueError` where the shards are not those of the manifest any more.
-    """
-    for path in manifest.paths(data_dir, split):
-        if not path.is_file() or file_digest(path) != manifest.shards[path.name]:
-            raise ValueError(f"{path}: was packed again by another run; start this one again")
-    samples = read_samples(manifest.paths(data_dir, split))
-    names = getattr(manifest, split)
-    return [
-        replace(sample, name=name, text=spoken_text(sample.text))
-        for sample, name in zip(samples, names, strict=True)
-    ]
 
 
 def _held_out(data_dir: Path, manifest: Manifest, start: Start, say: Say) -> list[Sample]:

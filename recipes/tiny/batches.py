@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fish_speech.conversation import IGNORED, Utterance, build_item
+from fish_speech.conversation import IGNORE_INDEX, Utterance, build_item
 from fish_speech.tokenizer import FishTokenizer
 from recipes.tiny.voices import VOICES
 
@@ -167,7 +167,7 @@ def collate(items: list[Item], size: int, pad_id: int) -> tuple[Tensor, Tensor, 
     rows = len(items[0].tokens)
     tokens = torch.zeros(len(items), rows, size, dtype=torch.long)
     tokens[:, 0] = pad_id
-    labels = torch.full_like(tokens, IGNORED)
+    labels = torch.full_like(tokens, IGNORE_INDEX)
     places = torch.full((len(items), size), NOWHERE)
     for row, item in enumerate(items):
         length = len(item.places)

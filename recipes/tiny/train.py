@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from fish_speech.conversation import IGNORED
+from fish_speech.conversation import IGNORE_INDEX
 from fish_speech.devices import keep_freed_memory, multiplies_bf16
 from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic import DualARTransformer, load_model
@@ -157,10 +157,10 @@ class Run:
             hidden, attention = self.hidden_states(self.model, tokens)  # [B, T, D]
             token_logits = self.model.token_logits(hidden).float()
         token_loss = F.cross_entropy(
-            token_logits.flatten(0, 1), labels[:, 0].flatten(), ignore_index=IGNORED
+            token_logits.flatten(0, 1), labels[:, 0].flatten(), ignore_index=IGNORE_INDEX
         )
         reading = torch.stack([reading_loss(logits, places) for logits in attention]).mean()
-        frames = (labels[:, 1] != IGNORED).flatten().nonzero()[:, 0].cpu()
+        frames = (labels[:, 1] != IGNORE_INDEX).flatten().nonzero()[:, 0].cpu()
         # Some are drawn twice where there are too few, so that the shape never changes.
         draws = torch.rand(max(FAST_FRAMES, len(frames)), generator=self.generator).argsort()
         chosen = frames[draws[:FAST_FRAMES] % len(frames)].to(self.device)

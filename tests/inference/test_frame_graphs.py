@@ -104,8 +104,8 @@ def test_a_graph_makes_the_frames_that_the_model_makes(changes, dtype):
 
 
 def test_a_long_past_is_attended_to_in_parts(monkeypatch):
-    monkeypatch.setattr(triton_kernels, "PARTS", 4)
-    monkeypatch.setattr(triton_kernels, "PLACES", 16)
+    monkeypatch.setattr(triton_kernels, "SPLITS", 4)
+    monkeypatch.setattr(triton_kernels, "KV_BLOCK", 16)
     model, prompt = small_model(), prompt_of(150)  # two rounds in three parts, a piece in the last
     expected, _ = frames(model, prompt)
     graphs = graphs_of(model, 0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fish_speech.conversation import IGNORED, Utterance
+from fish_speech.conversation import IGNORE_INDEX, Utterance
 from fish_speech.datasets.protos.stream import write_shard
 from fish_speech.datasets.shards import sentence, text_data
 from fish_speech.evaluation.pitch import median_and_range, pitch
@@ -267,7 +267,7 @@ def test_noise_changes_frames_only_and_row_0_follows():
     assert torch.equal(noisy[:, 0][frames], noisy[:, 1][frames] + tokenizer.semantic_begin_id)
     changed = (noisy != tokens)[:, 1:].transpose(1, 2)[frames].float().mean()
     assert 0.2 < changed < 0.3
-    assert (labels[:, 1] != IGNORED).sum() == frames.sum()
+    assert (labels[:, 1] != IGNORE_INDEX).sum() == frames.sum()
 
 
 def test_places_walk_through_the_last_text_in_the_time_that_its_letters_take():
@@ -278,7 +278,7 @@ def test_places_walk_through_the_last_text_in_the_time_that_its_letters_take():
     before = Utterance("xyz", torch.zeros(8, 5, dtype=torch.long))
     item = build(tokenizer, spoken, [before], "A", durations)
     answer = item.places != NOWHERE
-    assert torch.equal(answer, item.labels[1] != IGNORED)
+    assert torch.equal(answer, item.labels[1] != IGNORE_INDEX)
     letters = tokenizer.decode(item.tokens[0, item.places[answer]].tolist())
     assert letters == "aabbzzzzzzzzccdd"
 
@@ -318,7 +318,7 @@ def test_losses_of_whole_batches_are_those_of_the_package(tmp_path, monkeypatch)
     tokens, labels, places = next(
         batches(corpus(), tiny_tokenizer(), EVEN, torch.Generator().manual_seed(0))
     )
-    frames = int((labels[:, 1] != IGNORED).sum())
+    frames = int((labels[:, 1] != IGNORE_INDEX).sum())
     monkeypatch.setattr(train, "FAST_FRAMES", frames)
     run = train.Run(tmp_path, "cpu", seed=0, compiled=False)
     sums = loss_sums(run.model, tokens, labels)

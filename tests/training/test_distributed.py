@@ -17,7 +17,7 @@ def test_processes_that_never_come_are_not_waited_for_in_silence(monkeypatch, ca
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("MASTER_PORT", "0")
     monkeypatch.setattr(distributed, "_MEETING", timedelta(seconds=1))
-    with pytest.raises(ValueError, match="srun"), distributed.data_processes():
+    with pytest.raises(ValueError, match="srun"), distributed.process_group():
         pass
     assert "waiting for all 2 processes" in capsys.readouterr().err
 

@@ -8,7 +8,8 @@ import torch
 
 from fish_speech.datasets.shards import build_shards
 from fish_speech.training.config import compose_config
-from fish_speech.training.runs import Run, choose_start
+from fish_speech.training.resume import choose_start
+from fish_speech.training.runs import Run
 from fish_speech.training.train import train
 from tests.synthetic_data import make_data_set
 

@@ -42,8 +42,8 @@ def test_pieces_are_as_all_at_once(model, low, checkpointing, monkeypatch):
     for name, seen in rows.items():
         layer = model.get_submodule(name)
         layer.register_forward_hook(lambda _module, _args, out, seen=seen: seen.append(len(out)))
-    monkeypatch.setattr(loss, "LABELS_AT_ONCE", 5)
-    monkeypatch.setattr(loss, "FRAMES_AT_ONCE", 7)
+    monkeypatch.setattr(loss, "LABEL_CHUNK", 5)
+    monkeypatch.setattr(loss, "FRAME_CHUNK", 7)
     pieces, got = gradients(model)
     frames = pieces.codes // 8
     for seen, count, most in ((rows["output"], pieces.tokens, 5), (rows["fast_output"], frames, 7)):
@@ -64,8 +64,8 @@ def test_parameters_themselves_learn_from_pieces(model, part, monkeypatch):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part == "all" or name.startswith(part))
     _, wanted = gradients(model)
-    monkeypatch.setattr(loss, "LABELS_AT_ONCE", 5)
-    monkeypatch.setattr(loss, "FRAMES_AT_ONCE", 7)
+    monkeypatch.setattr(loss, "LABEL_CHUNK", 5)
+    monkeypatch.setattr(loss, "FRAME_CHUNK", 7)
     torch.testing.assert_close(gradients(model)[1], wanted, rtol=1e-3, atol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_tied_embeddings_learn_from_pieces(monkeypatch):
     add_lora(model, LoRAConfig(dropout=0))
     torch.nn.init.normal_(model.embeddings.lora_A, std=0.1)
     whole, wanted = gradients(model)
-    monkeypatch.setattr(loss, "LABELS_AT_ONCE", 5)
+    monkeypatch.setattr(loss, "LABEL_CHUNK", 5)
     pieces, got = gradients(model)
     torch.testing.assert_close(pieces.token, whole.token)
     torch.testing.assert_close(got, wanted)
@@ -99,7 +99,7 @@ def test_batches_of_many_lengths_have_few_sizes_and_the_losses_that_they_have(mo
     model.output.register_forward_hook(lambda _module, _args, out: rows.add(len(out)))
     for part, wanted in zip(parts, exact, strict=True):
         with torch.no_grad():
-            filled = loss.loss_sums(model, *part, fill_up=True)
+            filled = loss.loss_sums(model, *part, bucketed=True)
         torch.testing.assert_close(filled.totals(), wanted.totals(), rtol=1e-5, atol=0)
     assert len(columns) <= 3
     assert len(rows) <= 6

@@ -1,16 +1,21 @@
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from fish_speech.training.runs import Run, choose_start, describe_checkpoints, real_path
+from fish_speech.models.text2semantic.lora import LoRAConfig
+from fish_speech.training.resume import choose_start
+from fish_speech.training.runs import Run, describe_checkpoints, real_path
 
 
-def make_checkpoints(project, *steps, data_dir="data", parent=None, root="results"):
-    run = Run.of(project, root)
+def make_checkpoints(project, *steps, data_dir="data", parent=None, base="base", r=8):
+    run = Run.of(project)
     run.checkpoint_folder.mkdir(parents=True, exist_ok=True)
-    record = {"data_dir": str(Path(data_dir).resolve()), "parent": parent}
+    lora = {"r": r, "alpha": 16, "dropout": 0.0, "targets": ["wqkv"]}
+    record = {"data_dir": str(Path(data_dir).resolve()), "parent": parent, "lora": lora}
+    record["base"] = str(Path(base).resolve())
     for step in steps:
         torch.save({"state_dict": {}, "run": record}, run.checkpoint_path(step))
     return run
@@ -61,16 +66,16 @@ def test_a_step_that_is_not_there_lists_those_that_are():
 def test_own_checkpoints_are_resumed_exactly():
     run = make_checkpoints("p", 100, 200)
     start = choose_start(run, Path("data"), resume_latest=True)
-    assert (start.checkpoint.step, start.exact) == (200, True)
+    assert (start.checkpoint.step, start.resumes) == (200, True)
     named = choose_start(run, Path("data"), resume_from=str(run.checkpoint_path(100)))
-    assert (named.checkpoint.step, named.exact) == (100, True)
+    assert (named.checkpoint.step, named.resumes) == (100, True)
 
 
 def test_the_guides_spelling_of_results_means_the_same():
     first = make_checkpoints("first", 100)
     path = f"fish-speech/{first.checkpoint_path(100)}"
     start = choose_start(Run.of("second"), Path("data"), resume_from=path)
-    assert (start.checkpoint.path, start.exact) == (first.checkpoint_path(100), False)
+    assert (start.checkpoint.path, start.resumes) == (first.checkpoint_path(100), False)
     assert real_path("fish-speech/results/x") == Path("results/x")
 
 
@@ -79,7 +84,7 @@ def test_a_new_project_starts_from_the_newest_on_the_same_data():
     make_checkpoints("stage1", 100, 200)
     start = choose_start(Run.of("stage2"), Path("data"), resume_latest=True)
     assert start.checkpoint.path == Run.of("stage1").checkpoint_path(200)
-    assert not start.exact
+    assert not start.resumes
     assert "stage2" in start.reason
     assert "stage1" in start.reason
 
@@ -88,7 +93,7 @@ def test_a_folder_of_checkpoints_means_its_newest():
     stage1 = make_checkpoints("stage1", 100, 300)
     for path in (stage1.checkpoint_folder, stage1.folder):
         start = choose_start(Run.of("stage2"), Path("data"), checkpoint_path=str(path))
-        assert (start.checkpoint.step, start.exact) == (300, False)
+        assert (start.checkpoint.step, start.resumes) == (300, False)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +115,8 @@ def test_a_start_that_is_not_there_is_an_error(flags, message):
 def test_a_project_is_never_started_over():
     run = make_checkpoints("p", 100)
     start = choose_start(run, Path("data"))
-    assert (start.checkpoint.step, start.exact) == (100, True)
-    assert "going on from" in start.reason
+    assert (start.checkpoint.step, start.resumes) == (100, True)
+    assert "resuming from" in start.reason
 
 
 def test_the_same_command_goes_on_after_a_warm_start():
@@ -120,7 +125,7 @@ def test_the_same_command_goes_on_after_a_warm_start():
     make_checkpoints("other", 80)  # it was trained on since then
     for flags in ({"checkpoint_path": "results/other"}, {"resume_from": str(other)}):
         start = choose_start(run, Path("data"), **flags)
-        assert (start.checkpoint.step, start.exact) == (100, True)
+        assert (start.checkpoint.step, start.resumes) == (100, True)
 
 
 def test_own_checkpoints_are_not_given_up_for_another_projects():
@@ -130,27 +135,31 @@ def test_own_checkpoints_are_not_given_up_for_another_projects():
         with pytest.raises(ValueError, match="choose another --project"):
             choose_start(run, Path("data"), **{flag: str(other)})
     start = choose_start(run, Path("data"), checkpoint_path="results/p")
-    assert (start.checkpoint.step, start.exact) == (100, True)
+    assert (start.checkpoint.step, start.resumes) == (100, True)
 
 
 def test_of_its_own_checkpoints_only_the_newest_is_gone_on_from_by_its_path():
     run = make_checkpoints("p", 100, 200)
     start = choose_start(run, Path("data"), checkpoint_path=str(run.checkpoint_path(200)))
-    assert (start.checkpoint.step, start.exact) == (200, True)
+    assert (start.checkpoint.step, start.resumes) == (200, True)
     older = str(run.checkpoint_path(100))
     with pytest.raises(ValueError, match=f"--resume-from-checkpoint {older} goes back"):
         choose_start(run, Path("data"), checkpoint_path=older)
     assert choose_start(run, Path("data"), resume_from=older).checkpoint.step == 100
 
 
-def test_damage_and_other_bases_are_passed_over_in_the_search():
+def test_damage_other_bases_and_other_adapters_are_passed_over_in_the_search():
     make_checkpoints("fits", 100)
     make_checkpoints("damaged", 100).checkpoint_path(100).write_bytes(b"half")
-    make_checkpoints("later", 100, parent="other base")
-    start = choose_start(
-        Run.of("new"), Path("data"), resume_latest=True, fits=lambda r: r["parent"] is None
-    )
+    make_checkpoints("other_base", 100, base="other")
+    make_checkpoints("other_rank", 100, r=4)
+    for number, name in enumerate(("fits", "damaged", "other_base", "other_rank")):
+        os.utime(Run.of(name).checkpoint_path(100), (number, number))
+    wanted = {"lora": LoRAConfig(8, 16, 0.1, ("wqkv",)), "base": Path("base")}
+    start = choose_start(Run.of("new"), Path("data"), resume_latest=True, **wanted)
     assert start.checkpoint.path == Run.of("fits").checkpoint_path(100)
+    start = choose_start(Run.of("new"), Path("data"), resume_latest=True)
+    assert start.checkpoint.path == Run.of("other_rank").checkpoint_path(100)
 
 
 def test_a_log_folder_is_never_used_twice(tmp_path):

@@ -264,6 +264,11 @@ class DualARTransformer(nn.Module):
         """Of the weights as they were loaded, packed or not."""
         return self.embeddings.weight.dtype
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """What gives row 0's logits."""
+        return self.embeddings if self.config.tie_word_embeddings else self.output
+
     def set_dropout(self, p: float) -> None:
         """Dropout of the attention weights while training."""
         for module in self.modules():
@@ -318,9 +323,8 @@ class DualARTransformer(nn.Module):
     def token_logits(self, x: Tensor) -> Tensor:
         """Row-0 logits of hidden states: [..., D] -> [..., V]."""
         x = self.norm(x).to(self.stored_dtype)
-        if not self.config.tie_word_embeddings:
-            return self.output(x)
-        return self.embeddings.logits(x)
+        tied = self.config.tie_word_embeddings
+        return self.embeddings.logits(x) if tied else self.output(x)
 
     def codebook_logits(self, x: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced logits of frames: x [N, D] before each, its codes [N, K] -> [N, K, C]."""

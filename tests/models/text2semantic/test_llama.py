@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fish_speech.conversation import IGNORED
+from fish_speech.conversation import IGNORE_INDEX
 from fish_speech.models.text2semantic import llama
 from fish_speech.training.loss import loss_sums
 from tests.conftest import golden_tensors
@@ -45,16 +45,16 @@ def test_training_looks_at_labels_only_and_agrees_with_the_whole_output(model, g
             lambda _, args, name=name: rows.update({name: len(args[0])})
         )
     sums = loss_sums(model, batch["inputs"], batch["labels"])
-    assert rows["output"] == (batch["labels"][:, 0] != IGNORED).sum()
-    assert rows["fast_layers.0"] == (batch["labels"][:, 1] != IGNORED).sum()
+    assert rows["output"] == (batch["labels"][:, 0] != IGNORE_INDEX).sum()
+    assert rows["fast_layers.0"] == (batch["labels"][:, 1] != IGNORE_INDEX).sum()
     output = model(batch["inputs"], batch["attention_masks"])
     whole = torch.nn.functional.cross_entropy(
         output.token_logits.flatten(0, 1),
         batch["labels"][:, 0].flatten(),
-        ignore_index=IGNORED,
+        ignore_index=IGNORE_INDEX,
         reduction="sum",
     )
-    assert sums.tokens == int((batch["labels"][:, 0] != IGNORED).sum())
+    assert sums.tokens == int((batch["labels"][:, 0] != IGNORE_INDEX).sum())
     torch.testing.assert_close(sums.token, whole)
 
 

@@ -19,7 +19,12 @@ from fish_speech.inference.generate import generate
 from fish_speech.inference.sampling import Sampling
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
 from fish_speech.models.text2semantic.decode import cpu_kernels, packed, thread_team
-from fish_speech.models.text2semantic.decode.packed import PackedHead, PackedStack, Rows, pack
+from fish_speech.models.text2semantic.decode.packed import (
+    PackedHead,
+    PackedStack,
+    PackedWeight,
+    pack,
+)
 from fish_speech.models.text2semantic.decode.thread_team import Team
 from fish_speech.models.text2semantic.llama import RMSNorm
 from tests.conftest import ROOT
@@ -51,9 +56,9 @@ def test_a_layer_gives_nearly_the_same(columns, dtype, native, monkeypatch):
     weight, x = torch.randn(96, 256).bfloat16().float(), torch.randn(2, columns, 256)
     x[:, ::2] *= 100  # a loud column does not spoil a quiet one
     x[..., 7] *= 30  # nor does a loud channel the others
-    rows = Rows((3, 96, 256), dtype)
+    rows = PackedWeight((3, 96, 256), dtype)
     rows.fill(weight, 1)
-    wanted, got = F.linear(x, weight), rows.product(x, 1)
+    wanted, got = F.linear(x, weight), rows.matmul(x, 1)
     assert got.shape == wanted.shape
     assert got.dtype == torch.float32
     assert ((got - wanted).norm(dim=-1) < KINDS[dtype] * wanted.norm(dim=-1)).all()
@@ -62,12 +67,12 @@ def test_a_layer_gives_nearly_the_same(columns, dtype, native, monkeypatch):
 @pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="no int8 instructions")
 def test_int8_loses_what_its_weights_lose_and_no_more(monkeypatch):
     torch.manual_seed(0)
-    rows, x = Rows((1, 256, 512), torch.int8), torch.randn(64, 512)
+    rows, x = PackedWeight((1, 256, 512), torch.int8), torch.randn(64, 512)
     x[..., 3] *= 10
     rows.fill(torch.randn(256, 512), 0)
-    got = rows.product(x, 0)
+    got = rows.matmul(x, 0)
     monkeypatch.setattr(packed, "multiplies_int8", lambda device: False)
-    wanted = rows.product(x, 0)
+    wanted = rows.matmul(x, 0)
     assert (got - wanted).norm() < 1e-4 * wanted.norm()
 
 

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 from numba import njit
 
-from fish_speech.models.text2semantic.decode.cpu_kernels import meet, share
+from fish_speech.models.text2semantic.decode.cpu_kernels import barrier, partition
 from fish_speech.models.text2semantic.decode.thread_team import Team, team_for
 
 
 @njit(nogil=True)
 def sums(place, size, sync, values, parts, total):
-    """The sum of values again and again, each time from what all threads made of their share."""
+    """The sum of values again and again, each time from what all threads made of their parts."""
     for turn in range(len(total)):
-        begin, end = share(len(values), (place, size))
+        begin, end = partition(len(values), (place, size))
         parts[place] = values[begin:end].sum() + turn
-        meet(sync, size)
+        barrier(sync, size)
         if place == turn % size:
             total[turn] = parts.sum()
-        meet(sync, size)
+        barrier(sync, size)
 
 
 def totals(team, values, turns=200):
@@ -38,7 +38,7 @@ def test_what_one_wrote_before_they_met_all_read_after(size):
 
 @pytest.mark.parametrize("count", [0, 1, 7, 64])
 def test_shares_are_all_of_it_and_alike(count):
-    shares = [share(count, (place, 5)) for place in range(5)]
+    shares = [partition(count, (place, 5)) for place in range(5)]
     assert [i for begin, end in shares for i in range(begin, end)] == list(range(count))
     assert max(e - b for b, e in shares) - min(e - b for b, e in shares) <= 1
 

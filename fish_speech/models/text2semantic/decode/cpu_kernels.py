@@ -34,24 +34,24 @@ _VECTOR, _MATRIX, _CUBE, _CACHE = (
 )  # fmt: skip
 _INLINE = {"inline": "always", "error_model": "numpy"}
 _TILE = 16  # rows, which stay in a core's cache while columns pass
-# Which loops run as vectors depends on where arrays lie: sums and quotients may not come out in
-# another way then, or a seed speaks otherwise from one start to the next.
-_ALIKE = {"nnan", "ninf", "nsz", "contract"}
+# Whether a loop is vectorized depends on the addresses of its arrays. Results must not, or a seed
+# would speak otherwise from one start to the next: no reassociation, no reciprocals.
+_REPRODUCIBLE = {"nnan", "ninf", "nsz", "contract"}
 
 
 def compiled(*takes, gives=types.void, kind="", fastmath=True):
-    """Compiled once, and kept for the next time where that can be written.
+    """JIT-compile a function, and cache it on disk where that can be written.
 
-    What numba keeps it renews when the function's own file changes. So the name says of what
-    content of this file, from which others take functions, and of that of the products it is, and
-    for what `kind` of weights.
+    numba renews what it cached only when the function's own file changes. So the cached name has a
+    checksum of this file, from which others inline functions, and of `cpu_dot.py`, and the `kind`
+    of weights.
     """
     content = crc32(Path(dots.__file__).read_bytes(), crc32(Path(__file__).read_bytes()))
 
     def compile_function(function):
         options = {"fastmath": fastmath, "nogil": True, "error_model": "numpy"}
         name = function.__qualname__
-        for attempt in ("", "_again"):  # the second where what is kept is broken
+        for attempt in ("", "_again"):  # the second where the cached one is broken
             try:
                 function.__qualname__ = f"{name}_{kind}_{content:08x}{attempt}"
                 return njit(gives(*takes), cache=True, **options)(function)
@@ -64,11 +64,11 @@ def compiled(*takes, gives=types.void, kind="", fastmath=True):
     return compile_function
 
 
-# Places in `sync`, each on a cache line of its own: how many have come, how often all have, and
-# whether nobody may wait any longer.
-_COME, _ROUND, OVER = 0, 16, 32
+# Elements of `sync`, each on a cache line of its own: how many threads have arrived, how often all
+# have, and whether nobody may wait any longer.
+_ARRIVED, _GENERATION, ABORTED = 0, 16, 32
 SYNC_SIZE = 48
-_SPINS = 2000  # looks, some microseconds, before the processor is offered to others
+_SPINS = 2000  # spins, some microseconds, before the processor is offered to others
 
 _SYNC = int64[::1]
 _yield = types.ExternalFunction(
@@ -80,7 +80,7 @@ def _atomic(build: Callable) -> Any:
     """An operation on an element of `sync` that all threads see in the same order."""
 
     @intrinsic
-    def operation(context, sync, place, value):
+    def operation(context, sync, offset, value):
         def codegen(context, builder, signature, args):
             array = context.make_array(signature.args[0])(context, builder, args[0])
             pointer = cgutils.gep(builder, array.data, args[1])
@@ -91,54 +91,54 @@ def _atomic(build: Callable) -> Any:
     return operation
 
 
-_count = _atomic(lambda builder, at, value: builder.atomic_rmw("add", at, value, "seq_cst"))
+_fetch_add = _atomic(lambda builder, at, value: builder.atomic_rmw("add", at, value, "seq_cst"))
 _exchange = _atomic(lambda builder, at, value: builder.atomic_rmw("xchg", at, value, "seq_cst"))
 _load = _atomic(lambda builder, at, _: builder.load_atomic(at, "seq_cst", 8, typ=ir.IntType(64)))
 
 
 @njit
-def meet(sync, size):
-    """Wait until all threads are here; what each wrote before, all may read after."""
+def barrier(sync, size):
+    """Wait for all threads; what each wrote before, all may read after."""
     if size == 1:
         return
-    now = _load(sync, _ROUND, 0)
-    if _count(sync, _COME, 1) == size - 1:
-        _exchange(sync, _COME, 0)
-        _count(sync, _ROUND, 1)
+    now = _load(sync, _GENERATION, 0)
+    if _fetch_add(sync, _ARRIVED, 1) == size - 1:
+        _exchange(sync, _ARRIVED, 0)
+        _fetch_add(sync, _GENERATION, 1)
         return
-    looks = 0
-    while _load(sync, _ROUND, 0) == now and _load(sync, OVER, 0) == 0:
-        looks += 1
-        if looks > _SPINS:
+    spins = 0
+    while _load(sync, _GENERATION, 0) == now and _load(sync, ABORTED, 0) == 0:
+        spins += 1
+        if spins > _SPINS:
             _yield()
 
 
 @njit
-def share(count, part):
+def partition(count, part):
     """Which of `count` things are a thread's: the first, and the one behind the last. `part` is
-    its place, and the number of threads."""
-    place, size = part
-    return count * place // size, count * (place + 1) // size
+    its rank, and the number of threads."""
+    rank, size = part
+    return count * rank // size, count * (rank + 1) // size
 
 
-def _taken(columns, width, weights):
-    """Room for columns [C, width] as what weights of a kind are multiplied with."""
+def _input_buffer(columns, width, weights):
+    """A buffer for inputs [C, width] in the type that weights of a kind are multiplied with."""
 
 
-@overload(_taken)
-def _typed_room(columns, width, weights):
+@overload(_input_buffer)
+def _typed_buffer(columns, width, weights):
     kind = np.int16 if weights.dtype == int8 else np.float32
     return lambda columns, width, weights: np.empty((columns, width), kind)
 
 
-def _take(x, row):
-    """x [K] into a row of `_taken`; returns the size of its steps."""
+def _load_input(x, row):
+    """x [K] into a row of `_input_buffer`, quantized for int8 weights; returns its scale."""
 
 
-@overload(_take)
-def _typed_take(x, row):
+@overload(_load_input)
+def _typed_load(x, row):
     def steps(x, row):
-        # As many as fit where each product is added to 32 bits: 12 bits of K = 4096, else more.
+        # As many bits as the sum of all products leaves in 32: 12 of K = 4096.
         most = float32(min(32767, (2**31 - 1) // (127 * len(x))))
         size = _TINY
         for index in range(len(x)):
@@ -157,12 +157,12 @@ def _typed_take(x, row):
 
 
 @njit
-def _product(begin, end, weights, scales, taken, sizes, out):
-    """Those rows of weights [N, K] times columns of `_taken` [C, K], into out [C, N]."""
+def _matmul(begin, end, weights, scales, inputs, sizes, out):
+    """Rows of weights [N, K] times inputs [C, K], into out [C, N]."""
     for low in range(begin, end, _TILE):
-        for column in range(len(taken)):
+        for column in range(len(inputs)):
             for number in range(low, min(end, low + _TILE)):
-                value = dot(weights, number, taken, column)
+                value = dot(weights, number, inputs, column)
                 out[column, number] = value * (scales[number] * sizes[column])
 
 
@@ -190,8 +190,8 @@ def silu(x):
 
 
 @njit(fastmath=True)  # always as vectors: nothing is written here
-def _product_of(x, y):
-    """The sum of x [N] times y [N]."""
+def _dot(x, y):
+    """The dot product of x and y [N]."""
     total = float32(0)
     for index in range(len(x)):
         total += x[index] * y[index]
@@ -199,8 +199,8 @@ def _product_of(x, y):
 
 
 @njit(fastmath=True)
-def _softened(weights, count, largest):
-    """Weights [count] to their exponentials; returns the sum of these."""
+def _exp_sum(weights, count, largest):
+    """Replace weights [count] by exp(weights - largest); returns their sum."""
     total = float32(0)
     for place in range(count):
         weights[place] = exp(weights[place] - largest)
@@ -211,24 +211,24 @@ def _softened(weights, count, largest):
 @njit(**_INLINE)
 def _norm(x, weight, eps, normed):
     """RMS norm of x [D]."""
-    squares = _product_of(x, x)
+    squares = _dot(x, x)
     scale = _ONE / math.sqrt(squares / float32(len(weight)) + eps)
     for index in range(len(weight)):
         normed[index] = x[index] * scale * weight[index]
 
 
 @njit
-def _take_normed(x, weight, eps, taken, sizes):
+def _load_normed(x, weight, eps, inputs, sizes):
     """The norm of every column of x [C, D]."""
     normed = np.empty(x.shape[1], np.float32)
     for column in range(len(x)):
         _norm(x[column], weight, eps, normed)
-        sizes[column] = _take(normed, taken[column])
+        sizes[column] = _load_input(normed, inputs[column])
 
 
 @njit
-def _turn(head, cos, sin):
-    """Turn a query or key [d] by cos and sin [d] (see `torch_ops.rotate`)."""
+def _rope(head, cos, sin):
+    """Rotate a query or key [d] by cos and sin [d] (see `torch_ops.rotate`)."""
     for index in range(0, len(head), 2):
         first, second = head[index], head[index + 1]
         head[index] = first * cos[index] + second * sin[index]
@@ -236,12 +236,12 @@ def _turn(head, cos, sin):
 
 
 @njit
-def _heads(part, out, bias, cos, sin, queries, keys, values, position, linear):
-    """A thread's part of queries [C, H, d], and of keys and values [h, T, d] from position on."""
+def _qkv(part, out, bias, cos, sin, queries, keys, values, position, linear):
+    """A thread's heads of queries [C, H, d], and of keys and values [h, T, d] from position on."""
     columns, heads, width = queries.shape
     local = len(keys)
-    begin, end = share(heads + 2 * local, part)
-    _product(begin * width, end * width, *linear, out)
+    begin, end = partition(heads + 2 * local, part)
+    _matmul(begin * width, end * width, *linear, out)
     for head in range(begin, end):
         for column in range(columns):
             if head < heads:
@@ -255,125 +255,125 @@ def _heads(part, out, bias, cos, sin, queries, keys, values, position, linear):
                 if len(bias):
                     made[index] += bias[head * width + index]
             if head < heads + local:
-                _turn(made, cos[column], sin[column])
+                _rope(made, cos[column], sin[column])
 
 
 @njit
-def _attend(part, queries, keys, values, position, attended):
+def _attention(part, queries, keys, values, position, context):
     """A thread's heads of the causal attention of queries [C, H, d] from the position on to keys
-    and values [h, T, d]: attended [C, H * d]."""
+    and values [h, T, d]: context [C, H * d]."""
     columns, heads, width = queries.shape
     shared = heads // len(keys)
     scale = _ONE / math.sqrt(float32(width))
     weights = np.empty(position + columns, np.float32)
     out = np.empty(width, np.float32)
-    begin, end = share(heads, part)
+    begin, end = partition(heads, part)
     for head in range(begin, end):
         key, value = keys[head // shared], values[head // shared]
         for column in range(columns):
             length = position + column + 1
             largest = LEAST
             for place in range(length):
-                weights[place] = _product_of(queries[column, head], key[place]) * scale
+                weights[place] = _dot(queries[column, head], key[place]) * scale
                 largest = max(largest, weights[place])
-            total = _softened(weights, length, largest)
+            total = _exp_sum(weights, length, largest)
             out[:] = float32(0)
             for place in range(length):
                 for index in range(width):
                     out[index] += weights[place] * value[place, index]
             for index in range(width):
-                attended[column, head * width + index] = out[index] / total
+                context[column, head * width + index] = out[index] / total
 
 
 @njit
-def _add(part, out, x, linear):
+def _project(part, out, x, linear):
     """A thread's rows of a product, added to x [C, D]."""
-    begin, end = share(x.shape[1], part)
-    _product(begin, end, *linear, out)
+    begin, end = partition(x.shape[1], part)
+    _matmul(begin, end, *linear, out)
     for column in range(len(x)):
         for index in range(begin, end):
             x[column, index] += out[column, index]
 
 
 @njit
-def _gate(part, out, hidden, linear):
-    """A thread's part of SwiGLU, hidden [C, F]: of gates, and of what they let through."""
+def _swiglu(part, out, hidden, linear):
+    """A thread's part of SwiGLU before its last product, hidden [C, F]."""
     width = hidden.shape[1]
-    begin, end = share(width, part)
-    _product(begin, end, *linear, out)
-    _product(width + begin, width + end, *linear, out)
+    begin, end = partition(width, part)
+    _matmul(begin, end, *linear, out)
+    _matmul(width + begin, width + end, *linear, out)
     for column in range(len(hidden)):
         for index in range(begin, end):
             hidden[column, index] = silu(out[column, index]) * out[column, width + index]
 
 
 def _stack(
-    place, size, sync, x, norms, eps, weights, scales, bias, cos, sin, keys, values, position,
-    queries, attended, hidden,
+    rank, size, sync, x, norms, eps, weights, scales, bias, cos, sin, keys, values, position,
+    queries, context, hidden,
 ):  # fmt: skip
     """x [C, D] through all blocks, in place.
 
     `norms` [L, 2, D]; `weights` and `scales` of wqkv, wo, w1 with w3, and w2 [L, N, K] and [L, N];
     `bias` [L, N] of wqkv, or [L, 0]; `cos` and `sin` [C, d]; `keys` and `values` [L, h, T, d],
-    filled up to the position. What the threads share: `queries` [C, H, d], `attended` [C, H * d],
+    filled up to the position. Shared by the threads: `queries` [C, H, d], `context` [C, H * d],
     `hidden` [C, F].
     """
-    part, columns = (place, size), len(x)
+    part, columns = (rank, size), len(x)
     wqkv, wo, w13, w2 = weights
     sizes = np.empty(columns, np.float32)
-    normed = _taken(columns, x.shape[1], wqkv)
-    heads = _taken(columns, attended.shape[1], wo)
-    gated = _taken(columns, hidden.shape[1], w2)
+    normed = _input_buffer(columns, x.shape[1], wqkv)
+    heads = _input_buffer(columns, context.shape[1], wo)
+    gated = _input_buffer(columns, hidden.shape[1], w2)
     widest = max(wqkv.shape[1], w13.shape[1], x.shape[1])
     out = np.empty((columns, widest), np.float32)
     for layer in range(len(wqkv)):
-        _take_normed(x, norms[layer, 0], eps, normed, sizes)
-        _heads(
+        _load_normed(x, norms[layer, 0], eps, normed, sizes)
+        _qkv(
             part, out, bias[layer], cos, sin, queries, keys[layer], values[layer], position,
             (wqkv[layer], scales[0][layer], normed, sizes),
         )  # fmt: skip
-        meet(sync, size)
-        _attend(part, queries, keys[layer], values[layer], position, attended)
-        meet(sync, size)
+        barrier(sync, size)
+        _attention(part, queries, keys[layer], values[layer], position, context)
+        barrier(sync, size)
         for column in range(columns):
-            sizes[column] = _take(attended[column], heads[column])
-        _add(part, out, x, (wo[layer], scales[1][layer], heads, sizes))
-        meet(sync, size)
-        _take_normed(x, norms[layer, 1], eps, normed, sizes)
-        _gate(part, out, hidden, (w13[layer], scales[2][layer], normed, sizes))
-        meet(sync, size)
+            sizes[column] = _load_input(context[column], heads[column])
+        _project(part, out, x, (wo[layer], scales[1][layer], heads, sizes))
+        barrier(sync, size)
+        _load_normed(x, norms[layer, 1], eps, normed, sizes)
+        _swiglu(part, out, hidden, (w13[layer], scales[2][layer], normed, sizes))
+        barrier(sync, size)
         for column in range(columns):
-            sizes[column] = _take(hidden[column], gated[column])
-        _add(part, out, x, (w2[layer], scales[3][layer], gated, sizes))
-        meet(sync, size)
+            sizes[column] = _load_input(hidden[column], gated[column])
+        _project(part, out, x, (w2[layer], scales[3][layer], gated, sizes))
+        barrier(sync, size)
 
 
-def _head(place, size, sync, x, norm, eps, weights, scales, logits):
+def _head(rank, size, sync, x, norm, eps, weights, scales, logits):
     """The last norm and a product: x [C, D] -> logits [C, N]."""
     sizes = np.empty(len(x), np.float32)
-    taken = _taken(len(x), x.shape[1], weights)
-    _take_normed(x, norm, eps, taken, sizes)
-    begin, end = share(len(weights), (place, size))
-    _product(begin, end, weights, scales, taken, sizes, logits)
-    meet(sync, size)
+    inputs = _input_buffer(len(x), x.shape[1], weights)
+    _load_normed(x, norm, eps, inputs, sizes)
+    begin, end = partition(len(weights), (rank, size))
+    _matmul(begin, end, weights, scales, inputs, sizes, logits)
+    barrier(sync, size)
 
 
 @cache
-def stack_of(kind: np.dtype) -> Callable:
+def compile_stack(kind: np.dtype) -> Callable:
     """`_stack` compiled for weights of a kind."""
     linears = types.UniTuple(types.Array(from_dtype(kind), 3, "C"), 4)
     return compiled(
         int64, int64, _SYNC, _MATRIX, _CUBE, float32, linears, types.UniTuple(_MATRIX, 4), _MATRIX,
         _MATRIX, _MATRIX, _CACHE, _CACHE, int64, _CUBE, _MATRIX, _MATRIX,
-        kind=kind.name, fastmath=_ALIKE,
+        kind=kind.name, fastmath=_REPRODUCIBLE,
     )(_stack)  # fmt: skip
 
 
 @cache
-def head_of(kind: np.dtype) -> Callable:
+def compile_head(kind: np.dtype) -> Callable:
     """`_head` compiled for weights of a kind."""
     weights = types.Array(from_dtype(kind), 2, "C")
     return compiled(
         int64, int64, _SYNC, _MATRIX, _VECTOR, float32, weights, _VECTOR, _MATRIX,
-        kind=kind.name, fastmath=_ALIKE,
+        kind=kind.name, fastmath=_REPRODUCIBLE,
     )(_head)  # fmt: skip

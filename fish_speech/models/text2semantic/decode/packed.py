@@ -1,8 +1,8 @@
-"""A transformer arranged for a CPU that makes a frame at a time.
+"""A transformer whose weights are packed for decoding on a CPU.
 
-There a frame costs reading every weight once, so fewer bytes are faster. Activations are fp32
-whatever the weights are: they cost nothing, and casting them does. What is done to one or a few
-columns is compiled (`cpu_kernels.py`, imported only where it is needed, since numba takes a while).
+A decoding step costs reading every weight once, so fewer bytes are faster. Activations are fp32
+whatever the weights are: they cost nothing, and casting them does. One or a few positions go
+through compiled kernels (`cpu_kernels.py`, imported only where it is needed: numba takes a while).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fish_speech.models.text2semantic.llama import (
     TransformerBlock,
 )
 
-_FEW = 4  # columns; more are faster as matrices
-_PART = 127  # steps either way of each of the two parts of an input, see `_int8_product`
+_MAX_DECODE_POSITIONS = 4  # more are faster as matrix products
+_INT8_MAX = 127  # of each of the two parts of an input, see `_int8_product`
 
 
-class Rows:
+class PackedWeight:
     """Weights [..., N, K] in fp32, bf16 or int8, which has a scale for each row."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        # By NumPy, which asks for large pages: a core reads ahead to the end of a page only.
+        # By NumPy, which asks for huge pages: a core prefetches to the end of a page only.
         width = torch.empty(0, dtype=dtype).element_size()
         self.weights = torch.from_numpy(np.empty((*shape, width), np.uint8)).view(dtype)[..., 0]
         self.scales = torch.ones(shape[:-1])
@@ -42,7 +42,7 @@ class Rows:
             weight = torch.div(weight, scales[:, None]).round_()
         self.weights[layer] = weight
 
-    def product(self, x: Tensor, layer: int) -> Tensor:
+    def matmul(self, x: Tensor, layer: int) -> Tensor:
         """x [..., K] times a layer's weights: [..., N], for any number of columns."""
         weights, scales = self.weights[layer], self.scales[layer]
         columns = x.flatten(0, -2)
@@ -70,12 +70,12 @@ def _int8_product(x: Tensor, weights: Tensor) -> Tensor:
     """The same of int8 weights. Inputs are int8 too, in two parts: what rounding leaves of one is
     magnified and multiplied as another, so that only the precision of the weights is lost."""
     size = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
-    steps = x * (_PART / size)
+    steps = x * (_INT8_MAX / size)
     rounded = steps.round()
-    rest = (steps - rounded).mul_(2 * _PART).round_()
+    rest = (steps - rounded).mul_(2 * _INT8_MAX).round_()
     parts = torch.cat([rounded, rest]).to(torch.int8)
     first, second = torch._int_mm(parts, weights.T).float().chunk(2)
-    return torch.add(first, second, alpha=0.5 / _PART).mul_(size / _PART)
+    return torch.add(first, second, alpha=0.5 / _INT8_MAX).mul_(size / _INT8_MAX)
 
 
 class PackedStack(nn.Module):
@@ -88,7 +88,9 @@ class PackedStack(nn.Module):
         self._norms = torch.stack([_norms(block) for block in blocks])  # [L, 2, D]
         self._bias = torch.stack([_bias(block) for block in blocks])  # [L, N] or [L, 0]
         self._eps = blocks[0].attention_norm.eps
-        self._rows = [Rows((len(blocks), *weight.shape), dtype) for weight in _matrices(blocks[0])]
+        self._rows = [
+            PackedWeight((len(blocks), *weight.shape), dtype) for weight in _matrices(blocks[0])
+        ]
         self._attention = [block.attention for block in blocks]
         for layer, block in enumerate(blocks):
             for rows, weight in zip(self._rows, _matrices(block), strict=True):
@@ -97,39 +99,39 @@ class PackedStack(nn.Module):
         weights, scales = zip(*(rows.arrays() for rows in self._rows), strict=True)
         self._arrays = (self._norms.numpy(), self._eps, weights, scales, self._bias.numpy())
         self._bytes = sum(array.nbytes for array in weights)
-        self._compiled = cpu_kernels.stack_of(weights[0].dtype)
+        self._compiled = cpu_kernels.compile_stack(weights[0].dtype)
 
     def forward(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:  # [B, T, D]
-        if cache is not None and len(x) == 1 and x.shape[1] <= _FEW:
-            return self._few(x, rotary, cache)
+        if cache is not None and len(x) == 1 and x.shape[1] <= _MAX_DECODE_POSITIONS:
+            return self._decode(x, rotary, cache)
         wqkv, wo, w13, w2 = self._rows
         for layer, attention in enumerate(self._attention):
-            qkv = wqkv.product(self._norm(x, layer, 0), layer)
+            qkv = wqkv.matmul(self._norm(x, layer, 0), layer)
             qkv = qkv + self._bias[layer] if self._bias.numel() else qkv
-            x = x + wo.product(attention.attend(qkv, rotary, mask, cache), layer)
-            gate, up = w13.product(self._norm(x, layer, 1), layer).chunk(2, -1)
-            x = x + w2.product(F.silu(gate) * up, layer)
+            x = x + wo.matmul(attention.attend(qkv, rotary, mask, cache), layer)
+            gate, up = w13.matmul(self._norm(x, layer, 1), layer).chunk(2, -1)
+            x = x + w2.matmul(F.silu(gate) * up, layer)
         return x
 
     def _norm(self, x: Tensor, layer: int, which: int) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self._norms[layer, which], self._eps)
 
-    def _few(self, x: Tensor, rotary: Tensor, cache: KeyValueCache) -> Tensor:
-        """The same for one or a few columns behind those in the cache."""
+    def _decode(self, x: Tensor, rotary: Tensor, cache: KeyValueCache) -> Tensor:
+        """The same for a few positions behind those in the cache."""
         from fish_speech.models.text2semantic.decode.thread_team import team_for
 
         attention, (_, columns, _) = self._attention[0], x.shape
         cache.end(columns)  # which must be within it
         heads = (columns, attention.n_head, attention.head_dim)
         queries, width = np.empty(heads, np.float32), self._rows[3].weights.shape[-1]
-        attended = np.empty((columns, heads[1] * heads[2]), np.float32)
+        context = np.empty((columns, heads[1] * heads[2]), np.float32)
         hidden = np.empty((columns, width), np.float32)
         x = x.clone(memory_format=torch.contiguous_format)
         team_for(self._bytes).run(
             self._compiled, x[0].numpy(), *self._arrays, *rotary.numpy(), cache.keys[:, 0].numpy(),
-            cache.values[:, 0].numpy(), cache.length, queries, attended, hidden,
+            cache.values[:, 0].numpy(), cache.length, queries, context, hidden,
         )  # fmt: skip
         return x
 
@@ -142,16 +144,16 @@ class PackedHead(nn.Module):
 
         super().__init__()
         self.norm = norm
-        self._rows = Rows((1, *weight.shape), _packed_dtype(weight.dtype))
+        self._rows = PackedWeight((1, *weight.shape), _packed_dtype(weight.dtype))
         self._rows.fill(weight, 0)
         weights, scales = self._rows.arrays()
         self._arrays = (norm.weight.float().numpy(), norm.eps, weights[0], scales[0])
-        self._compiled = cpu_kernels.head_of(weights.dtype)
+        self._compiled = cpu_kernels.compile_head(weights.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., N]
         columns = x.numel() // x.shape[-1]
-        if not 0 < columns <= _FEW:
-            return self._rows.product(self.norm(x), 0)
+        if not 0 < columns <= _MAX_DECODE_POSITIONS:
+            return self._rows.matmul(self.norm(x), 0)
         from fish_speech.models.text2semantic.decode.thread_team import team_for
 
         logits = np.empty((columns, len(self._arrays[-1])), np.float32)
@@ -160,8 +162,8 @@ class PackedHead(nn.Module):
         return torch.from_numpy(logits).view(*x.shape[:-1], -1)
 
 
-class WideEmbedding(nn.Module):
-    """An embedding that stays in few bytes and gives fp32."""
+class UpcastEmbedding(nn.Module):
+    """An embedding in low precision that gives fp32."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
@@ -197,7 +199,7 @@ def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransfo
     norm, weight = model.fast_norm, model.fast_output.weight
     model.fast_norm, model.fast_output = nn.Identity(), PackedHead(norm, weight)
     for name in ("embeddings", "codebook_embeddings", "fast_embeddings"):
-        setattr(model, name, WideEmbedding(getattr(model, name)))
+        setattr(model, name, UpcastEmbedding(getattr(model, name)))
     give_back_freed_memory()  # the gaps between the layers
     return model
 

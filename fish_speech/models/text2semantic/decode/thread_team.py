@@ -1,4 +1,4 @@
-"""Threads that go through one compiled function together, each doing its part of every step."""
+"""Threads that run one compiled function together, each a part of every step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fish_speech.models.text2semantic.decode.cpu_kernels import OVER, SYNC_SIZE
+from fish_speech.models.text2semantic.decode.cpu_kernels import ABORTED, SYNC_SIZE
 
-_WORTH_SHARING = 1 << 21  # bytes; of fewer, another thread has only just woken up
+_MIN_BYTES = 1 << 21  # of work: for less, waking another thread takes longer
 
 
 class Team:
@@ -27,9 +27,9 @@ class Team:
         self._failure: BaseException | None = None
 
     def run(self, function: Callable, *args: Any) -> None:
-        """Call a compiled `function(place, size, sync, *args)` in every thread.
+        """Call a compiled `function(rank, size, sync, *args)` in every thread.
 
-        It has to release the GIL, and to end with `meet`.
+        It has to release the GIL, and to end with `barrier`.
         """
         if self.size == 1:  # which any number of callers may be at once
             function(0, 1, self._sync, *args)
@@ -41,28 +41,28 @@ class Team:
                 for tasks in self._tasks:
                     tasks.put((function, sync, args))
                 function(0, self.size, sync, *args)
-                if sync[OVER]:
+                if sync[ABORTED]:
                     raise self._failure
             except BaseException:  # Ctrl+C before all were called: nobody waits for the others
-                sync[OVER] = 1
+                sync[ABORTED] = 1
                 self._sync = np.zeros(SYNC_SIZE, np.int64)
                 raise
 
     def _begin(self) -> None:
         while len(self._tasks) < self.size - 1:
             tasks = SimpleQueue()
-            place = len(self._tasks) + 1
-            threading.Thread(target=self._serve, args=(place, tasks), daemon=True).start()
+            rank = len(self._tasks) + 1
+            threading.Thread(target=self._serve, args=(rank, tasks), daemon=True).start()
             self._tasks.append(tasks)
 
-    def _serve(self, place: int, tasks: SimpleQueue) -> None:
+    def _serve(self, rank: int, tasks: SimpleQueue) -> None:
         while True:
             function, sync, args = tasks.get()
             try:
-                function(place, self.size, sync, *args)
+                function(rank, self.size, sync, *args)
             except BaseException as error:  # no memory, say; the caller raises it
                 self._failure = error
-                sync[OVER] = 1
+                sync[ABORTED] = 1
             del function, sync, args  # a model's weights, which may be gone before the next task
 
 
@@ -71,9 +71,9 @@ _teams: dict[tuple[int, int], Team] = {}  # of a process, which a fork leaves wi
 
 
 def team_for(work: int) -> Team:
-    """Who does what reads `work` bytes: this thread alone, or as many as torch would take."""
+    """The threads for what reads `work` bytes: this one alone, or as many as torch would use."""
     size = torch.get_num_threads()
-    if work < _WORTH_SHARING or size == 1:
+    if work < _MIN_BYTES or size == 1:
         return _alone
     key = os.getpid(), size
     return _teams.get(key) or _teams.setdefault(key, Team(size))  # one, for callers at once too
