@@ -69,30 +69,31 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("training").add_argument
     add("--max-steps", type=int, help="steps of this project in all (300)")
-    add("--batch-size", type=int, help="utterances a batch (4)")
-    add("--learning-rate", type=float, help="(1e-4)")
-    add("--gradient-accumulation-steps", type=int, metavar="N", help="batches a step (1)")
+    add("--batch-size", type=int, help="utterances a micro-batch (4)")
+    add("--learning-rate", type=float, help="peak learning rate (1e-4)")
+    add("--gradient-accumulation-steps", type=int, metavar="N", help="micro-batches a step (1)")
     add("--lora-config", metavar="NAME", help="r_4_alpha_8, r_8_alpha_16 (default), r_16_alpha_32, "
         "or fast_r_8_alpha_160: timbre alone")
     add("--save-every", type=int, metavar="STEPS", help="between checkpoints (100)")
     add("--val-every", type=int, metavar="STEPS", help="between validations (as --save-every)")
     add("--keep-checkpoints", type=int, metavar="N", help="only the newest N (default: all)")
     add("--num-workers", type=int, help="processes that load batches (0)")
-    add("--seed", type=int, help="(42)")
+    add("--seed", type=int, help="random seed (42)")
     add("--override", action="append", default=[], metavar="KEY=VALUE",
         help="any other key of configs/text2semantic_finetune.yaml")
 
-    add = parser.add_argument_group("going on").add_argument
+    add = parser.add_argument_group("resuming").add_argument
     add("--resume-latest", action="store_true",
-        help="this project's newest checkpoint, else the newest on the same data")
-    add("--resume-from-checkpoint", metavar="FILE", help="exactly, or another project's adapters")
+        help="this project's newest checkpoint, else a warm start from the newest on the same data")
+    add("--resume-from-checkpoint", metavar="FILE",
+        help="resume this project's, or warm start from another's")
     add("--checkpoint-path", metavar="PATH",
-        help="a file, or a folder's newest: this project's goes on, of others the adapters are "
-        "taken; with --merge-weights, what to merge")
+        help="a file, or a folder's newest: resumed if it is this project's, else a warm start; "
+        "with --merge-weights, the checkpoint to merge")
     add("--checkpoint-step", type=int, nargs="+", metavar="STEP",
         help="which to merge (default: the latest) or to measure (default: all)")
 
-    add = parser.add_argument_group("evaluating").add_argument
+    add = parser.add_argument_group("evaluation").add_argument
     add("--eval-samples", type=int, metavar="N", help="texts that each model speaks (12)")
     add("--texts", type=Path, metavar="FILE", help="further texts to speak, one a line")
     add("--speaker-encoder", metavar="NAME", help="an x-vector model: on the hub, or a folder")
@@ -106,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-nodes", type=int, help="machines (1)")
     add("--strategy", help="Lightning's strategy, such as ddp")
 
-    add = parser.add_argument_group("preparing and extracting").add_argument
+    add = parser.add_argument_group("preparation and extraction").add_argument
     add("--speaker", help="who speaks in the recordings (default: the project)")
     add("--whisper-model", metavar="NAME",
         help="for recordings without a transcript (base), and for evaluating (what is at hand)")
@@ -249,7 +250,7 @@ def extract_stage(
             raise
         raise MemoryError("out of memory; try --batch-size-extract 1") from error
     share = f" (this process's share of {world_size})" if world_size > 1 else ""
-    say(f"codes: {result.made} clips encoded, {result.kept} had theirs{share}")
+    say(f"codes: {result.made} clips encoded, {result.kept} up to date{share}")
     failed = gather(result.failed)
     for name, reason in failed.items():
         say(f"failed: {name}: {reason}")
@@ -346,6 +347,7 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
         args.failures += not isinstance(error, NothingToMeasureError)
         return None
     print(board.recommendation)
+    args.failures += any(row.error for row in board.rows)
     return board
 
 
@@ -440,9 +442,12 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
         if training:
             start = find_start(args, config, run)
         goes_on = start.resumes if training else run.checkpoints()
-        if goes_on and run.saved_config.is_file():
+        saved = run.restored_config() if goes_on else None
+        if goes_on and saved is None:
+            say(f"{run.saved_config}: missing, so what is not given here is as by default")
+        if saved is not None:
             asked = config.device
-            config = make_config(args, data_dir, remembered=run.saved_config)
+            config = make_config(args, data_dir, saved)
             if not training:  # encoding and packing need no card that the training had
                 config.device = asked
         elif training and start.checkpoint and not names_base(args):

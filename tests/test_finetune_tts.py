@@ -135,7 +135,7 @@ def test_the_whole_pipeline_goes_on_where_it_was_and_does_nothing_twice(project,
     assert project(*flags, "--max-steps", 2) == 0
     assert project(*flags, "--max-steps", 4) == 0
     said = capsys.readouterr().err
-    assert "6 had theirs" in said
+    assert "6 up to date" in said
     assert "(unchanged)" in said
     assert "resuming from results/p/checkpoints/step_000000002.ckpt" in said
 

@@ -118,9 +118,11 @@ def read_codes(file: Path, num_codebooks: int, codebook_size: int) -> np.ndarray
         raise FileNotFoundError(f"{file}: no codes; run finetune_tts.py --extract-tokens")
     try:
         codes = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # a flipped byte of a header raises almost anything
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{file}: damaged codes ({reason}); delete the file") from error
+    if not isinstance(codes, np.ndarray):
+        raise ValueError(f"{file}: an archive, not codes; delete the file")
     if codes.ndim != 2 or codes.shape[0] != num_codebooks or codes.dtype.kind not in "iu":
         raise ValueError(
             f"{file}: codes are {codes.dtype} {codes.shape}, expected integers of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ def read_checkpoint(file: str | Path, *, mapped: bool = True) -> dict[str, Any]:
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
+    file.open("rb").close()  # a file that may not be read is not a damaged one
     try:
         mapped = mapped and zipfile.is_zipfile(file)  # files of PyTorch before 1.6 can't be
         content = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
@@ -41,6 +43,18 @@ def read_checkpoint(file: str | Path, *, mapped: bool = True) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not a state dict")
     return content
+
+
+def check_sums(file: str | Path) -> None:
+    """Raise `ValueError` where bytes of a file of `torch.save` changed since it was written: it
+    holds checksums, which reading it does not look at."""
+    try:
+        with zipfile.ZipFile(file) as records:
+            damaged = records.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{file}: damaged or cut short; get or make it again") from error
+    if damaged:
+        raise ValueError(f"{file}: damaged since it was written; get or make it again")
 
 
 def save_tensors(content: dict[str, Any], file: str | Path) -> None:

@@ -130,7 +130,9 @@ class StopCleanly(L.Callback):
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        tqdm.write("stopping after this step, with a checkpoint (again to stop now)", sys.stderr)
+        tqdm.write(
+            "stopping after this step, with a checkpoint (press again to stop at once)", sys.stderr
+        )
 
 
 class Progress(L.Callback):

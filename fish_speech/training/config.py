@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.strategies import StrategyRegistry
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from fish_speech.hub import model_versions
 from fish_speech.models.text2semantic.lora import LoRAConfig
@@ -120,8 +121,7 @@ def compose_config(
             OmegaConf.update(composed, key, value)
         if remembered is not None:
             given = [*(text.partition("=")[0].lstrip("+") for text in overrides), *values]
-            known = OmegaConf.load(remembered)
-            known.optimizer.pop("max_steps", None)  # which earlier versions wrote, for nothing
+            known = _load_saved(remembered)
             for key in given:
                 OmegaConf.update(known, key, OmegaConf.select(composed, key), merge=False)
             # A setting that came after the run is as composed; of two models nothing is mixed.
@@ -130,6 +130,8 @@ def compose_config(
             composed = OmegaConf.merge(composed, known)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
     except Exception as error:  # hydra's grammar raises half a dozen unrelated kinds
+        if remembered is not None and str(error).startswith(str(remembered)):
+            raise
         key = getattr(error, "full_key", None)
         what = str(error).strip().splitlines()[0].rstrip(".")
         hint = (
@@ -140,6 +142,23 @@ def compose_config(
         raise ValueError(f"config: {f'{key}: ' if key else ''}{what}{hint}") from error
     _check_ranges(config)
     return config
+
+
+def _load_saved(file: Path) -> DictConfig:
+    """A config that a run kept. Raises `ValueError` that names the file where it is damaged."""
+    try:
+        known = OmegaConf.load(file)
+        if not isinstance(known, DictConfig):
+            raise ValueError("no map")
+        if missing := {f.name for f in fields(RunConfig)} - known.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        known.optimizer.pop("max_steps", None)  # which earlier versions wrote, for nothing
+        return known
+    except Exception as error:  # YAML's and OmegaConf's errors have nothing in common
+        what = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{file}: damaged ({what}); delete it, and the settings in the checkpoint count"
+        ) from error
 
 
 def config_of_flags(
@@ -170,6 +189,7 @@ _AT_LEAST_ONE = (
     *("train.val_every", "train.log_every", "train.keep_checkpoints", "train.devices"),
     *("train.num_nodes", "data.batch_size", "data.max_length"),
 )
+_MOST = 1_000_000_000  # of what is counted
 _AT_LEAST_ZERO = (
     *("train.gradient_clip", "data.num_workers", "optimizer.warmup_steps", "optimizer.eps"),
     "optimizer.weight_decay",
@@ -184,11 +204,16 @@ def _check_ranges(config: RunConfig) -> None:
     for least, keys in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for key in keys:
             value = attrgetter(key)(config)
-            if value is not None and not value >= least:
-                raise ValueError(f"config: {key} is {value}; it must be at least {least}")
+            if value is not None and not least <= value <= _MOST:
+                raise ValueError(
+                    f"config: {key} is {value}; it must be at least {least}, and below {_MOST:.0e}"
+                )
+    if not 0 <= config.seed < 1 << 63:
+        raise ValueError(f"config: seed is {config.seed}; it must be from 0 to below 2^63")
     for key in ("optimizer.learning_rate", "lora.alpha"):
-        if not attrgetter(key)(config) > 0:
-            raise ValueError(f"config: {key} is {attrgetter(key)(config)}; it must be above 0")
+        value = attrgetter(key)(config)
+        if not 0 < value < math.inf:
+            raise ValueError(f"config: {key} is {value}; it must be above 0, and a number")
     for key in _SHARES:
         if not 0 <= attrgetter(key)(config) <= 1:
             raise ValueError(f"config: {key} is {attrgetter(key)(config)}, not 0 to 1")

@@ -25,7 +25,7 @@ from fish_speech.models.text2semantic.lora import (
     merge_lora,
 )
 from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, find_codec
-from fish_speech.models.weights import read_checkpoint
+from fish_speech.models.weights import check_sums, read_checkpoint
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.runs import Checkpoint, recorded_lora
 
@@ -62,7 +62,8 @@ def merge(
     change nothing, the written model does not do what base and adapters do, or another merge is
     writing the folder.
     """
-    content = read_checkpoint(checkpoint.path)
+    check_sums(checkpoint.path)
+    content = checkpoint.read() if checkpoint.has_run_record() else read_checkpoint(checkpoint.path)
     adapters = content.get("state_dict", content)
     record = content.get("run")
     base_dir, lora = _needed(checkpoint, record, base_dir, lora)

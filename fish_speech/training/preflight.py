@@ -34,7 +34,7 @@ def preflight(
     batches become CUDA graphs, which need as much memory again."""
     minutes = sum(map(data.train.num_frames, range(len(data.train)))) / frame_rate / 60
     say(
-        f"{len(data.train)} utterances to learn from ({minutes:.1f} minutes), "
+        f"training on {len(data.train)} utterances ({minutes:.1f} minutes), "
         f"{len(data.validation)} held out, {len(data.train.by_speaker)} speaker(s); "
         f"batch {data.batch_size} x {data.accumulate}, device {device}, base in {model.dtype}"
     )

@@ -10,12 +10,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fish_speech.files import safe_name
+from fish_speech.files import safe_name, write_text
 
 if TYPE_CHECKING:
     from fish_speech.models.text2semantic.lora import LoRAConfig
 
 _CHECKPOINT = re.compile(r"step_(\d{9})\.ckpt")
+# What the record in a checkpoint says, also of its LoRA config, and what resuming needs besides.
+_RECORD = {"data_dir", "base", "base_digest", "lora", "parent"}
+_LORA = {"r", "alpha", "dropout", "targets"}
+_RESUMED = {"global_step", "loops", "optimizer_states"}
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,26 @@ class Checkpoint:
     def read(self) -> dict[str, Any]:
         """Its content, mapped. Raises `ValueError` that names the file where it is damaged."""
         content = self._content()
-        if not ("state_dict" in content and "run" in content):
+        record = content.get("run")
+        if "state_dict" not in content or not isinstance(record, dict):
             raise ValueError(f"{self.path}: not a checkpoint of finetune_tts.py")
+        lora = record.get("lora")
+        if (
+            missing := _RECORD - record.keys()
+            or _LORA - (lora if isinstance(lora, dict) else {}).keys()
+        ):
+            raise ValueError(
+                f"{self.path}: damaged: it does not say its {', '.join(sorted(missing))}"
+            )
         return content
+
+    def check(self) -> None:
+        """Raise `ValueError` unless all that resuming needs is there, byte for byte as written."""
+        from fish_speech.models.weights import check_sums
+
+        if missing := _RESUMED - self.read().keys():
+            raise ValueError(f"{self.path}: damaged: it holds no {', '.join(sorted(missing))}")
+        check_sums(self.path)
 
     def is_readable(self) -> bool:
         """Whether it can be read."""
@@ -81,6 +102,16 @@ class Run:
     def saved_config(self) -> Path:
         """The composed config of the latest start that came to a checkpoint."""
         return self.configs / "latest.yaml"
+
+    def restored_config(self) -> Path | None:
+        """`saved_config`; where it is gone, written again from the latest checkpoint. None where
+        that does not hold it either."""
+        if not self.saved_config.is_file():
+            config = self.newest().read()["run"].get("config")
+            if config is None:
+                return None
+            write_text(self.saved_config, config)
+        return self.saved_config
 
     def new_log(self) -> str:
         """A name for the log folder of a start: never one that was used."""
@@ -155,7 +186,7 @@ class Run:
         return {
             int(float(row["step"])) + 1: float(row[name])  # Lightning counts from 0
             for row in self.metrics()
-            if row.get(name)
+            if _is_number(row.get(name))
         }
 
     def metrics(self) -> list[dict[str, str]]:
@@ -165,18 +196,34 @@ class Run:
             file = folder / "metrics.csv"
             if not file.is_file():
                 continue
-            with file.open(encoding="utf-8", newline="") as lines:
-                newer = [row for row in csv.DictReader(lines) if row.get("step")]
+            newer = _rows_of(file)
             first = min((float(row["step"]) for row in newer), default=math.inf)
             rows = [row for row in rows if float(row["step"]) < first] + newer
         return rows
+
+
+def _rows_of(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file that have a step; what is damaged in a log stops no training."""
+    try:
+        with file.open(encoding="utf-8", errors="replace", newline="") as lines:
+            return [row for row in csv.DictReader(lines) if _is_number(row.get("step"))]
+    except csv.Error:
+        return []
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        return math.isfinite(float(text or ""))
+    except (ValueError, TypeError):
+        return False
 
 
 def recorded_lora(record: dict[str, Any]) -> LoRAConfig:
     """The LoRA config that a checkpoint's record holds."""
     from fish_speech.models.text2semantic.lora import LoRAConfig
 
-    return LoRAConfig(**{**record["lora"], "targets": tuple(record["lora"]["targets"])})
+    lora = {name: record["lora"][name] for name in _LORA}  # and nothing that a later version says
+    return LoRAConfig(**lora | {"targets": tuple(lora["targets"])})
 
 
 def named_checkpoint(path: str | Path) -> Checkpoint:

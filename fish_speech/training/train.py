@@ -94,6 +94,8 @@ def _train(
     base_digest = file_digest(base_dir / MODEL_FILE)
     if start.checkpoint is not None:
         check_fits(start.checkpoint, lora, base_digest, base_dir)
+    if start.resumes:
+        start.checkpoint.check()
 
     shards = start.checkpoint.read()["run"].get("shards") if start.resumes else None
     if shards not in (None, manifest.shards):
@@ -178,11 +180,11 @@ def _archive_diverged(run: Run, step: int, begin: int, *, log_name: str) -> str:
 
 
 def _plot(run: Run, say: Say) -> None:
-    """Draw the losses; a disk without room for that costs no training."""
+    """Draw the losses; whatever keeps them from being drawn costs no training."""
     file = run.logs / "loss.png"
     try:
         plot_losses(run, file)
-    except OSError as error:
+    except Exception as error:
         say(f"{file}: could not be drawn: {error}")
 
 
@@ -226,6 +228,7 @@ def _run_record(
         "held_out": [sample.name for sample in data.validation.samples],
         "speakers": _named_speakers(manifest),
         "lora": asdict(config.lora),
+        "config": config.to_yaml(),
         "parent": parent and str(parent),
     }
 

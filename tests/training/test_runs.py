@@ -15,7 +15,7 @@ def make_checkpoints(project, *steps, data_dir="data", parent=None, base="base",
     run.checkpoint_folder.mkdir(parents=True, exist_ok=True)
     lora = {"r": r, "alpha": 16, "dropout": 0.0, "targets": ["wqkv"]}
     record = {"data_dir": str(Path(data_dir).resolve()), "parent": parent, "lora": lora}
-    record["base"] = str(Path(base).resolve())
+    record |= {"base": str(Path(base).resolve()), "base_digest": "0"}
     for step in steps:
         torch.save({"state_dict": {}, "run": record}, run.checkpoint_path(step))
     return run
@@ -43,10 +43,50 @@ def test_a_project_without_checkpoints_has_a_list_too():
     assert describe_checkpoints(Run.of("new")) == "📂 No checkpoints for project 'new' yet."
 
 
-def test_a_damaged_checkpoint_is_listed_as_such():
-    run = make_checkpoints("p", 100)
+def test_damaged_checkpoints_are_listed_as_such():
+    run = make_checkpoints("p", 100, 200, 300)
     run.checkpoint_path(100).write_bytes(b"half")
-    assert "step 100, damaged" in describe_checkpoints(run)
+    torch.save({"state_dict": {}, "run": {"data_dir": "x"}}, run.checkpoint_path(200))
+    torch.save({"state_dict": {}, "run": None}, run.checkpoint_path(300))
+    shown = describe_checkpoints(run)
+    assert all(f"step {step}, damaged" in shown for step in (100, 200, 300))
+    with pytest.raises(ValueError, match=r"step_000000200\.ckpt: .* base, base_digest, lora"):
+        run.checkpoint(200).read()
+
+
+def test_a_checkpoint_that_changed_on_disk_is_not_resumed():
+    run = make_checkpoints("p", 100)
+    path = run.checkpoint_path(100)
+    content = torch.load(path)
+    with pytest.raises(ValueError, match="holds no global_step, loops, optimizer_states"):
+        run.checkpoint(100).check()
+    whole = content | {"global_step": 100, "loops": {}, "optimizer_states": []}
+    torch.save(whole | {"state_dict": {"x": torch.ones(5000)}}, path)
+    run.checkpoint(100).check()
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.ones(9).numpy().tobytes()) + 20] ^= 4
+    path.write_bytes(data)
+    assert run.checkpoint(100).read()
+    with pytest.raises(ValueError, match=r"step_000000100\.ckpt: damaged since it was written"):
+        run.checkpoint(100).check()
+
+
+def test_damaged_logs_count_as_far_as_they_can_be_read():
+    run = Run.of("p")
+    for number, rows in enumerate((b"1,7.0\nabc,6.0\n2,six\n3,nan\n4,5.0\n", b"\xff\x00\n"), 1):
+        folder = run.logs / f"run_{number:03d}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_bytes(b"step,train/loss\n" + rows)
+    assert run.logged("train/loss") == {2: 7.0, 5: 5.0}
+
+
+def test_a_config_that_is_gone_comes_back_from_the_checkpoint():
+    run = make_checkpoints("p", 100)
+    assert run.restored_config() is None  # of a version that kept none there
+    content = torch.load(run.checkpoint_path(100))
+    content["run"]["config"] = "project: p"
+    torch.save(content, run.checkpoint_path(100))
+    assert run.restored_config().read_text() == "project: p"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", ".hidden", "a b", "a\\b"])

@@ -601,6 +601,26 @@ def test_unknown_config_keys_are_refused():
         compose_config(["project=p", "+optimizer.max_steps=5"])
 
 
+@pytest.mark.parametrize("content", ["", "[1, 2]", "project: p\nseed: 1\n", "a: [", "\udcff"])
+def test_a_damaged_config_of_a_run_is_named(tmp_path, content):
+    file = tmp_path / "latest.yaml"
+    file.write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"latest\.yaml: damaged .* delete it"):
+        compose_config([], remembered=file)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("optimizer.learning_rate=inf", "seed=99999999999999999999", "seed=-1"),
+        *("train.max_steps=10000000000", "train.devices=99999999999999999999"),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused(setting):
+    with pytest.raises(ValueError, match=setting.partition("=")[0]):
+        compose_config(["project=p", setting])
+
+
 def test_a_setting_that_came_after_a_run_is_as_it_is_by_default(tmp_path):
     file = tmp_path / "latest.yaml"
     before = compose_config(["project=p", "train.max_steps=7", "model=tiny"])

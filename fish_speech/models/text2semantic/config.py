@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fish_speech.files import read_json, write_json
 
 CONFIG_FILE = "config.json"
+_MOST, _MOST_LAYERS = 1 << 24, 1000  # more is a damaged file
 _FAST_TWINS = ("dim", "n_head", "n_local_heads", "head_dim", "intermediate_size")
 
 
@@ -48,6 +50,13 @@ class ModelConfig:
         for name in (*_FAST_TWINS, "attention_qkv_bias"):
             if getattr(self, f"fast_{name}") is None:
                 setattr(self, f"fast_{name}", getattr(self, name))
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "extra" and (what := _wrong(f, value)):
+                raise ValueError(f"{f.name} is {value!r}, {what}")
+        speakers = self.extra.get("speakers", [])
+        if not (isinstance(speakers, list) and all(isinstance(name, str) for name in speakers)):
+            raise ValueError(f"speakers is {speakers!r}, not a list of names")
         if self.head_dim % 2 or self.fast_head_dim % 2:
             raise ValueError("head_dim and fast_head_dim are turned in pairs, so they must be even")
 
@@ -61,13 +70,9 @@ class ModelConfig:
         model_type = values.pop("model_type", None) if isinstance(values, dict) else None
         if model_type != "dual_ar":
             raise ValueError(f"{file}: model_type is {model_type!r}, but only 'dual_ar' is known")
-        kinds = {f.name: type(f.default) for f in fields(cls) if f.name != "extra"}
-        for key, kind in kinds.items():
-            value = values.get(key)
-            if value is not None and kind in (int, float) and not isinstance(value, int | float):
-                raise ValueError(f"{file}: {key} is {value!r}, not a number")
-        known = {key: value for key, value in values.items() if key in kinds}
-        extra = {key: value for key, value in values.items() if key not in kinds}
+        names = {f.name for f in fields(cls) if f.name != "extra"}
+        known = {key: value for key, value in values.items() if key in names}
+        extra = {key: value for key, value in values.items() if key not in names}
         try:
             return cls(**known, extra=extra)
         except ValueError as error:
@@ -80,3 +85,15 @@ class ModelConfig:
         write_json(
             Path(directory) / CONFIG_FILE, dict(sorted({"model_type": "dual_ar", **values}.items()))
         )
+
+
+def _wrong(f: Field, value: Any) -> str | None:
+    """What is wrong with the value of a field; None where nothing is."""
+    if "bool" in f.type:
+        return None if isinstance(value, bool) else "not true or false"
+    if "int" in f.type:
+        most = _MOST_LAYERS if f.name.endswith("_layer") else _MOST
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return None if whole and 1 <= value <= most else f"not a whole number from 1 to {most}"
+    fits = isinstance(value, int | float) and 0 <= value < math.inf
+    return None if fits else "not a number that makes sense"

@@ -91,7 +91,17 @@ def test_a_file_of_an_old_pytorch_loads(model, directory):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"dim": "64"}, "dim is '64', not a number"), ({"head_dim": 9}, "must be even")],
+    [
+        ({"dim": "64"}, "dim is '64', not a whole number"),
+        ({"head_dim": 9}, "must be even"),
+        ({"dim": 64.0}, "dim is 64.0, not a whole number"),
+        ({"fast_n_head": -2}, "fast_n_head is -2"),
+        ({"n_fast_layer": 10**30}, "n_fast_layer is 1000"),
+        ({"rope_base": float("nan")}, "rope_base is nan"),
+        ({"norm_eps": -1}, "norm_eps is -1"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+        ({"speakers": 5}, "speakers is 5, not a list of names"),
+    ],
 )
 def test_a_config_that_can_not_be_is_refused(directory, wrong, message):
     file = directory / "config.json"
