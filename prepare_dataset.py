@@ -67,8 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--max-unheard", "SECONDS", "seconds of speech without a word that whisper heard"),
     ):
         default = getattr(Thresholds, flag.removeprefix("--").replace("-", "_"))
-        help_text = f"{meaning} (%(default)g)"
-        add(flag, type=float, metavar=metavar, default=default, help=help_text)
+        add(flag, type=float, metavar=metavar, default=default, help=f"{meaning} (%(default)g)")
     return parser
 
 

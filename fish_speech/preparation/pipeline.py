@@ -66,16 +66,16 @@ def prepare(
         recordings = sources.name_recordings(found, store.owners())
         store.update_moved_paths(recordings)
         _warn_of_oddities(recordings, store, say)
-        plain, listening, recogniser = _make_jobs(options, recordings, recogniser, say)
-        plain, listening = (
-            [job for job in jobs if not store.is_done(job)] for jobs in (plain, listening)
+        plain, assisted, recogniser = _make_jobs(options, recordings, recogniser, say)
+        plain, assisted = (
+            [job for job in jobs if not store.is_done(job)] for jobs in (plain, assisted)
         )
-        if before := len(recordings) - len(plain) - len(listening):
+        if before := len(recordings) - len(plain) - len(assisted):
             say(f"{before} of {len(recordings)} recordings were prepared before")
         # Closed before the summary is written: no worker may still write clips then.
         workers = in_processes(prepare_recording, plain, options.num_workers, desc="preparing")
         with closing(workers) as done:
-            for record in chain(done, _with_recogniser(listening, recogniser)):
+            for record in chain(done, _with_recogniser(assisted, recogniser)):
                 store.commit(record)
                 if options.strict and record.failure is not None:
                     break
@@ -165,17 +165,17 @@ def _make_jobs(
             lost = set(map(id, needed))
             recordings = [replace(r, problem=without) if id(r) in lost else r for r in recordings]
             needed = useful = []
-    listened = {id(recording) for recording in (*needed, *useful)}
+    with_recogniser = {id(recording) for recording in (*needed, *useful)}
     cached = None
-    if recogniser is not None and listened:
+    if recogniser is not None and with_recogniser:
         cached = CachedRecogniser(recogniser, options.output / sources.RECORDS / "heard.jsonl")
-    plain, listening = [], []
+    plain, assisted = [], []
     for recording in recordings:
-        if id(recording) in listened:
-            listening.append(RecordingJob(recording, options, cached.identity))
+        if id(recording) in with_recogniser:
+            assisted.append(RecordingJob(recording, options, cached.identity))
         else:
             plain.append(RecordingJob(recording, options))
-    return plain, listening, cached
+    return plain, assisted, cached
 
 
 def recogniser_for(options: Options) -> Recogniser:

@@ -23,9 +23,7 @@ SLICES, BANDS = 16, 8  # of time and of frequency, in a spectral fingerprint
 BLOCKING_FLAGS = {"too_long", "little_speech", "clipping", "clipped_start", "clipped_end"} | {
     "cut_in_speech", "breaks_off", "slow_text", "fast_text", "disagreement", "unheard",
 }  # fmt: skip
-MIN_SIMILARITY = (
-    0.97  # correlation of fingerprints; different sentences of one voice stay far below
-)
+MIN_SIMILARITY = 0.97  # of fingerprints; different sentences of one voice stay far below
 MAX_LENGTH_DIFFERENCE = 0.03  # share of its duration by which duplicates may differ
 
 

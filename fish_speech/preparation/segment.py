@@ -22,9 +22,7 @@ VAD_RATE = 16_000  # Hz; what silero-vad was trained on
 FRAME = 512  # samples at VAD_RATE for which it gives one probability
 FRAME_SECONDS = FRAME / VAD_RATE
 MARGIN_SECONDS = 0.2  # silence kept on either side of speech
-EXTENSION_SECONDS = (
-    0.3  # at most, by which a region may begin before or end after what the VAD says
-)
+EXTENSION_SECONDS = 0.3  # a region is extended by at most this much on either side
 FADE_SECONDS = 0.005
 STRETCH = 1.5  # a segment may exceed the wanted duration by this factor to reach a pause
 
@@ -97,7 +95,7 @@ def find_speech(path: str | Path, *, max_seconds: float | None = None) -> Speech
 
 
 def speech_regions(probability: np.ndarray, count: int) -> list[Region]:
-    """The regions where `probability` [F] says speech, of `count` samples."""
+    """The regions that `probability` [F] makes speech, in a recording of `count` samples."""
     from silero_vad.utils_vad import get_speech_timestamps_from_probs
 
     found = get_speech_timestamps_from_probs(
@@ -279,7 +277,7 @@ def _frames(blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def _speech_probabilities(model, frames: np.ndarray) -> np.ndarray:
-    """Of the next frames [F, 512], each [F]; the model keeps its state from the frames before."""
+    """The probabilities [F] of the next frames [F, 512]; the model keeps state between calls."""
     import torch
 
     with torch.inference_mode():

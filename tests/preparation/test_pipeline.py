@@ -280,7 +280,7 @@ def test_a_long_recording_gets_its_script_from_a_recogniser(take, options, reade
     assert any(0 < clip["disagreement"] < 0.3 for clip in summary.clips)
     assert all("estimated" not in clip for clip in summary.clips)
     asked = listener.asked
-    prepare(replace(options, normalize=False), recogniser=listener)  # heard it all before
+    prepare(replace(options, normalize=False), recogniser=listener)  # transcribed before
     assert listener.asked == asked > 0
 
 
@@ -368,9 +368,9 @@ def test_a_recording_has_one_language(take, options, reader, monkeypatch):
             info = SimpleNamespace(all_language_probs=None if language else chances)
             if not word_timestamps:
                 return iter([]), info
-            heard = listener.transcribe(samples)
-            text = heard.text if (language or chances[0][0]) == "en" else "Mae hi'n braf heddiw."
-            words = [SimpleNamespace(word=w.text, start=w.start, end=w.end) for w in heard.words]
+            result = listener.transcribe(samples)
+            text = result.text if (language or chances[0][0]) == "en" else "Mae hi'n braf heddiw."
+            words = [SimpleNamespace(word=w.text, start=w.start, end=w.end) for w in result.words]
             part = SimpleNamespace(text=text, words=words, no_speech_prob=0.0, avg_logprob=-0.1)
             return iter([part]), info
 
@@ -383,13 +383,13 @@ def test_a_recording_has_one_language(take, options, reader, monkeypatch):
         assert " ".join(clip["text"] for clip in summary.clips) == " ".join(recording.texts)
         assert summary.recordings[0]["language"] == "en"
         done = len(asked)
-        options = replace(options, normalize=False)  # what was heard is remembered
+        options = replace(options, normalize=False)  # what was transcribed is kept
     assert len(asked) == done > len(summary.clips)
-    prepare(replace(options, language="en", normalize=True))  # as it was found out to be
+    prepare(replace(options, language="en", normalize=True))  # as it was detected to be
     assert len(asked) == done
 
 
-def test_recognised_texts_that_may_be_made_up_or_lack_words_are_flagged(take, options, reader):
+def test_texts_that_may_be_hallucinations_or_lack_words_are_flagged(take, options, reader):
     recording = take(6)
     options = replace(options, input=str(recording.path), auto_transcribe=True)
     listener = reader(recording)
@@ -397,8 +397,8 @@ def test_recognised_texts_that_may_be_made_up_or_lack_words_are_flagged(take, op
     transcribe = listener.transcribe
 
     def doubting(samples):
-        heard = transcribe(samples)
-        return replace(heard, no_speech=0.85) if listener.asked == 2 else heard
+        result = transcribe(samples)
+        return replace(result, no_speech=0.85) if listener.asked == 2 else result
 
     listener.transcribe = doubting
     first, second, *others = prepare(options, recogniser=listener).clips

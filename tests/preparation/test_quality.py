@@ -144,11 +144,8 @@ def test_the_duplicate_that_stays_is_one_without_flags(utterances):
         {**GOOD, "file": name, "shape": shape, "flags": flags}
         for name, flags in (("bad", ["noisy"]), ("good", []), ("copy", []))
     ]
-    assert [clip.get("duplicate_of") for clip in quality.mark_near_duplicates(clips)] == [
-        None,
-        None,
-        "good",
-    ]
+    marked = quality.mark_near_duplicates(clips)
+    assert [clip.get("duplicate_of") for clip in marked] == [None, None, "good"]
 
 
 def random_clips(count: int, speakers: int) -> list[dict]:

@@ -118,10 +118,10 @@ def test_faster_whisper_is_asked_for_its_words(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=Model))
     monkeypatch.setattr(transcribe, "find_spec", lambda name: name)
-    heard = load_recogniser("small", language="en", device="cpu").transcribe(
+    transcription = load_recogniser("small", language="en", device="cpu").transcribe(
         np.zeros(100, np.float32)
     )
-    assert heard == Transcription("Hello", (Word("Hello", 0.5, 1.0),), 0.1)
+    assert transcription == Transcription("Hello", (Word("Hello", 0.5, 1.0),), 0.1)
     assert (asked["device"], asked["compute_type"]) == ("cpu", "int8")
     assert asked["language"] == "en"
     assert asked["word_timestamps"]
@@ -133,7 +133,7 @@ def test_faster_whisper_is_asked_for_its_words(monkeypatch):
         assert asked["compute_type"] == "float16"
 
 
-def test_openai_whisper_finds_out_a_language_and_keeps_to_it(checkpoint, monkeypatch):
+def test_openai_whisper_detects_a_language_and_keeps_to_it(checkpoint, monkeypatch):
     recogniser = load_recogniser(str(checkpoint), backend="openai", device="cpu")
     second = np.ones(SAMPLE_RATE, np.float32)
     assert len(recogniser.detect_language(second)) == 2  # by its random weights
@@ -180,7 +180,7 @@ def test_a_missing_backend_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("heard", "seconds", "reason"),
+    ("transcription", "seconds", "reason"),
     [
         (Transcription(SENTENCE), 3.5, None),
         (Transcription("昨日は雨でした。今日は晴れです。"), 3.5, None),
@@ -194,8 +194,8 @@ def test_a_missing_backend_says_how_to_get_it(monkeypatch):
         (Transcription("So you know, you know, you know, you know, it is."), 4.0, "repeated"),
     ],
 )
-def test_hallucinations_are_recognised(heard, seconds, reason):
-    found = hallucination_reason(heard, seconds)
+def test_hallucinations_are_recognised(transcription, seconds, reason):
+    found = hallucination_reason(transcription, seconds)
     assert found is None if reason is None else reason in found
 
 
@@ -237,13 +237,23 @@ class Counting:
 def test_transcriptions_are_kept_across_runs_and_survive_a_torn_line(tmp_path):
     path, clips = tmp_path / "heard.jsonl", [np.ones(n, np.float32) for n in (3, 4, 5)]
     first = Counting()
-    heard = [CachedRecogniser(first, path).transcribe(clip) for clip in clips]
+    transcriptions = [CachedRecogniser(first, path).transcribe(clip) for clip in clips]
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])  # killed while it wrote the third
     second = Counting()
-    assert [CachedRecogniser(second, path).transcribe(clip) for clip in clips] == heard
+    assert [CachedRecogniser(second, path).transcribe(clip) for clip in clips] == transcriptions
     assert (first.asked, second.asked) == (3, 1)
     assert path.read_bytes() == whole
+
+
+def test_transcriptions_of_an_earlier_version_are_read(tmp_path):
+    path, samples = tmp_path / "heard.jsonl", np.ones(3, np.float32)
+    transcription = CachedRecogniser(Counting(), path).transcribe(samples)
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps({**entry, "logprob": -0.3}) + "\n")
+    again = Counting()
+    assert CachedRecogniser(again, path).transcribe(samples) == transcription
+    assert again.asked == 0
 
 
 def test_another_model_is_asked_anew(tmp_path):
