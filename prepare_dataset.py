@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from fish_speech.console import nobody_reads, print_anything, stop_as_ctrl_c_does, words_of
+from fish_speech.preparation.options import WHISPER_BACKENDS, Options, Thresholds
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,50 +23,51 @@ def build_parser() -> argparse.ArgumentParser:
     add("--report", action="store_true", help="also write report.html beside the summary")
     add("--speaker", help="who speaks (default: the subfolder, else the name of the output)")
     add("--strict", action="store_true", help="stop at the first recording that fails")
-    add("--num-workers", type=int, default=0, help="processes (default: as many as pay)")
+    add("--num-workers", type=int, default=Options.num_workers, metavar="COUNT",
+        help="worker processes (default: by the number of recordings and CPU cores)")  # fmt: skip
     add("--debug", action="store_true", help="show where an error came from")
 
     add = parser.add_argument_group("YouTube").add_argument
     add("--youtube", action="store_true", help="--input is a video or a playlist on the web")
-    add("--max-duration", type=float, metavar="MINUTES", help="use no more of each recording")
+    add("--max-duration", type=float, metavar="MINUTES",
+        help="use only the first minutes of each recording")  # fmt: skip
     add("--cookies", metavar="FILE", help="a cookie file, for videos that ask for a login")
     add("--cookies-from-browser", metavar="NAME", help="take the cookies of this browser")
 
     add = parser.add_argument_group("sound").add_argument
     add("--normalize", action="store_true", help="bring every clip to -23 LUFS, peaks under -1 dB")
     add("--split-long", action="store_true", help="cut long recordings at pauses, trim short ones")
-    add("--segment-duration", type=float, metavar="SECONDS", default=10.0,
-        help="how long a clip should be (10)")  # fmt: skip
-    add("--min-duration", type=float, metavar="SECONDS", default=1.0,
-        help="the shortest clip of use (1)")  # fmt: skip
+    add("--segment-duration", type=float, metavar="SECONDS", default=Options.segment_duration,
+        help="how long a clip should be, in seconds (%(default)g)")  # fmt: skip
+    add("--min-duration", type=float, metavar="SECONDS", default=Options.min_duration,
+        help="the shortest clip of use, in seconds (%(default)g)")  # fmt: skip
 
     add = parser.add_argument_group("transcripts").add_argument
     add("--auto-transcribe", action="store_true", help="recognise what has no transcript")
-    add("--whisper-model", default="base", help="its name, or the path of a checkpoint (base)")
-    add(
-        "--whisper-backend",
-        choices=("auto", "openai", "faster"),
-        default="auto",
-        help="openai-whisper or faster-whisper (the faster one where it is installed)",
-    )
-    add("--language", help="what is spoken, such as en (default: found out for each recording)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps, for whisper")
+    add("--whisper-model", default=Options.whisper_model,
+        help="its name, or the path of a checkpoint (%(default)s)")  # fmt: skip
+    add("--whisper-backend", choices=WHISPER_BACKENDS, default=Options.whisper_backend,
+        help="openai-whisper or faster-whisper (the faster one where it is installed)")  # fmt: skip
+    add("--language", help="what is spoken, such as en (default: detected for each recording)")
+    add("--device", default=Options.device, help="auto, cpu, cuda or mps, for whisper")
 
     group = parser.add_argument_group("quality", "what a clip must keep to, not to be flagged")
     add = group.add_argument
     add("--drop-flagged", action="store_true", help="move flagged clips to rejected/")
-    add("--longest", type=float, default=30.0, help="seconds (30)")
-    add("--min-snr", type=float, default=15.0, help="dB (15)")
-    add("--min-speech", type=float, default=0.3, help="share of the clip (0.3)")
-    add("--max-clipping", type=float, default=0.001, help="share of the samples (0.001)")
-    add("--max-edge", type=float, default=-20.0, help="dB at a cut, against the speech (-20)")
-    add("--min-rate", type=float, default=3.0, help="letters a second of speech (3)")
-    add("--max-rate", type=float, default=30.0, help="letters a second of speech (30)")
-    add("--max-disagreement", type=float, default=0.3, help="with the recogniser, share (0.3)")
-    add("--max-no-speech", type=float, default=0.6,
-        help="whisper's doubt that somebody speaks (0.6)")  # fmt: skip
-    add("--max-unheard", type=float, default=2.0,
-        help="seconds of speech without a word that whisper heard (2)")  # fmt: skip
+    for flag, metavar, meaning in (
+        ("--longest", "SECONDS", "duration in seconds"),
+        ("--min-snr", "DB", "speech above the noise, in dB"),
+        ("--min-speech", "SHARE", "share of the clip that is speech, 0 to 1"),
+        ("--max-clipping", "SHARE", "share of clipped samples, 0 to 1"),
+        ("--max-edge", "DB", "level at a cut against the speech, in dB"),
+        ("--min-rate", "LETTERS", "letters a second of speech"),
+        ("--max-rate", "LETTERS", "letters a second of speech"),
+        ("--max-disagreement", "SHARE", "character error rate against the recogniser, 0 to 1"),
+        ("--max-no-speech", "PROBABILITY", "whisper's probability that nobody speaks, 0 to 1"),
+        ("--max-unheard", "SECONDS", "seconds of speech without a word that whisper heard"),
+    ):
+        default = getattr(Thresholds, flag.removeprefix("--").replace("-", "_"))
+        add(flag, type=float, metavar=metavar, default=default, help=f"{meaning} (%(default)g)")
     return parser
 
 
@@ -76,10 +78,8 @@ _NOT_WHEN_CHECKING = (
 )
 
 
-def make_options(arguments: argparse.Namespace):
+def make_options(arguments: argparse.Namespace) -> Options:
     """The options that a command line means. Raises `ValueError` for impossible combinations."""
-    from fish_speech.preparation.pipeline import Options, Thresholds
-
     given = dict(vars(arguments))
     if (given["check"] is None) == (given["input"] is None):
         raise ValueError("give either --input with --output, or --check")
@@ -101,7 +101,7 @@ def make_options(arguments: argparse.Namespace):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fish_speech.preparation.check import check, spoils
+    from fish_speech.preparation.check import check, has_blocking_flags
     from fish_speech.preparation.pipeline import prepare
     from fish_speech.preparation.sources import is_data_set
 
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.check is not None:
         summary = check(options, say=say)
         show(summary, arguments)
-        return 1 if summary.failed or spoils(summary) or not summary.clips else 0
+        return 1 if summary.failed or has_blocking_flags(summary) or not summary.clips else 0
     summary = prepare(options, say=say)
     show(summary, arguments)
     last = f"{options.output}: {len(summary.clips)} clips, {summary.minutes} minutes"
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     if summary.failed or not summary.clips:
         return 1
     # A data set that is prepared once more is being checked.
-    return 1 if is_data_set(options.input) and spoils(summary) else 0
+    return 1 if is_data_set(options.input) and has_blocking_flags(summary) else 0
 
 
 def show(summary, arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ LAYERS = (
     {"preparation", "training", "inference"},
     {"datasets", "models"},
     {"conversation", "html_page"},
-    {"tokenizer", "text", "hub", "audio", "devices"},
+    {"tokenizer", "text", "hub", "audio", "devices", "worker_processes"},
     {"files", "console", "resources", "audio_decoding"},
 )
 FILES = sorted((ROOT / "fish_speech").rglob("*.py"))

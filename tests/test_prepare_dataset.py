@@ -274,7 +274,7 @@ def test_an_output_that_cannot_be_written_is_said(home, capsys, monkeypatch):
     def full(path, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("fish_speech.preparation.clips.save_audio", full)
+    monkeypatch.setattr("fish_speech.preparation.recording.save_audio", full)
     assert run("--input", "samples", "--output", "data") == 1
     error = capsys.readouterr().err
     assert ": no space left on device; what is finished stays" in error
@@ -285,7 +285,7 @@ def test_ctrl_c_exits_with_130(home, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fish_speech.preparation.pipeline.carry_out", interrupt)
+    monkeypatch.setattr("fish_speech.preparation.pipeline.prepare_recording", interrupt)
     assert run("--input", "samples", "--output", "data") == 130
     assert "the same command goes on" in capsys.readouterr().err
 

@@ -11,7 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from fish_speech.preparation.error_rates import normal_words
-from fish_speech.preparation.transcribe import SAMPLE_RATE, Heard, Recogniser, load_recogniser
+from fish_speech.preparation.transcribe import (
+    SAMPLE_RATE,
+    Recogniser,
+    Transcription,
+    load_recogniser,
+)
 
 DEFAULT_WHISPER = "base"
 # A seventh of English and next to nothing of its neighbours is made of these.
@@ -30,17 +35,17 @@ class PocketSphinx:
         self._decoder = Decoder(Config(samprate=SAMPLE_RATE, loglevel="FATAL"))
         self.identity = f"pocketsphinx {version('pocketsphinx')} (en-US)"
 
-    def hear(self, samples: np.ndarray) -> Heard:
+    def transcribe(self, samples: np.ndarray) -> Transcription:
         """Each time as if it were the first: nothing is kept of what was heard before."""
         if not len(samples):
-            return Heard("")
+            return Transcription("")
         pcm = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
         self._decoder.reinit_feat()  # which forgets the means of what was heard before
         self._decoder.start_utt()
         self._decoder.process_raw(pcm.tobytes(), full_utt=True)
         self._decoder.end_utt()
         found = self._decoder.hyp()
-        return Heard(found.hypstr if found else "")
+        return Transcription(found.hypstr if found else "")
 
     def understands(self, texts: Sequence[str]) -> bool:
         """Whether the texts are English, by its dictionary and by the commonest English words."""

@@ -39,7 +39,7 @@ from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import add_lora, load_lora, merge_lora
 from fish_speech.models.vqgan.codec import find_codec
 from fish_speech.preparation.extract import codecs_of_codes
-from fish_speech.preparation.transcribe import Journal, load_recogniser
+from fish_speech.preparation.transcribe import CachedRecogniser, load_recogniser
 from fish_speech.text import is_speakable, lines_of
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.runs import Checkpoint, Run, recorded_lora
@@ -247,7 +247,7 @@ def listener_for(
     if note:
         say(note)
     if recogniser is not None and journal is not None:
-        recogniser = Journal(recogniser, journal)
+        recogniser = CachedRecogniser(recogniser, journal)
     return Listener(recogniser, load_encoder(speaker_encoder, device))
 
 

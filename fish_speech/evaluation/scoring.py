@@ -39,7 +39,7 @@ class Clip:
 class Listener:
     """The instruments: a recogniser (None: no error rates) and a speaker encoder (None: no voices).
 
-    The recogniser may remember what it heard (`transcribe.Journal`).
+    The recogniser may remember what it heard (`transcribe.CachedRecogniser`).
     """
 
     recogniser: Recogniser | None
@@ -58,7 +58,7 @@ class Listener:
             samples = load_audio(audio, SAMPLE_RATE)[0][0].numpy()
         heard = words = characters = None
         if self.recogniser is not None:
-            heard = self.recogniser.hear(samples).text if len(samples) else ""
+            heard = self.recogniser.transcribe(samples).text if len(samples) else ""
             words, characters = word_errors(text, heard), character_errors(text, heard)
         if not len(samples):
             return Clip(0.0, letters, heard, words, characters)

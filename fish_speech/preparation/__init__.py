@@ -1,6 +1,24 @@
 """Recordings in, a data set of short transcribed clips out."""
 
-from fish_speech.preparation.pipeline import Options, prepare
-from fish_speech.preparation.summary import Summary
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Options", "Summary", "prepare"]
+from fish_speech.preparation.options import Options, Thresholds
+
+if TYPE_CHECKING:
+    from fish_speech.preparation.pipeline import prepare
+    from fish_speech.preparation.summary import Summary
+
+__all__ = ["Options", "Summary", "Thresholds", "prepare"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the rest when it is used: `--help` needs nothing but the options."""
+    if name == "prepare":
+        from fish_speech.preparation.pipeline import prepare
+
+        return prepare
+    if name == "Summary":
+        from fish_speech.preparation.summary import Summary
+
+        return Summary
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,20 +5,29 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from fish_speech.audio_decoding import audio_info, breaks_off
 from fish_speech.datasets.clips import is_rejected
-from fish_speech.files import list_files, shown_path
-from fish_speech.preparation import quality, sources
-from fish_speech.preparation.clips import Job, inspect
-from fish_speech.preparation.pipeline import Options, in_processes, recogniser_for
+from fish_speech.files import list_files, read_text, shown_path, sidecar_of
+from fish_speech.preparation import quality, segment, sources
+from fish_speech.preparation.entries import ClipEntry, time_span
+from fish_speech.preparation.job import LONGEST_UNCUT, RecordingJob
+from fish_speech.preparation.options import Options
+from fish_speech.preparation.pipeline import recogniser_for
+from fish_speech.preparation.plan import transcribe_segments
+from fish_speech.preparation.recording import clip_entry, failure_reason, new_record
+from fish_speech.preparation.records import Record
+from fish_speech.preparation.segment import Segment
 from fish_speech.preparation.summary import Summary
+from fish_speech.preparation.transcribe import Recogniser
+from fish_speech.worker_processes import in_processes
 
-WORST = 10  # clips that are named
+WORST_CLIPS = 10  # that are named
 
 
 def check(options: Options, *, say: Callable[[str], None] = lambda message: None) -> Summary:
@@ -31,7 +40,7 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
     if not os.path.isdir(folder):  # pathlib raises for a name that is too long
         raise FileNotFoundError(f"{folder}: no such folder")
     found = sources.find_local(folder, None, sources.speaker_name(folder.resolve().name), say=say)
-    work = [Job(recording, options) for recording in sources.name_recordings(found, {})]
+    jobs = [RecordingJob(recording, options) for recording in sources.name_recordings(found, {})]
     recogniser = None
     if options.auto_transcribe:
         try:
@@ -39,12 +48,12 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
         except ValueError as error:
             say(f"transcripts are not compared: {error}")
     if recogniser is None:
-        records = list(in_processes(inspect, work, options.num_workers))
+        records = list(in_processes(inspect_clip, jobs, options.num_workers, desc="preparing"))
     else:
-        records = [inspect(job, recogniser) for job in work]
+        records = [inspect_clip(job, recogniser) for job in jobs]
     records.sort(key=lambda record: (record.speaker, record.source))
     clips = [
-        quality.judged(clip, options.thresholds, options.min_duration)
+        quality.with_flags(clip, options.thresholds, options.min_duration)
         for record in records
         for clip in record.clips
     ]
@@ -61,12 +70,41 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
     for label in sorted(labels - {item.path.with_suffix(".lab") for item in found}):
         source = sources.printable(shown_path(label))
         skipped.append({"source": source, "reason": "has no recording"})
-    return Summary(quality.mark_twins(clips), skipped, [], [], len(skipped))
+    return Summary(quality.mark_near_duplicates(clips), skipped, [], [], len(skipped))
 
 
-def spoils(summary: Summary) -> bool:
+def inspect_clip(job: RecordingJob, recogniser: Recogniser | None = None) -> Record:
+    """Look at a clip of a data set as it is, writing nothing: its entry, or why it has none."""
+    recording = job.recording
+    record = new_record(job)
+    try:
+        if recording.problem:
+            raise ValueError(recording.problem)
+        label = recording.path.with_suffix(".lab")
+        if not label.is_file():
+            other = sidecar_of(recording.path)
+            there = f", only {other.name}: prepare it, with --input" if other else ""
+            raise ValueError(f"has no transcript {label.name}{there}")
+        text = sources.collapse_whitespace(read_text(label))  # as training reads it: in UTF-8 only
+        speech = job.find_speech(LONGEST_UNCUT)
+        whole = Segment(0.0, speech.duration, text)
+        if recogniser is not None:
+            whole = replace(whole, heard=next(transcribe_segments(job, [whole], recogniser)).text)
+        info = audio_info(recording.path)
+        samples = next(segment.cut(recording.path, [whole], info.sample_rate))
+        file = sources.printable(recording.path.relative_to(job.options.input).as_posix())
+        clip = clip_entry(file, recording, whole, samples, info, speech)
+        record.clips = [{**clip, "loudness": quality.loudness(samples, info.sample_rate)}]
+        if speech.duration < LONGEST_UNCUT and breaks_off(recording.path, speech.duration):
+            record.clips[0]["breaks_off"] = True
+    except Exception as error:
+        record.failure = failure_reason(error, recording)
+    return record
+
+
+def has_blocking_flags(summary: Summary) -> bool:
     """Whether a voice would learn something wrong from this data set: bad sound or wrong texts."""
-    return any(quality.SPOILING & set(clip["flags"]) for clip in summary.clips)
+    return any(quality.BLOCKING_FLAGS & set(clip["flags"]) for clip in summary.clips)
 
 
 def describe(summary: Summary) -> str:
@@ -90,24 +128,20 @@ def describe(summary: Summary) -> str:
         lines += ["", "Flags"]
         lines += [f"  {flag:<16}{count:>5}" for flag, count in counts.most_common()]
         lines += ["", "Worst clips"]
-        worst = sorted(clips, key=lambda clip: -len(clip["flags"]))[:WORST]
+        worst = sorted(clips, key=lambda clip: -len(clip["flags"]))[:WORST_CLIPS]
         lines += [f"  {c['file']}: {', '.join(c['flags'])}" for c in worst if c["flags"]]
     if summary.skipped:
         lines += ["", "Left out"]
-        lines += [f"  {e['source']}{_span(e)}: {e['reason']}" for e in summary.skipped]
+        lines += [f"  {e['source']}{time_span(e)}: {e['reason']}" for e in summary.skipped]
     return "\n".join([*lines, "", f"Verdict: {_verdict(summary)}"])
 
 
 def _verdict(summary: Summary) -> str:
     if not summary.clips:
         return "nothing to train on"
-    if spoils(summary):
+    if has_blocking_flags(summary):
         return "some of this would spoil training"
     return "fit to train on, without what is left out" if summary.skipped else "fit to train on"
-
-
-def _span(entry: dict[str, Any]) -> str:
-    return f" {entry['start']:.1f}-{entry['end']:.1f} s" if "start" in entry else ""
 
 
 def _histogram(durations: list[float], width: int = 40) -> list[str]:
@@ -122,6 +156,6 @@ def _histogram(durations: list[float], width: int = 40) -> list[str]:
     ]
 
 
-def _range(clips: list[dict[str, Any]], figure: str) -> str:
+def _range(clips: list[ClipEntry], figure: str) -> str:
     values = [clip[figure] for clip in clips]
     return f"{min(values):.1f} to {max(values):.1f} (median {np.median(values):.1f})"

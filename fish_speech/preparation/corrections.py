@@ -1,4 +1,4 @@
-"""Texts that were corrected by hand in `.lab` files, by the seconds of the recording they are of.
+"""Texts that were corrected by hand in `.lab` files, by the seconds of their recording.
 
 They outlive the clips, which other options cut or name differently.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import defaultdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from fish_speech.files import read_json, write_json
+from fish_speech.preparation.entries import ClipEntry, CorrectionEntry
 
 
 class Corrections:
@@ -18,13 +18,13 @@ class Corrections:
 
     def __init__(self, path: Path) -> None:
         self.path, self._changed = path, False
-        self._entries: dict[str, list[dict[str, Any]]] = defaultdict(list)  # of each recording
+        self._entries: dict[str, list[CorrectionEntry]] = defaultdict(list)  # of each recording
         for entry in read_json(path) if path.is_file() else []:
             self._entries[_recording(entry)].append(entry)
 
-    def note(self, clip: dict[str, Any], text: str) -> None:
+    def note(self, clip: ClipEntry, text: str) -> None:
         """Remember the `text` of a clip, if it isn't the one that the clip was made with."""
-        known = self.find(clip), self.at(clip)
+        known = self.find(clip), self.find_exact(clip)
         entries = self._entries[_recording(clip)]
         old, new = [entry for entry in entries if entry in known], []
         if text != clip["text"]:
@@ -34,19 +34,19 @@ class Corrections:
             entries[:] = [entry for entry in entries if entry not in known] + new
             self._changed |= old != new
 
-    def find(self, clip: dict[str, Any], *, any_text: bool = False) -> dict[str, Any] | None:
-        """The correction of a clip's text, wherever it was cut then; None where there is none.
+    def find(self, clip: ClipEntry, *, any_text: bool = False) -> CorrectionEntry | None:
+        """The correction of a clip's text, however it was cut then; None where there is none.
 
-        With `any_text` one of just its seconds counts, whatever the text was.
+        With `any_text` one of exactly its seconds counts too, whatever the text was.
         """
         for entry in self._entries[_recording(clip)]:
             overlaps = entry["start"] < clip["end"] and clip["start"] < entry["end"]
             if entry["instead_of"] == clip["text"] and overlaps:
                 return entry
-        return self.at(clip) if any_text else None
+        return self.find_exact(clip) if any_text else None
 
-    def at(self, clip: dict[str, Any]) -> dict[str, Any] | None:
-        """The correction of just a clip's seconds."""
+    def find_exact(self, clip: ClipEntry) -> CorrectionEntry | None:
+        """The correction of exactly a clip's seconds."""
         for entry in self._entries[_recording(clip)]:
             if (entry["start"], entry["end"]) == (clip["start"], clip["end"]):
                 return entry
@@ -62,5 +62,5 @@ class Corrections:
             self._changed = False
 
 
-def _recording(clip: dict[str, Any]) -> str:
+def _recording(clip: ClipEntry | CorrectionEntry) -> str:
     return clip["file"].rpartition("_")[0].casefold()  # the clip's number may change

@@ -1,4 +1,4 @@
-"""Texts of unknown encoding: the reading that looks like language, however short the text is.
+"""Texts of unknown encoding: the reading that looks most like language, however short the text.
 
 Statistics need pages; a transcript may be one sentence. So each encoding's reading is judged by
 what no language does: letters of two scripts in one word, capitals after small letters, signs
@@ -17,7 +17,7 @@ ENCODINGS = (
     *("cp1252", "cp1255", "cp1251", "koi8_r", "cp1256", "cp1250", "cp1254", "cp1253"),
     *("euc_kr", "euc_jp", "shift_jis", "gb18030", "big5", "mac_roman"),
 )
-_MARKS = (
+_BYTE_ORDER_MARKS = (
     (b"\xef\xbb\xbf", "utf-8-sig"),
     (b"\xff\xfe\x00\x00", "utf-32"),
     (b"\x00\x00\xfe\xff", "utf-32"),
@@ -58,7 +58,7 @@ def decode(data: bytes) -> tuple[str, str | None]:
     A byte order mark counts, then what is sure: UTF-16 by its every second byte, UTF-8. Raises
     `ValueError` where no encoding makes a text of it.
     """
-    for mark, encoding in _MARKS:
+    for mark, encoding in _BYTE_ORDER_MARKS:
         if data.startswith(mark):
             return data.decode(encoding, "replace"), None
     for encoding, high, low in (("utf-16-le", 1, 0), ("utf-16-be", 0, 1)):
@@ -99,7 +99,7 @@ def oddness(text: str, encoding: str) -> float:
             pass
         elif kind == "sign" or kind_before == "sign":
             odd += 0.6 * (kind not in ("", "sign") or kind_before not in ("", "sign"))
-        elif kind != kind_before and (_is_mark(character) or (kind and kind_before)):
+        elif kind != kind_before and (_is_combining_mark(character) or (kind and kind_before)):
             odd += 1
         if kind and before in _ONLY_LAST:
             odd += 1
@@ -145,5 +145,5 @@ def _kind(character: str) -> str:
     return "sign"
 
 
-def _is_mark(character: str) -> bool:
+def _is_combining_mark(character: str) -> bool:
     return unicodedata.category(character) == "Mn"

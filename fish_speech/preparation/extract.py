@@ -52,23 +52,25 @@ def extract_codes(
     record_file = data_dir / (f"codes.{rank}.json" if rank else RECORD_FILE)
     digest = file_digest(find_codec(model_dir))
     records = _read_records(data_dir)
-    # Of the clips that this process has seen to; None: the codes there are of something else.
+    # Of the clips that this process has dealt with; None: their codes are of other audio or codec.
     stamps: dict[str, list | None] = {}
     record = {"codec": digest, "clips": stamps}
     result = Extraction()
     work = []
     for clip in find_clips(data_dir)[rank::world_size]:
-        # Other processes may have seen to the clip before; where two records differ, which was the
-        # later one is not known.
+        # Other processes may have dealt with the clip before; where two records differ, it is not
+        # known which one is later.
         named = [record for record in records if clip.name in record["clips"]]
         current, noted = all(record["codec"] == digest for record in named), []
-        if current:  # else nobody asks of what sound the codes are, which may take reading it
-            noted = [_still(clip.audio, record["clips"][clip.name]) for record in named]
+        if current:  # else the codes are stale anyway, and the audio need not be read
+            noted = [
+                _stamp_if_unchanged(clip.audio, record["clips"][clip.name]) for record in named
+            ]
             current = all(noted)
         if current and (clip.codes.is_file() if named else _fits(clip, codec)):
             stamps[clip.name] = noted[0] if named else _stamp(clip.audio)
             result.kept += 1
-        elif not named and (what := _something_else(clip.codes)):
+        elif not named and (what := _foreign_array(clip.codes)):
             result.failed[clip.name] = (
                 f"{clip.codes}: {what}, where the clip's codes are to be; move or delete it"
             )
@@ -180,8 +182,8 @@ def _fits(clip: Clip, codec: Codec) -> bool:
     return abs(codes.shape[1] - _duration(clip) * codec.frame_rate) <= 2
 
 
-def _something_else(file: Path) -> str | None:
-    """What an array is that nobody can have meant as codes; None for codes, even bad ones."""
+def _foreign_array(file: Path) -> str | None:
+    """What an array is that can't be meant as codes; None for codes, even bad ones."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError):
@@ -193,7 +195,7 @@ def _something_else(file: Path) -> str | None:
 
 
 def _stamp(file: Path) -> list:
-    """What tells a file's content: its size, its time and its digest."""
+    """What identifies a file's content: its size, its time and its digest."""
     return [*_size_and_time(file), file_digest(file)]
 
 
@@ -202,8 +204,11 @@ def _size_and_time(file: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _still(file: Path, stamp: list | None) -> list | None:
-    """The stamp of a file, if its content is what `stamp` says; it may have been copied since."""
+def _stamp_if_unchanged(file: Path, stamp: list | None) -> list | None:
+    """The present stamp of a file if its content is that of `stamp`, else None.
+
+    (A copy has another time.)
+    """
     if not stamp:
         return None
     now = _size_and_time(file)

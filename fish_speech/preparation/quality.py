@@ -4,54 +4,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from math import isnan
-from typing import Any
 
 import numpy as np
 
 from fish_speech import audio
 from fish_speech.preparation.align import spoken_letters
+from fish_speech.preparation.entries import ClipEntry
+from fish_speech.preparation.options import Thresholds
 from fish_speech.preparation.segment import FRAME_SECONDS, Segment, Speech
 
 EDGE_SECONDS = 0.03
-ABOVE_NOISE = 6.0  # dB; what is lower may be noise, and no word
-FULL_SCALE = 0.999
-SLICES, BANDS = 16, 8  # of a clip's shape
-# Flags of what a voice learns as wrong. The others only waste a little of the data; small models
-# doubt some clips that are short and clear.
-SPOILING = {"too_long", "little_speech", "clipping", "clipped_start", "clipped_end"} | {
+ABOVE_NOISE = 6.0  # dB; an edge that is lower may be noise, and no word
+FULL_SCALE = 0.999  # of the highest sample: from here on, samples are at the ceiling
+SLICES, BANDS = 16, 8  # of time and of frequency, in a spectral fingerprint
+# Flags of what a voice would learn wrong. Clips with the others only waste a little of the data
+# ("doubted": small models doubt some clips that are short and clear).
+BLOCKING_FLAGS = {"too_long", "little_speech", "clipping", "clipped_start", "clipped_end"} | {
     "cut_in_speech", "breaks_off", "slow_text", "fast_text", "disagreement", "unheard",
 }  # fmt: skip
-SAME_SHAPE = 0.97  # correlation of shapes; different sentences of one voice stay far below
-SAME_LENGTH = 0.03  # share of its duration by which two may differ
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What a clip must keep to. Durations in seconds, levels in dB, shares from 0 to 1."""
-
-    longest: float = 30.0
-    min_snr: float = 15.0
-    min_speech: float = 0.3
-    max_clipping: float = 0.001
-    max_edge: float = -20.0
-    min_rate: float = 3.0
-    max_rate: float = 30.0
-    max_disagreement: float = 0.3
-    max_no_speech: float = 0.6
-    max_unheard: float = 2.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isnan(value):
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be a number")
+MIN_SIMILARITY = 0.97  # of fingerprints; different sentences of one voice stay far below
+MAX_LENGTH_DIFFERENCE = 0.03  # share of its duration by which duplicates may differ
 
 
 def measure(
     samples: np.ndarray, sample_rate: int, segment: Segment, speech: Speech, *, floating: bool
-) -> dict[str, Any]:
+) -> ClipEntry:
     """Figures of a segment's samples [N] as they came from the recording, before any levelling.
 
     `snr` (dB) and `speech_share` come from the frames of `speech`; `edge_start` and `edge_end` are
@@ -72,12 +50,12 @@ def measure(
         "snr": round(min(100.0, max(0.0, _decibel(loud) - _decibel(quiet))), 1),
         "edge_start": round(_decibel(_variance(samples[:edge])) - _decibel(loud), 1),
         "edge_end": round(_decibel(_variance(samples[-edge:])) - _decibel(loud), 1),
-        "shape": shape(samples, sample_rate),
+        "shape": spectral_fingerprint(samples, sample_rate),
     }
 
 
-def shape(samples: np.ndarray, sample_rate: int) -> str:
-    """How energy is spread over time and pitch, at any level: 16 x 8 bytes, as hexadecimal."""
+def spectral_fingerprint(samples: np.ndarray, sample_rate: int) -> str:
+    """Energy in 16 time slices x 8 frequency bands, independent of level: 128 bytes, as hex."""
     edges = np.geomspace(100, min(8000, sample_rate / 2), BANDS + 1)
     rows = []
     for part in np.array_split(samples, SLICES):
@@ -89,15 +67,15 @@ def shape(samples: np.ndarray, sample_rate: int) -> str:
     return np.round(levels * 31).astype(np.int8).tobytes().hex()
 
 
-def near_duplicates(clips: Sequence[dict[str, Any]]) -> dict[int, int]:
+def near_duplicates(clips: Sequence[ClipEntry]) -> dict[int, int]:
     """Clips that sound like an earlier one of the same speaker: {index: index of the earlier}.
 
     The earlier one is a clip without flags: one of the two should be fit to stay.
     """
     if not clips:
         return {}
-    shapes = [np.frombuffer(bytes.fromhex(clip["shape"]), np.int8) for clip in clips]
-    vectors = np.array(shapes, np.float32)
+    fingerprints = [np.frombuffer(bytes.fromhex(clip["shape"]), np.int8) for clip in clips]
+    vectors = np.array(fingerprints, np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-9
     durations = np.array([clip["duration"] for clip in clips])
     by_speaker = defaultdict(list)
@@ -105,15 +83,16 @@ def near_duplicates(clips: Sequence[dict[str, Any]]) -> dict[int, int]:
         by_speaker[clip["speaker"]].append(index)
     found: dict[int, int] = {}
     for own in by_speaker.values():
-        # By length, for only a stretch of them is as long as a clip; it begins a little early.
+        # Sorted by length, for only neighbours are about as long as a clip. The limits are a little
+        # wide, and `close` below is exact.
         order = np.array(sorted(own, key=durations.__getitem__))
         sounds, lengths = vectors[order], durations[order]
-        lows = np.searchsorted(lengths, (0.999 - SAME_LENGTH) * durations[own])
-        highs = np.searchsorted(lengths, (1.001 + SAME_LENGTH) * durations[own])
+        lows = np.searchsorted(lengths, (0.999 - MAX_LENGTH_DIFFERENCE) * durations[own])
+        highs = np.searchsorted(lengths, (1.001 + MAX_LENGTH_DIFFERENCE) * durations[own])
         for index, low, high in zip(own, lows, highs, strict=True):
             near, off = order[low:high], np.abs(lengths[low:high] - durations[index])
-            alike = sounds[low:high] @ vectors[index] > SAME_SHAPE
-            close = (near < index) & (off < SAME_LENGTH * durations[index])
+            alike = sounds[low:high] @ vectors[index] > MIN_SIMILARITY
+            close = (near < index) & (off < MAX_LENGTH_DIFFERENCE * durations[index])
             for earlier in np.sort(near[close & alike]).tolist():
                 if earlier not in found and not clips[earlier].get("flags"):
                     found[index] = earlier
@@ -122,10 +101,10 @@ def near_duplicates(clips: Sequence[dict[str, Any]]) -> dict[int, int]:
 
 
 def clipping(samples: np.ndarray, *, floating: bool) -> float:
-    """The share of samples that sit, three or more in a row, at the wave's ceiling or above 1.
+    """The share of samples that are, three or more in a row, at the highest level or above 1.
 
-    Above 1, lossy codecs leave ragged what was flat. Samples that were saved as floats
-    (`floating`) may be there unharmed.
+    (Where a wave was clipped, lossy codecs leave ragged peaks above 1.) Samples that were saved as
+    floats (`floating`) may exceed 1 unharmed.
     """
     ceiling = float(np.abs(samples).max(initial=0.0))
     if ceiling < 0.1:
@@ -136,34 +115,31 @@ def clipping(samples: np.ndarray, *, floating: bool) -> float:
     return float(triples.sum() / len(samples)) if len(samples) > 2 else 0.0
 
 
-def judged(clip: dict[str, Any], thresholds: Thresholds, shortest: float) -> dict[str, Any]:
+def with_flags(clip: ClipEntry, thresholds: Thresholds, min_duration: float) -> ClipEntry:
     """The entry of a clip with what depends on its text, and its `flags`."""
     rate = characters_per_second(clip["text"], clip["duration"] * clip["speech_share"])
     clip = {**clip, "characters_per_second": rate}
-    return {**clip, "flags": flags(clip, thresholds, shortest)}
+    return {**clip, "flags": flags(clip, thresholds, min_duration)}
 
 
-def mark_twins(clips: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def mark_near_duplicates(clips: Sequence[ClipEntry]) -> list[ClipEntry]:
     """The entries of all clips, near-duplicates flagged, without their `shape`."""
-    twins = near_duplicates(clips)
+    duplicates = near_duplicates(clips)
     marked = []
     for index, clip in enumerate(clips):
         clip = {key: value for key, value in clip.items() if key != "shape"}
-        if index in twins:
-            clip["duplicate_of"] = clips[twins[index]]["file"]
+        if index in duplicates:
+            clip["duplicate_of"] = clips[duplicates[index]]["file"]
             clip["flags"] = [*clip["flags"], "near_duplicate"]
         marked.append(clip)
     return marked
 
 
-def flags(clip: dict[str, Any], thresholds: Thresholds, shortest: float) -> list[str]:
-    """What is wrong with a clip (an entry of the summary), as short words in a fixed order.
-
-    One under `shortest` seconds is of no use.
-    """
+def flags(clip: ClipEntry, thresholds: Thresholds, min_duration: float) -> list[str]:
+    """What is wrong with a clip, as short words in a fixed order; `min_duration` is in seconds."""
     loudest_edge = max(thresholds.max_edge, ABOVE_NOISE - clip["snr"])
     checks = {
-        "too_short": clip["duration"] < shortest,
+        "too_short": clip["duration"] < min_duration,
         "too_long": clip["duration"] > thresholds.longest,
         "little_speech": clip["speech_share"] < thresholds.min_speech,
         "noisy": clip["snr"] < thresholds.min_snr,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from fish_speech.audio import decode_blocks
 from fish_speech.files import write_text
 from fish_speech.html_page import document, player, text
+from fish_speech.preparation.entries import ClipEntry, time_span
 from fish_speech.preparation.summary import Summary
 
 REPORT_NAME = "report.html"
@@ -60,7 +60,10 @@ def write_report(summary: Summary, folder: Path) -> Path:
         _plot("Loudness", "LUFS", [clip["loudness"] for clip in summary.clips]),
         "</div>",
         "<h2>Skipped and rejected</h2><ul>" if lost else "",
-        *(f"<li>{text(name)}{_span(entry)}: {text(entry['reason'])}</li>" for name, entry in lost),
+        *(
+            f"<li>{text(name)}{time_span(entry)}: {text(entry['reason'])}</li>"
+            for name, entry in lost
+        ),
         "</ul>" if lost else "",
         "<h2>Clips</h2>",
         *(_article(clip, folder) for clip in ordered),
@@ -70,7 +73,7 @@ def write_report(summary: Summary, folder: Path) -> Path:
     return path
 
 
-def _article(clip: dict[str, Any], folder: Path) -> str:
+def _article(clip: ClipEntry, folder: Path) -> str:
     path = folder / clip["file"]
     flags = "".join(f"<span class='flag'>{text(flag)}</span>" for flag in clip["flags"])
     figures = " · ".join(
@@ -80,17 +83,13 @@ def _article(clip: dict[str, Any], folder: Path) -> str:
     )
     heard = clip.get("heard")
     heard = "" if heard is None else f"<p class='figures'>heard: {text(heard or 'nothing')}</p>"
-    source = f"{text(clip['source'])}{_span(clip)}"
+    source = f"{text(clip['source'])}{time_span(clip)}"
     return (
         f"<article><p class='name'>{text(clip['file'])}{flags}</p>"
         f"<div>{_thumbnail(path)}{player(quote(clip['file']))}</div>"
         f"<div><p>{text(clip['text'])}</p>{heard}"
         f"<p class='figures'>{figures} · {source}</p></div></article>"
     )
-
-
-def _span(entry: dict[str, Any]) -> str:
-    return f" {entry['start']:.1f}–{entry['end']:.1f} s" if "start" in entry else ""
 
 
 def _thumbnail(path: Path) -> str:

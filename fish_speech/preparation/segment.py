@@ -1,4 +1,4 @@
-"""Where speech is in a recording, and where to cut it: at pauses, never inside a word if avoidable.
+"""Where speech is in a recording, and where to cut it: at pauses, inside a word only if it must be.
 
 Everything here works on frames of 32 ms and decodes in blocks, so that memory stays flat however
 long the recording is.
@@ -19,36 +19,37 @@ import numpy as np
 from fish_speech.audio import decode_blocks
 
 VAD_RATE = 16_000  # Hz; what silero-vad was trained on
-FRAME = 512  # samples at VAD_RATE that it judges at a time
+FRAME = 512  # samples at VAD_RATE for which it gives one probability
 FRAME_SECONDS = FRAME / VAD_RATE
 MARGIN_SECONDS = 0.2  # silence kept on either side of speech
-REACH_SECONDS = 0.3  # how far sound that belongs to an island may lie outside what the VAD found
+EXTENSION_SECONDS = 0.3  # a region is extended by at most this much on either side
 FADE_SECONDS = 0.005
 STRETCH = 1.5  # a segment may exceed the wanted duration by this factor to reach a pause
+
+Region = tuple[float, float]  # of speech: its start and end in seconds
 
 
 @dataclass(frozen=True)
 class Speech:
-    """What was heard in a recording of `duration` seconds, frame by frame (32 ms).
+    """Where speech is in a recording of `duration` seconds; F frames of 32 ms.
 
-    `probability` [F] of speech and `power` [F], the variance of the samples, for an offset is no
-    sound; `islands` are the stretches of speech as (start, end) in seconds.
+    `probability` [F] of speech and `power` [F], which is the variance of the samples: a DC offset
+    is no sound.
     """
 
     duration: float
     probability: np.ndarray
     power: np.ndarray
-    islands: list[tuple[float, float]]
+    regions: list[Region]
 
 
 @dataclass(frozen=True)
-class Piece:
+class SpeechPiece:
     """A stretch of speech that is not cut, in seconds, and what is said in it.
 
     `text` is a slice of the script with its white space, `heard` what a recogniser made of it
-    (None: none listened);
-    `forced` says that it begins or ends inside speech, for want of a pause, `estimated` that only
-    its length tells that the text is said there.
+    (None: there was no recogniser). `forced`: it begins or ends inside speech, for want of a pause.
+    `estimated`: only its length tells that the text is said there.
     """
 
     start: float
@@ -63,8 +64,8 @@ class Piece:
 class Segment:
     """A stretch to keep as one clip, in seconds of its recording, silence at its ends included.
 
-    Of a text that was recognised: the chance (`no_speech`, 0..1) that there is no speech, and the
-    most seconds of speech at a stretch in which no word was heard (`unheard`).
+    Of a text that was recognised: the probability (`no_speech`, 0..1) that nobody speaks, and the
+    most seconds of speech at a stretch without a recognised word (`unheard`).
     """
 
     start: float
@@ -78,26 +79,26 @@ class Segment:
 
 
 def find_speech(path: str | Path, *, max_seconds: float | None = None) -> Speech:
-    """Listen to a recording with silero-vad. Raises as `fish_speech.audio.decode_blocks`."""
+    """Run silero-vad over a recording. Raises as `fish_speech.audio.decode_blocks`."""
     probabilities, powers, count = [], [], 0
     with _silero_on_one_thread() as model:
         model.reset_states()
-        for frames, fresh in _frames(decode_blocks(path, VAD_RATE, max_seconds=max_seconds)):
-            probabilities.append(_judge(model, frames))
-            powers.append(frames[:, :fresh].var(axis=1))  # without what fills the last one
-            count += fresh
+        for frames, new in _frames(decode_blocks(path, VAD_RATE, max_seconds=max_seconds)):
+            probabilities.append(_speech_probabilities(model, frames))
+            powers.append(frames[:, :new].var(axis=1))  # without the padding of the last one
+            count += new
     if not count:
         raise ValueError("holds no audio")
     probability, power = np.concatenate(probabilities), np.concatenate(powers)
-    islands = _reach_out(find_islands(probability, count), power, count / VAD_RATE)
-    return Speech(count / VAD_RATE, probability, power, islands)
+    regions = _extend_regions(speech_regions(probability, count), power, count / VAD_RATE)
+    return Speech(count / VAD_RATE, probability, power, regions)
 
 
-def find_islands(probability: np.ndarray, count: int) -> list[tuple[float, float]]:
-    """Stretches of speech (start, end) in seconds, from the frames of `count` samples."""
+def speech_regions(probability: np.ndarray, count: int) -> list[Region]:
+    """The regions that `probability` [F] makes speech, in a recording of `count` samples."""
     from silero_vad.utils_vad import get_speech_timestamps_from_probs
 
-    stretches = get_speech_timestamps_from_probs(
+    found = get_speech_timestamps_from_probs(
         probability.tolist(),
         sampling_rate=VAD_RATE,
         min_speech_duration_ms=100,
@@ -105,27 +106,27 @@ def find_islands(probability: np.ndarray, count: int) -> list[tuple[float, float
         speech_pad_ms=0,
         audio_length_samples=count,
     )
-    return [(part["start"] / VAD_RATE, part["end"] / VAD_RATE) for part in stretches]
+    return [(part["start"] / VAD_RATE, part["end"] / VAD_RATE) for part in found]
 
 
-def speech_pieces(speech: Speech, *, longest: float) -> list[Piece]:
-    """The islands as pieces, those over `longest` seconds split where they are quietest."""
+def speech_pieces(speech: Speech, *, longest: float) -> list[SpeechPiece]:
+    """The regions as pieces; those over `longest` seconds are split where they are quietest."""
     pieces = []
     smooth = np.convolve(speech.power, np.ones(3) / 3, mode="same")
-    for start, end in speech.islands:
+    for start, end in speech.regions:
         forced = False
         while end - start > longest:
             low = round((start + longest / 3) / FRAME_SECONDS)
             high = round((start + longest) / FRAME_SECONDS)
             middle = (low + int(np.argmin(smooth[low:high])) + 0.5) * FRAME_SECONDS
-            pieces.append(Piece(start, middle, forced=True))
+            pieces.append(SpeechPiece(start, middle, forced=True))
             start, forced = middle, True
-        pieces.append(Piece(start, end, forced=forced))
+        pieces.append(SpeechPiece(start, end, forced=forced))
     return pieces
 
 
 def plan_segments(
-    pieces: Sequence[Piece],
+    pieces: Sequence[SpeechPiece],
     begin: float,
     end: float,
     *,
@@ -135,10 +136,10 @@ def plan_segments(
 ) -> list[Segment]:
     """Group neighbouring pieces into segments of about `target` seconds.
 
-    Only a piece that is longer itself makes one exceed `longest`, its margins aside. Dynamic
+    Without its margins, a segment exceeds `longest` only where a single piece does. Dynamic
     programming weighs the lengths against the pauses, so that cuts fall into the longest fitting
     ones; segments under `shortest` seconds are a last resort. No margin goes beyond `begin` or
-    `end`, the recording's or what others speak.
+    `end`: there the recording ends, or speech begins that is left out.
     """
     best, first_of = [0.0], []
     for last in range(len(pieces)):
@@ -159,7 +160,7 @@ def plan_segments(
     while last >= 0:
         groups.append((first_of[last], last))
         last = first_of[last] - 1
-    bounds = [begin, *(middle(a, b) for a, b in pairwise(pieces)), end]
+    bounds = [begin, *(middle_of_pause(a, b) for a, b in pairwise(pieces)), end]
     return [_segment(pieces, first, last, bounds) for first, last in reversed(groups)]
 
 
@@ -193,7 +194,7 @@ def cut(
         yield np.concatenate(kept)
 
 
-def fade(samples: np.ndarray, sample_rate: int) -> np.ndarray:
+def fade_edges(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     """A copy of `samples` [N] with its first and last 5 ms faded, so that no cut clicks."""
     count = min(round(FADE_SECONDS * sample_rate), len(samples) // 2)
     ramp = np.sin(np.linspace(0, np.pi / 2, count, dtype=np.float32)) ** 2
@@ -213,12 +214,12 @@ def _cut_cost(pause: float) -> float:
     return 0.5 * max(0.0, 1 - pause / 0.5)
 
 
-def middle(before: Piece, after: Piece) -> float:
-    """Of the pause between two pieces, in seconds."""
+def middle_of_pause(before: SpeechPiece, after: SpeechPiece) -> float:
+    """The middle of the pause between two pieces, in seconds."""
     return (before.end + after.start) / 2
 
 
-def _segment(pieces: Sequence[Piece], first: int, last: int, bounds: list[float]) -> Segment:
+def _segment(pieces: Sequence[SpeechPiece], first: int, last: int, bounds: list[float]) -> Segment:
     """The pieces `first`..`last` with a margin on each side, at most to the middle of the pause."""
     group = pieces[first : last + 1]
     heard = [piece.heard for piece in group]
@@ -233,26 +234,24 @@ def _segment(pieces: Sequence[Piece], first: int, last: int, bounds: list[float]
     )
 
 
-def _reach_out(
-    islands: list[tuple[float, float]], power: np.ndarray, duration: float
-) -> list[tuple[float, float]]:
-    """Extend islands over the sound around them: the VAD is late for soft and sudden onsets.
+def _extend_regions(regions: list[Region], power: np.ndarray, duration: float) -> list[Region]:
+    """Extend regions over the sound around them: the VAD is late for soft and sudden onsets.
 
-    A frame belongs to an island where it is within 30 dB of its level and well above the noise.
+    A frame belongs to a region where it is within 30 dB of its level and well above the noise.
     """
     noise = float(np.quantile(power, 0.05))
     extended = []
-    reach = round(REACH_SECONDS / FRAME_SECONDS)
-    for index, (start, end) in enumerate(islands):
+    most = round(EXTENSION_SECONDS / FRAME_SECONDS)
+    for index, (start, end) in enumerate(regions):
         first, stop = int(start / FRAME_SECONDS), int(np.ceil(end / FRAME_SECONDS))
         floor = max(1e-3 * float(power[first:stop].mean()), 4 * noise)
         before = extended[-1][1] if extended else 0.0
-        after = islands[index + 1][0] if index + 1 < len(islands) else duration
-        for _ in range(reach):
+        after = regions[index + 1][0] if index + 1 < len(regions) else duration
+        for _ in range(most):
             if first == 0 or power[first - 1] < floor or (first - 1) * FRAME_SECONDS < before:
                 break
             first -= 1
-        for _ in range(reach):
+        for _ in range(most):
             if stop >= len(power) or power[stop] < floor or (stop + 1) * FRAME_SECONDS > after:
                 break
             stop += 1
@@ -277,18 +276,18 @@ def _frames(blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
         yield np.pad(rest, (0, FRAME - len(rest)))[None], len(rest)
 
 
-def _judge(model, frames: np.ndarray) -> np.ndarray:
-    """The probabilities of speech [F] in the next frames [F, 512]; the model remembers the last."""
+def _speech_probabilities(model, frames: np.ndarray) -> np.ndarray:
+    """The probabilities [F] of the next frames [F, 512]; the model keeps state between calls."""
     import torch
 
     with torch.inference_mode():
-        judged = [model(frame[None], VAD_RATE) for frame in torch.from_numpy(frames)]
-        return torch.cat(judged)[:, 0].numpy()
+        probabilities = [model(frame[None], VAD_RATE) for frame in torch.from_numpy(frames)]
+        return torch.cat(probabilities)[:, 0].numpy()
 
 
 @contextmanager
 def _silero_on_one_thread() -> Iterator:
-    """silero-vad's model, with torch on one thread: its steps are too small to share.
+    """silero-vad's model, with torch on one thread: a frame is too little work to share.
 
     Importing silero_vad leaves torch on one thread for good; here the number is put back.
     """

@@ -29,17 +29,17 @@ from fish_speech.files import (
 from fish_speech.preparation import encodings
 
 SUMMARY_NAME = "dataset_summary.json"
-RECORDS = ".prepared"
+RECORDS = ".prepared"  # the folder of records in a data set
 
 
 @dataclass(frozen=True)
 class Recording:
     """One input file. `name` is what its clips are called; `source` is what people know it as.
 
-    `address` tells it from all others, wherever a program is started. `problem` says why it can't
-    be used, where that is known before it is decoded. `transcript` is the text beside it, white
-    space folded, or None; `encoding` is the text's where that was guessed. `prepared`: it is a clip
-    of a data set. `origin` holds a download's provenance.
+    `address` is unique, whatever folder a program is started in. `problem` says why it can't be
+    used, where that is known before it is decoded. `transcript` is the text beside it, white space
+    collapsed, or None; `encoding` is the text's where that was guessed. `prepared`: it is a clip of
+    a data set. `origin` holds a download's provenance.
     """
 
     path: Path
@@ -56,8 +56,8 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file to prepare, before it has a name; fields as in `Recording`. `data_set` holds it."""
+class InputFile:
+    """A file to prepare, before it has a name; fields as in `Recording`. It is in `data_set`."""
 
     path: Path
     speaker: str
@@ -67,7 +67,7 @@ class Found:
 
     @property
     def is_clip(self) -> bool:
-        return self.data_set is not None and _label(self.path).is_file()
+        return self.data_set is not None and _label_path(self.path).is_file()
 
 
 def find_local(
@@ -75,52 +75,54 @@ def find_local(
     speaker: str | None,
     default_speaker: str,
     *,
-    but: Path | None = None,
+    exclude: Path | None = None,
     say: Callable[[str], None] = lambda message: None,
-) -> list[Found]:
+) -> list[InputFile]:
     """All audio at `source`, a file or a folder (its first subfolders are speakers).
 
-    What lies under `but` is left out; what else is no input is said. A folder that can't be read
-    comes back with its `problem`. Raises `FileNotFoundError` where nothing is there, `ValueError`
-    where nothing in it is audio.
+    What lies under `exclude` is left out; `say` is told what else is no input. A folder that can't
+    be read comes back with its `problem`. Raises `FileNotFoundError` where nothing is there,
+    `ValueError` where nothing in it is audio.
     """
     source = Path(source)
     if os.path.isfile(source):  # pathlib raises for a name that is too long
-        problem = None if is_audio(source) else _no_sound(source)
-        return [Found(source, speaker or default_speaker, problem=problem)]
+        problem = None if is_audio(source) else _why_no_audio(source)
+        return [InputFile(source, speaker or default_speaker, problem=problem)]
     if not os.path.isdir(source):
         raise FileNotFoundError(f"{source}: no such file or folder (for a web address, --youtube)")
-    closed: list[OSError] = []
-    files = list_files(source, closed.append)
-    if but is not None:
-        files = [path for path in files if not path.resolve().is_relative_to(but.resolve())]
+    unreadable: list[OSError] = []
+    files = list_files(source, unreadable.append)
+    if exclude is not None:
+        files = [path for path in files if not path.resolve().is_relative_to(exclude.resolve())]
     data_sets = {path: _data_set_of(path, source) for path in files}
-    files = [path for path in files if not ((home := data_sets[path]) and is_rejected(path, home))]
+    files = [
+        path for path in files if not ((folder := data_sets[path]) and is_rejected(path, folder))
+    ]
     folders = {path: _folder_of(path, data_sets[path] or source) for path in files}
     found = [
-        Found(path, speaker or (safe_name(folders[path]) if folders[path] else default_speaker),
+        InputFile(path, speaker or (safe_name(folders[path]) if folders[path] else default_speaker),
               data_sets[path])
         for path in files if is_audio(path)
     ]  # fmt: skip
     if speaker is None:
-        found = [_with_a_speaker(item) for item in found]
+        found = [_refuse_reserved_speaker(item) for item in found]
         _say_merged({(item.speaker, folders[item.path]) for item in found}, say)
     others = (path for path in files if data_sets[path] is None and not is_audio(path))
     _say_others([path for path in others if path.suffix not in SIDECAR_SUFFIXES], say)
     own = {sidecar_of(item.path) for item in found} - {None}
     texts = [path for path in files if path.suffix in SIDECAR_SUFFIXES and path not in own]
-    texts = _but_spelled_otherwise(texts, own)
+    texts = _without_case_variants(texts, own)
     _say_unused([path for path in texts if data_sets[path] is None], own, say)
-    for error in closed:
+    for error in unreadable:
         problem = f"cannot be read ({error.strerror})"
-        found.append(Found(Path(error.filename), speaker or default_speaker, problem=problem))
+        found.append(InputFile(Path(error.filename), speaker or default_speaker, problem=problem))
     if not found:
         known = " ".join(sorted(AUDIO_SUFFIXES))
         raise ValueError(f"{source}: no audio in this folder (looked for {known})")
     return found
 
 
-def _no_sound(path: Path) -> str | None:
+def _why_no_audio(path: Path) -> str | None:
     """Why a file can't be a recording; None if it can."""
     try:
         audio_info(path)
@@ -129,12 +131,14 @@ def _no_sound(path: Path) -> str | None:
     return None
 
 
-def only_raw(found: list[Found], say: Callable[[str], None] = lambda message: None) -> list[Found]:
-    """Without the clips of data sets, where there are raw recordings too: they were made of such.
+def drop_prepared_clips(
+    found: list[InputFile], say: Callable[[str], None] = lambda message: None
+) -> list[InputFile]:
+    """Without the clips of data sets, where there are raw recordings too: clips are made of these.
 
-    A clip that was laid out by hand (it has a `.lab`) is no raw recording.
+    A file with a `.lab` beside it is a clip that was made by hand, and no raw recording.
     """
-    if all(item.data_set or _label(item.path).is_file() for item in found):
+    if all(item.data_set or _label_path(item.path).is_file() for item in found):
         return found
     made = sorted({str(item.data_set) for item in found if item.data_set is not None})
     if made:
@@ -157,12 +161,14 @@ def refuse_overlap(source: str, output: Path) -> None:
         )
 
 
-def name_recordings(found: list[Found], owner_of: dict[tuple[str, str], Any]) -> list[Recording]:
+def name_recordings(
+    found: list[InputFile], owner_of: dict[tuple[str, str], Any]
+) -> list[Recording]:
     """Give every file a name that no other has, the same one in every run.
 
     `owner_of` maps (speaker, name), both casefolded, to the recording that an earlier run gave the
-    name to, as (address, digest, name): a file that moved, changed or was renamed keeps it, and so
-    does one of an earlier version, which made other names.
+    name to, as (address, digest, name): a file that was moved, changed or renamed keeps it, also
+    where an earlier version of this program made it in another way.
     """
     recordings, taken = [], set()
     in_order = sorted(found, key=lambda item: (item.speaker, str(item.path)))
@@ -173,7 +179,7 @@ def name_recordings(found: list[Found], owner_of: dict[tuple[str, str], Any]) ->
         for (speaker, _), (address, digest, name) in owner_of.items()
         if has_vanished(address)
     }
-    read = _without_copies([_read(item) for item in in_order], known)
+    read = _without_copies([_recording_of(item) for item in in_order], known)
     for recording in sorted(read, key=lambda recording: recording.address not in known):
         name = safe_name(recording.origin.get("title") or recording.path.stem)
         speaker = recording.speaker.casefold()
@@ -190,7 +196,7 @@ def name_recordings(found: list[Found], owner_of: dict[tuple[str, str], Any]) ->
     return recordings
 
 
-def _read(item: Found) -> Recording:
+def _recording_of(item: InputFile) -> Recording:
     """Look at a file and at the transcript beside it."""
     source = printable(item.origin.get("url") or shown_path(item.path))
     digest, text, encoding, problem = "", None, None, item.problem
@@ -210,9 +216,9 @@ def _read(item: Found) -> Recording:
 
 
 def _without_copies(recordings: list[Recording], known: set[str]) -> list[Recording]:
-    """The recordings, those that are copies of another marked with the problem.
+    """The recordings; those that are copies of another have this as their problem.
 
-    The first is not a copy: of those that can be used, one that is `known` before the others.
+    Of equal ones that can be used, the original is the first, or the first that is `known`.
     """
     usable = [recording for recording in recordings if recording.problem is None]
     firsts: dict[tuple, Recording] = {}
@@ -279,7 +285,7 @@ def speaker_name(text: str) -> str:
 
 
 def read_transcript(path: Path) -> tuple[str | None, str | None]:
-    """The transcript beside the recording at `path`, white space folded, and its guessed encoding.
+    """The transcript beside the recording at `path`, on one line, and its encoding if guessed.
 
     Both are None without a sidecar. Raises `ValueError` where the sidecar has no letter in it, or
     no known encoding.
@@ -292,7 +298,7 @@ def read_transcript(path: Path) -> tuple[str | None, str | None]:
         text, encoding = encodings.decode(sidecar.read_bytes())
     except ValueError as error:
         raise ValueError(f"{name} {error}") from error
-    text = fold(text)
+    text = collapse_whitespace(text)
     if not text:
         raise ValueError(f"{name} is empty")
     if not any(character.isalnum() for character in text):
@@ -300,7 +306,7 @@ def read_transcript(path: Path) -> tuple[str | None, str | None]:
     return text, encoding
 
 
-def fold(text: str) -> str:
+def collapse_whitespace(text: str) -> str:
     """`text` on one line: control characters gone, runs of white space made one space."""
     kept = (c if unicodedata.category(c) != "Cc" or c.isspace() else "" for c in text)
     return " ".join("".join(kept).replace("\ufeff", "").split())
@@ -313,8 +319,8 @@ def _folder_of(path: Path, root: Path) -> str | None:
 
 
 def _say_merged(speakers: set[tuple[str, str | None]], say: Callable[[str], None]) -> None:
-    """Say which folders, of pairs (speaker, folder), are one speaker's since their names differ in
-    what a name can't have."""
+    """Of pairs (speaker, folder), say which folders become one speaker: those whose names differ
+    only in characters that a speaker's name can't have."""
     speakers = sorted((name, folder) for name, folder in speakers if folder is not None)
     for name, pairs in groupby(speakers, lambda pair: pair[0]):
         folders = [printable(folder) for _, folder in pairs]
@@ -323,7 +329,7 @@ def _say_merged(speakers: set[tuple[str, str | None]], say: Callable[[str], None
                 "several, rename them")  # fmt: skip
 
 
-def _with_a_speaker(item: Found) -> Found:
+def _refuse_reserved_speaker(item: InputFile) -> InputFile:
     """`item`, with the problem where its folder's name can't be a speaker's."""
     if item.speaker.casefold() != REJECTED:
         return item
@@ -341,12 +347,12 @@ def _data_set_of(path: Path, root: Path) -> Path | None:
     return None
 
 
-def _label(path: Path) -> Path:
+def _label_path(path: Path) -> Path:
     return path.with_suffix(".lab")
 
 
-def _but_spelled_otherwise(paths: list[Path], others: set[Path]) -> list[Path]:
-    """Without those that are among `others` in another case, where the file system allows that."""
+def _without_case_variants(paths: list[Path], others: set[Path]) -> list[Path]:
+    """Without those that are the same file as one of `others`, named in another case."""
     spelled = {str(other).casefold(): other for other in others}
     return [
         path

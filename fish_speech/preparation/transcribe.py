@@ -1,7 +1,7 @@
-"""Recognisers: what is said in a clip, and when; with guards against what they make up.
+"""Speech recognition: what is said in a clip, and when; with guards against hallucinations.
 
 openai-whisper is the default; faster-whisper is used where it is installed. Both are given arrays,
-so no ffmpeg program is needed. What was recognised is kept in a journal: a killed run loses none.
+so no ffmpeg program is needed. Transcriptions are kept in a file: a killed run loses none.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from typing import Any, Protocol
 import numpy as np
 
 from fish_speech.devices import is_out_of_memory, resolve_device
-from fish_speech.preparation.align import Island, Word
+from fish_speech.preparation.align import Word
 from fish_speech.preparation.error_rates import normal
+from fish_speech.preparation.options import WHISPER_BACKENDS
+from fish_speech.preparation.segment import Region
 from fish_speech.preparation.sources import first_line
 
 SAMPLE_RATE = 16_000  # Hz; what recognisers are given
-BACKENDS = ("auto", "openai", "faster")
 _WINDOW = 30 * SAMPLE_RATE  # of whisper
-_WINDOWS = 4  # from which a language is found out
+_LANGUAGE_WINDOWS = 4  # from which a language is detected
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What a recogniser made of a clip: the text, its words with times in seconds of the clip, the
-    chance that there is no speech (0..1) and the mean log probability of its tokens."""
+class Transcription:
+    """What a recogniser made of a clip: the text, its words with times in seconds of the clip, and
+    the probability (0..1) that nobody speaks."""
 
     text: str
     words: tuple[Word, ...] = ()
     no_speech: float = 0.0
-    logprob: float = 0.0
 
 
 class Recogniser(Protocol):
-    """Anything that turns samples [N] (float32, 16 kHz) into `Heard`; `identity` names it."""
+    """Turns samples [N] (float32, 16 kHz) into a `Transcription`; `identity` names the model."""
 
     identity: str
 
-    def hear(self, samples: np.ndarray) -> Heard: ...
+    def transcribe(self, samples: np.ndarray) -> Transcription: ...
 
 
 def load_recogniser(
@@ -63,12 +63,12 @@ def load_recogniser(
     device = str(resolve_device(device))
     make = {"openai": OpenAIWhisper, "faster": FasterWhisper}.get(backend)
     if make is None:
-        raise ValueError(f"--whisper-backend {backend}: use one of {' '.join(BACKENDS)}")
+        raise ValueError(f"--whisper-backend {backend}: use one of {' '.join(WHISPER_BACKENDS)}")
     return make(model, language, device)
 
 
 class _Whisper:
-    """A whisper model, named `name`, that is to hear `language`; None: it finds that out."""
+    """A whisper model, named `name`, for speech in `language`; None: it detects that itself."""
 
     def __init__(self, backend: str, model: str, language: str | None) -> None:
         if Path(model).is_file():
@@ -81,26 +81,26 @@ class _Whisper:
     def identity(self) -> str:
         return f"{self.name} {self.language or ''}"
 
-    def hearing(self, language: str) -> _Whisper:
-        """The same model, to hear this language."""
+    def with_language(self, language: str) -> _Whisper:
+        """The same model, for speech in this language."""
         other = copy(self)
         other.language = language
         return other
 
-    def language_of(self, samples: np.ndarray) -> str | None:
-        """What is most likely spoken in samples [N], of which two minutes do.
+    def detect_language(self, samples: np.ndarray) -> str | None:
+        """The most likely language of samples [N], of which the first two minutes are enough.
 
         None where the model knows only one.
         """
-        chances = Counter()
-        for start in range(0, min(len(samples), _WINDOWS * _WINDOW), _WINDOW):
+        totals = Counter()
+        for start in range(0, min(len(samples), _LANGUAGE_WINDOWS * _WINDOW), _WINDOW):
             window = samples[start : start + _WINDOW]
-            for language, chance in self._languages(window).items():
-                chances[language] += len(window) * chance
-        return max(chances, key=chances.get, default=None)
+            for language, probability in self._language_probabilities(window).items():
+                totals[language] += len(window) * probability
+        return max(totals, key=totals.get, default=None)
 
-    def _languages(self, window: np.ndarray) -> dict[str, float]:
-        """The chance of each language in at most 30 s; of none where the model knows only one."""
+    def _language_probabilities(self, window: np.ndarray) -> dict[str, float]:
+        """Of each language, in at most 30 s; of none where the model knows only one."""
         raise NotImplementedError
 
 
@@ -132,12 +132,12 @@ class OpenAIWhisper(_Whisper):
             raise ValueError(
                 f"--whisper-model {model}: not a whisper checkpoint ({error})"
             ) from error
-        if language is not None and language.lower() not in _languages():
+        if language is not None and language.lower() not in _known_languages():
             raise ValueError(f"--language {language}: not a language of whisper; en, de, ... are")
         self.fp16 = device.startswith("cuda")
         super().__init__("openai", model, language)
 
-    def hear(self, samples: np.ndarray) -> Heard:
+    def transcribe(self, samples: np.ndarray) -> Transcription:
         result = self.model.transcribe(
             samples,
             language=self.language,
@@ -146,9 +146,9 @@ class OpenAIWhisper(_Whisper):
             condition_on_previous_text=False,
             verbose=None,
         )
-        return _heard(
+        return _transcription(
             result["text"],
-            [(s["no_speech_prob"], s["avg_logprob"]) for s in result["segments"]],
+            [part["no_speech_prob"] for part in result["segments"]],
             [
                 Word(word["word"].strip(), float(word["start"]), float(word["end"]))
                 for part in result["segments"]
@@ -156,7 +156,7 @@ class OpenAIWhisper(_Whisper):
             ],
         )
 
-    def _languages(self, window: np.ndarray) -> dict[str, float]:
+    def _language_probabilities(self, window: np.ndarray) -> dict[str, float]:
         import whisper
 
         if not self.model.is_multilingual:
@@ -191,7 +191,7 @@ class FasterWhisper(_Whisper):
             ) from error
         super().__init__("faster", model, language)
 
-    def hear(self, samples: np.ndarray) -> Heard:
+    def transcribe(self, samples: np.ndarray) -> Transcription:
         parts, _ = self.model.transcribe(
             samples,
             language=self.language,
@@ -199,9 +199,9 @@ class FasterWhisper(_Whisper):
             condition_on_previous_text=False,
         )
         parts = list(parts)
-        return _heard(
+        return _transcription(
             "".join(part.text for part in parts),
-            [(part.no_speech_prob, part.avg_logprob) for part in parts],
+            [part.no_speech_prob for part in parts],
             [
                 Word(word.word.strip(), float(word.start), float(word.end))
                 for part in parts
@@ -209,17 +209,17 @@ class FasterWhisper(_Whisper):
             ],
         )
 
-    def _languages(self, window: np.ndarray) -> dict[str, float]:
+    def _language_probabilities(self, window: np.ndarray) -> dict[str, float]:
         _, info = self.model.transcribe(window)  # nothing is decoded before its parts are asked for
         return dict(info.all_language_probs or ())
 
 
-def made_up(heard: Heard, seconds: float) -> str | None:
-    """Why what was heard in `seconds` of speech can't be what was said; None where it can."""
-    letters = len(normal(heard.text))
+def hallucination_reason(transcription: Transcription, seconds: float) -> str | None:
+    """Why this can't be what was said in `seconds` of speech; None where it can."""
+    letters = len(normal(transcription.text))
     if not letters:
         return "no words were recognised"
-    if repeats(heard.text):
+    if has_repetition_loop(transcription.text):
         return "the recogniser repeated itself"
     rate = letters / max(seconds, 0.1)
     if not 1.0 <= rate <= 35.0:
@@ -227,21 +227,24 @@ def made_up(heard: Heard, seconds: float) -> str | None:
     return None
 
 
-def unheard(heard: Heard, islands: list[Island], seconds: float) -> float:
-    """The most seconds of speech (`islands`, in a clip of `seconds`) in which no word was heard.
+def longest_untranscribed(
+    transcription: Transcription, regions: list[Region], seconds: float
+) -> float:
+    """The most seconds of speech (`regions`, in a clip of `seconds`) without a recognised word.
 
     At a stretch: before, between or after the words. 0 where their times aren't known.
     """
-    if not heard.words:
+    if not transcription.words:
         return 0.0
-    times = [0.0, *(time for word in heard.words for time in (word.start, word.end)), seconds]
+    spans = (time for word in transcription.words for time in (word.start, word.end))
+    times = [0.0, *spans, seconds]
     return max(
-        sum(max(0.0, min(end, after) - max(start, before)) for start, end in islands)
+        sum(max(0.0, min(end, after) - max(start, before)) for start, end in regions)
         for before, after in zip(times[::2], times[1::2], strict=True)
     )
 
 
-def repeats(text: str) -> bool:
+def has_repetition_loop(text: str) -> bool:
     """Whether a phrase comes four times in a row (a word six times), or as good as that."""
     words = text.casefold().split()
     for size in range(1, len(words) // 4 + 1):
@@ -250,23 +253,24 @@ def repeats(text: str) -> bool:
             run = run + 1 if words[index] == words[index - size] else 0
             if run >= max(3 * size, 5):
                 return True
-    # A byte a character, in stretches of a length: else the limit would depend on script and size.
+    # What compresses too well. A byte a character, in windows of one length: else the limit would
+    # depend on the script and on the length of the text.
     data = bytes(ord(character) % 256 for character in text)
-    stretches = [data[begin : begin + 300] for begin in range(0, max(1, len(data) - 150), 150)]
-    return any(len(part) > 60 and len(part) / len(zlib.compress(part)) > 2.4 for part in stretches)
+    windows = [data[begin : begin + 300] for begin in range(0, max(1, len(data) - 150), 150)]
+    return any(len(part) > 60 and len(part) / len(zlib.compress(part)) > 2.4 for part in windows)
 
 
-class Journal:
-    """A recogniser that looks up what it heard before, in this run or in one that broke off.
+class CachedRecogniser:
+    """A recogniser that transcribes nothing twice, neither in this run nor in later ones.
 
     One line of JSON for each clip, and for each recording's language, is appended to `path`; the
-    key is a digest of the samples and of the recogniser's identity, which has the language. A last
-    line that was being written when a run died is cut off.
+    key is a digest of the samples and of the recogniser's identity, which includes the language. A
+    last line that was being written when a run died is cut off.
     """
 
     def __init__(self, recogniser: Recogniser, path: Path) -> None:
         self.recogniser, self.path = recogniser, path
-        self.known: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
         if path.exists():
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
@@ -276,9 +280,9 @@ class Journal:
             for line in whole.splitlines():
                 try:
                     entry = json.loads(line)
-                    self.known[entry.pop("key")] = entry
+                    self._entries[entry.pop("key")] = entry
                 except (ValueError, KeyError):
-                    continue  # what a crash left unreadable is heard again
+                    continue  # what a crash left unreadable is transcribed again
 
     @property
     def identity(self) -> str:
@@ -286,51 +290,54 @@ class Journal:
 
     @property
     def language(self) -> str | None:
-        """What its recogniser is to hear, where that is known."""
+        """The language of its recogniser, where that is known."""
         return getattr(self.recogniser, "language", None)
 
-    def for_language_of(self, clips: Iterable[np.ndarray]) -> Journal:
-        """Itself, to hear one language in all of a recording: that of its first clips [N].
+    def with_language_of(self, clips: Iterable[np.ndarray]) -> CachedRecogniser:
+        """Itself, with one language for all of a recording: that of its first clips [N].
 
-        (By itself, a short clip may be taken for another language.)
+        (A short clip on its own may be taken for another language.)
         """
-        find = getattr(self.recogniser, "language_of", None)
-        if find is None or self.language is not None:
+        detect = getattr(self.recogniser, "detect_language", None)
+        if detect is None or self.language is not None:
             return self
         samples = np.concatenate(list(clips))
-        found = self._remember("language", samples, lambda: {"language": find(samples)})
+        found = self._cached("language", samples, lambda: {"language": detect(samples)})
         if found["language"] is None:
             return self
         other = copy(self)
-        other.recogniser = self.recogniser.hearing(found["language"])
+        other.recogniser = self.recogniser.with_language(found["language"])
         return other
 
-    def hear(self, samples: np.ndarray) -> Heard:
-        entry = self._remember("", samples, lambda: asdict(self.recogniser.hear(samples)))
-        return Heard(**{**entry, "words": tuple(Word(**word) for word in entry["words"])})
+    def transcribe(self, samples: np.ndarray) -> Transcription:
+        entry = self._cached("", samples, lambda: asdict(self.recogniser.transcribe(samples)))
+        words = tuple(Word(**word) for word in entry["words"])
+        return Transcription(entry["text"], words, entry.get("no_speech", 0.0))
 
-    def _remember(
-        self, what: str, samples: np.ndarray, ask: Callable[[], dict[str, Any]]
+    def _cached(
+        self, what: str, samples: np.ndarray, compute: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
-        """What `ask` answers about `samples`, asked once."""
+        """What `compute` returns for `samples`, computed once."""
         digest = hashlib.sha256((self.identity + what).encode())
         digest.update(np.ascontiguousarray(samples, np.float32).tobytes())
         key = digest.hexdigest()[:24]
-        if key not in self.known:
-            self.known[key] = ask()
+        if key not in self._entries:
+            self._entries[key] = compute()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, **self.known[key]}, ensure_ascii=False) + "\n")
-        return self.known[key]
+                file.write(
+                    json.dumps({"key": key, **self._entries[key]}, ensure_ascii=False) + "\n"
+                )
+        return self._entries[key]
 
 
-def _heard(text: str, parts: list[tuple[float, float]], words: list[Word]) -> Heard:
-    no_speech = max((float(part[0]) for part in parts), default=1.0)
-    logprob = float(np.mean([part[1] for part in parts])) if parts else 0.0
-    return Heard(" ".join(text.split()), tuple(words), round(no_speech, 4), round(logprob, 4))
+def _transcription(text: str, no_speech: list[float], words: list[Word]) -> Transcription:
+    """A transcription of several parts; without any, it is certain that nobody speaks."""
+    worst = max(map(float, no_speech), default=1.0)
+    return Transcription(" ".join(text.split()), tuple(words), round(worst, 4))
 
 
-def _languages() -> set[str]:
+def _known_languages() -> set[str]:
     from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 
     return {*LANGUAGES, *TO_LANGUAGE_CODE}

@@ -1,7 +1,7 @@
 """Recordings from the web: yt-dlp as a library downloads the best audio of a video or a playlist.
 
-A download is kept, with where it came from, until its folder is deleted: the same address is never
-fetched twice, and what broke off goes on where it stopped.
+A download is kept, with where it came from, until its folder is deleted: no address is fetched
+twice, and an interrupted download is resumed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fish_speech.console import words_of
 from fish_speech.files import read_json, read_text, write_json
-from fish_speech.preparation.sources import Found
+from fish_speech.preparation.sources import InputFile
 
 FOLDER = ".downloads"  # in the data set
 
@@ -31,13 +31,13 @@ def fetch(
     cookies: str | None = None,
     cookies_from_browser: str | None = None,
     say: Callable[[str], None] = lambda message: None,
-) -> list[Found]:
+) -> list[InputFile]:
     """Download what is at `address` into `folder`: one file, or one for each playlist entry.
 
     Playlists of playlists (a channel) are followed. An entry that can't be had comes back with its
     `problem`. Raises `ValueError` with the remedy where nothing can be had at all.
     """
-    if _downloaded(address, folder) is None and os.path.exists(address):
+    if _known_download(address, folder) is None and os.path.exists(address):
         raise ValueError(f"--input {address} is on this machine: leave out --youtube")
     settings = _settings(folder, cookies, cookies_from_browser, say)
     found = list(_entries({"url": address}, folder, speaker, settings, set()))
@@ -48,21 +48,21 @@ def fetch(
 
 def _entries(
     entry: dict[str, Any], folder: Path, speaker: str, settings: dict[str, Any], seen: set[str]
-) -> Iterator[Found]:
+) -> Iterator[InputFile]:
     """What an entry of a listing holds. Raises `ValueError` where it can't be had."""
     link, inner = _link(entry), entry.get("entries")
     if inner is None:
         if link in seen:
             return
         seen.add(link)
-        known = _downloaded(link, folder)
+        known = _known_download(link, folder)
         if known is None:
             info = _download(link, settings)
             inner = info.get("entries")
-            known = _note(link, info, folder) if inner is None else {}
+            known = _save_metadata(link, info, folder) if inner is None else {}
         if inner is None:
             origin = {key: value for key, value in known.items() if key != "file"}
-            yield Found(folder / known["file"], speaker, origin=origin)
+            yield InputFile(folder / known["file"], speaker, origin=origin)
             return
     for number, part in enumerate(inner, 1):
         try:
@@ -73,7 +73,7 @@ def _entries(
             url = (part and _link(part)) or f"{link}#{number}"
             title = (part and (part.get("title") or part.get("id"))) or f"entry {number}"
             origin = {"url": url, "title": title}
-            yield Found(folder / _key(url), speaker, origin=origin, problem=str(error))
+            yield InputFile(folder / _key(url), speaker, origin=origin, problem=str(error))
 
 
 def _link(entry: dict[str, Any]) -> str:
@@ -90,11 +90,11 @@ def _download(address: str, settings: dict[str, Any]) -> dict[str, Any]:
 
         # Named by the address: what yt-dlp calls an id may be a file's name, which others have too.
         name = f"{_key(address)}.%(ext)s"
-        return _ask(address, {**settings, "outtmpl": name, "progress_hooks": [show]})
+        return _extract_info(address, {**settings, "outtmpl": name, "progress_hooks": [show]})
 
 
-def _note(address: str, info: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write down, and return, where the download of `address` came from."""
+def _save_metadata(address: str, info: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write, and return, where the download of `address` came from."""
     downloads = info.get("requested_downloads")
     if not downloads:
         raise ValueError(f"{address} can't be downloaded: there is no audio at it (yet)")
@@ -110,7 +110,7 @@ def _note(address: str, info: dict[str, Any], folder: Path) -> dict[str, Any]:
     return known
 
 
-def _downloaded(address: str, folder: Path) -> dict[str, Any] | None:
+def _known_download(address: str, folder: Path) -> dict[str, Any] | None:
     note = folder / f"{_key(address)}.json"
     if not note.is_file():
         return None
@@ -137,7 +137,7 @@ def _settings(
         "fixup": "never",  # no ffmpeg program is needed: PyAV reads what comes
         "noprogress": True,
         "color": {"stdout": "no_color", "stderr": "no_color"},
-        "logger": _Quiet(say),
+        "logger": _WarningLogger(say),
         "socket_timeout": 30,
         # A program has these by default, the library doesn't: it would leave out what it can't get.
         "retries": 10,
@@ -161,7 +161,7 @@ def _retry_seconds(n: int) -> float:
     return min(30, 2**n - 1)
 
 
-def _ask(address: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _extract_info(address: str, settings: dict[str, Any]) -> dict[str, Any]:
     import yt_dlp
 
     if "cookiefile" in settings:  # a copy: yt-dlp writes into what it is given
@@ -170,14 +170,14 @@ def _ask(address: str, settings: dict[str, Any]) -> dict[str, Any]:
         with yt_dlp.YoutubeDL(settings) as downloader:
             return downloader.extract_info(address) or {}
     except yt_dlp.utils.YoutubeDLError as error:
-        reason = _plain(str(error).removeprefix("ERROR: "))
+        reason = _user_message(str(error).removeprefix("ERROR: "))
         raise ValueError(
             f"{address} can't be downloaded: {reason.rstrip('.')}. {_remedy(reason)}"
         ) from error
 
 
-def _plain(message: str) -> str:
-    """What yt-dlp says, without what is for its developers."""
+def _user_message(message: str) -> str:
+    """A message of yt-dlp, without what is for its developers."""
     return re.split(r"; please report|\(caused by", message)[0].strip()
 
 
@@ -194,11 +194,11 @@ def _remedy(reason: str) -> str:
     )
 
 
-class _Quiet:
+class _WarningLogger:
     """yt-dlp's messages: warnings are passed on, its errors are raised and said once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.warning = lambda message: say(_plain(message))
+        self.warning = lambda message: say(_user_message(message))
 
     def debug(self, message: str) -> None:
         pass

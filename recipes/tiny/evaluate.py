@@ -37,7 +37,7 @@ def recogniser() -> PocketSphinx:
 
 def recognise(samples: np.ndarray) -> str:
     """The words that pocketsphinx hears in float32 audio [N] at 16 kHz."""
-    return recogniser().hear(samples).text
+    return recogniser().transcribe(samples).text
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from fish_speech.datasets.protos.stream import write_shard
 from fish_speech.datasets.protos.text_data_pb2 import Sentence
 from fish_speech.datasets.shards import sentence, text_data
 from fish_speech.models.vqgan import Codec, load_codec
-from fish_speech.preparation.pipeline import die_with_parent
+from fish_speech.worker_processes import die_with_parent
 from recipes.tiny.texts import CACHE, read_sentences
 from recipes.tiny.voices import VOICES, disguised, speak, unnamed
 from recipes.tiny.words import is_closed

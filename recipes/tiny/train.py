@@ -32,7 +32,7 @@ from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.llama import rotary_table
 from fish_speech.models.text2semantic.ops.torch_ops import rotate
-from fish_speech.preparation.pipeline import die_with_parent
+from fish_speech.worker_processes import die_with_parent
 from recipes.tiny.batches import NOWHERE, Corpus, batches, token_durations
 from recipes.tiny.corpus import read_corpus
 from recipes.tiny.model import new_model, tiny_tokenizer

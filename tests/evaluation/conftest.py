@@ -10,7 +10,7 @@ from fish_speech.evaluation.scoring import Listener
 from fish_speech.evaluation.speaker import SpeakerEncoder
 from fish_speech.evaluation.synthesis import Candidate
 from fish_speech.inference import Piece
-from fish_speech.preparation.transcribe import Heard
+from fish_speech.preparation.transcribe import Transcription
 from tests.conftest import ROOT
 
 RATE = 16_000
@@ -67,8 +67,8 @@ class Hearing:
         coarse = (samples[4000:20000:40] * 50).round()  # in spite of 16 bit
         return hashlib.sha256(coarse.astype("int16").tobytes()).hexdigest()
 
-    def hear(self, samples):
-        return Heard(self.known.get(self._key(samples), "mumble mumble"))
+    def transcribe(self, samples):
+        return Transcription(self.known.get(self._key(samples), "mumble mumble"))
 
 
 @pytest.fixture(scope="session")

@@ -32,10 +32,10 @@ def test_it_hears_the_same_words_whatever_it_heard_before(sphinx):
     clips = [
         load_audio(ROOT / f"samples/rms_00{number}.flac", 16_000)[0][0].numpy() for number in (6, 1)
     ]
-    first, second = (sphinx.hear(clip).text for clip in clips)
+    first, second = (sphinx.transcribe(clip).text for clip in clips)
     assert word_errors("The train to the coast leaves a little before nine.", first).count <= 1
-    assert sphinx.hear(clips[0][:0]).text == ""
-    assert [sphinx.hear(clip).text for clip in reversed(clips)] == [second, first]
+    assert sphinx.transcribe(clips[0][:0]).text == ""
+    assert [sphinx.transcribe(clip).text for clip in reversed(clips)] == [second, first]
 
 
 def test_english_is_told_from_other_languages(sphinx):

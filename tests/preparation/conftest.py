@@ -11,8 +11,8 @@ import pytest
 import soundfile
 
 from fish_speech.preparation.align import Word
-from fish_speech.preparation.pipeline import Options
-from fish_speech.preparation.transcribe import Heard
+from fish_speech.preparation.options import Options
+from fish_speech.preparation.transcribe import Transcription
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 RATE = 16_000
@@ -107,7 +107,7 @@ class Reader:
             ]
         self.asked = 0
 
-    def hear(self, samples: np.ndarray) -> Heard:
+    def transcribe(self, samples: np.ndarray) -> Transcription:
         self.asked += 1
         offset = self.recording.tobytes().find(samples[:400].tobytes())
         start = offset / self.recording.itemsize / RATE
@@ -116,7 +116,7 @@ class Reader:
             for word in self.words
             if start < (word.start + word.end) / 2 < start + len(samples) / RATE
         )
-        return Heard(" ".join(word.text for word in words), words)
+        return Transcription(" ".join(word.text for word in words), words)
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ import pytest
 import soundfile
 
 from fish_speech.preparation import check
-from fish_speech.preparation.pipeline import Options
-from fish_speech.preparation.quality import Thresholds
+from fish_speech.preparation.options import Options, Thresholds
 from fish_speech.preparation.report import write_report
 from fish_speech.preparation.summary import Summary
-from fish_speech.preparation.transcribe import Heard
+from fish_speech.preparation.transcribe import Transcription
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def test_a_good_data_set_is_fit(by_hand):
     before = {path: path.stat().st_mtime_ns for path in by_hand.rglob("*")}
     summary = look(by_hand)
     text = check.describe(summary)
-    assert not check.spoils(summary)
+    assert not check.has_blocking_flags(summary)
     assert "Files: 4" in text
     assert "Speakers: Anna" in text
     assert "3-5 s     3 █" in text
@@ -62,7 +61,7 @@ def test_everything_that_is_wrong_is_named(by_hand, utterances):
     assert reasons["alone.lab"] == "has no recording"
     assert reasons["audio_2.wav"].startswith("not an audio file")
     assert "clipping" in next(c for c in summary.clips if "loud" in c["file"])["flags"]
-    assert check.spoils(summary)
+    assert check.has_blocking_flags(summary)
     text = check.describe(summary)
     assert "alone.lab: has no recording" in text
     assert "Anna/loud.wav: clipping" in text
@@ -84,27 +83,27 @@ def test_transcripts_are_compared_where_a_recogniser_is_there(by_hand, monkeypat
     texts = [utterances[0].text, utterances[1].text.upper(), "Wrong.", utterances[3].text]
 
     class Reader:
-        def hear(self, samples):
-            return Heard(texts.pop(0))
+        def transcribe(self, samples):
+            return Transcription(texts.pop(0))
 
     monkeypatch.setattr(check, "recogniser_for", lambda *_, **__: Reader())
     summary = look(by_hand, auto_transcribe=True)
     assert [clip["flags"] for clip in summary.clips] == [[], [], ["disagreement"], []]
     assert "Character error rate against the recogniser: 2" in check.describe(summary)
-    assert check.spoils(summary)
+    assert check.has_blocking_flags(summary)
 
 
 def test_a_clip_in_which_nothing_is_heard_is_flagged(by_hand, monkeypatch):
     class Deaf:
         identity = "deaf"
 
-        def hear(self, samples):
-            return Heard("")
+        def transcribe(self, samples):
+            return Transcription("")
 
     monkeypatch.setattr(check, "recogniser_for", lambda options: Deaf())
     summary = look(by_hand, auto_transcribe=True)
     assert all("disagreement" in clip["flags"] for clip in summary.clips)
-    assert check.spoils(summary)
+    assert check.has_blocking_flags(summary)
     assert "100" in next(line for line in check.describe(summary).splitlines() if "rate" in line)
 
 

@@ -30,7 +30,7 @@ def test_a_correction_is_found_wherever_its_clip_was_cut_and_only_in_its_recordi
     corrections = Corrections(tmp_path / "corrections.json")
     other_cut = {**clip(25), "file": "ME/Session_001_0001.wav", "start": 55.0, "end": 70.0}
     assert corrections.find(other_cut)["text"] == "as it was said"
-    assert corrections.at(other_cut) is None
+    assert corrections.find_exact(other_cut) is None
     assert corrections.find({**clip(25), "text": "another"}) is None
     assert corrections.find({**clip(25), "text": "another"}, any_text=True) is not None
     assert corrections.find(clip(5), any_text=True) is None  # the same seconds of another

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -21,12 +19,14 @@ import pytest
 import soundfile
 
 from fish_speech import files
-from fish_speech.preparation import clips, transcribe
+from fish_speech.audio import save_audio
+from fish_speech.preparation import transcribe
 from fish_speech.preparation.align import Word
-from fish_speech.preparation.pipeline import _sort_work, carry_out, in_processes, prepare
-from fish_speech.preparation.quality import Thresholds
+from fish_speech.preparation.options import Thresholds
+from fish_speech.preparation.pipeline import _make_jobs, prepare, prepare_recording
+from fish_speech.preparation.plan import make_plan
 from fish_speech.preparation.sources import Recording
-from fish_speech.preparation.transcribe import Heard
+from fish_speech.preparation.transcribe import Transcription
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -110,14 +110,12 @@ def test_a_recording_that_breaks_off_is_used_and_named(folder, options):
 
 
 def test_any_exception_is_the_failure_of_its_file(folder, options, monkeypatch):
-    plan = clips.make_plan
-
     def fail(job, *args):
         if "take 0" in job.recording.source:
             raise RuntimeError("no kernel for this")
-        return plan(job, *args)
+        return make_plan(job, *args)
 
-    monkeypatch.setattr(clips, "make_plan", fail)
+    monkeypatch.setattr("fish_speech.preparation.recording.make_plan", fail)
     summary = prepare(replace(options, input=str(folder(2)), num_workers=1))
     assert len(summary.clips) == 1
     assert summary.skipped[0]["reason"] == "RuntimeError: no kernel for this"
@@ -240,7 +238,7 @@ def test_a_killed_run_with_other_options_leaves_no_stray_clips(take, options, mo
     def die(*_):
         raise Killed
 
-    monkeypatch.setattr("fish_speech.preparation.summary.Books.enter", die)
+    monkeypatch.setattr("fish_speech.preparation.records.RecordStore.commit", die)
     with pytest.raises(Killed):
         prepare(options)
     monkeypatch.undo()
@@ -251,15 +249,15 @@ def test_a_killed_run_with_other_options_leaves_no_stray_clips(take, options, mo
 
 def test_a_full_disk_keeps_what_is_finished(folder, options, monkeypatch, tmp_path):
     options = replace(options, input=str(folder(3)), num_workers=1)
-    save, count = clips.save_audio, []
+    count = []
 
     def full(path, *args):
         count.append(path)
         if len(count) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        save(path, *args)
+        save_audio(path, *args)
 
-    monkeypatch.setattr(clips, "save_audio", full)
+    monkeypatch.setattr("fish_speech.preparation.recording.save_audio", full)
     with pytest.raises(OSError, match="No space left"):
         prepare(options)
     monkeypatch.undo()
@@ -282,7 +280,7 @@ def test_a_long_recording_gets_its_script_from_a_recogniser(take, options, reade
     assert any(0 < clip["disagreement"] < 0.3 for clip in summary.clips)
     assert all("estimated" not in clip for clip in summary.clips)
     asked = listener.asked
-    prepare(replace(options, normalize=False), recogniser=listener)  # heard it all before
+    prepare(replace(options, normalize=False), recogniser=listener)  # transcribed before
     assert listener.asked == asked > 0
 
 
@@ -316,7 +314,7 @@ def test_real_recognition_of_real_speech_puts_no_word_into_a_wrong_clip(take, op
         identity = "pocketsphinx"
         decoder = pocketsphinx.Decoder(samprate=16_000, loglevel="FATAL")
 
-        def hear(self, samples):
+        def transcribe(self, samples):
             self.decoder.start_utt()
             sound = (32767 * np.clip(samples, -1, 1)).astype("<i2").tobytes()
             self.decoder.process_raw(sound, full_utt=True)
@@ -326,7 +324,7 @@ def test_real_recognition_of_real_speech_puts_no_word_into_a_wrong_clip(take, op
                 for part in self.decoder.seg()
                 if part.word[0] not in "<["
             )
-            return Heard(" ".join(word.text for word in words), words)
+            return Transcription(" ".join(word.text for word in words), words)
 
     recording = take(7, (0.35, 0.6))
     recording.path.with_suffix(".txt").write_text(" ".join(recording.texts))
@@ -370,9 +368,9 @@ def test_a_recording_has_one_language(take, options, reader, monkeypatch):
             info = SimpleNamespace(all_language_probs=None if language else chances)
             if not word_timestamps:
                 return iter([]), info
-            heard = listener.hear(samples)
-            text = heard.text if (language or chances[0][0]) == "en" else "Mae hi'n braf heddiw."
-            words = [SimpleNamespace(word=w.text, start=w.start, end=w.end) for w in heard.words]
+            result = listener.transcribe(samples)
+            text = result.text if (language or chances[0][0]) == "en" else "Mae hi'n braf heddiw."
+            words = [SimpleNamespace(word=w.text, start=w.start, end=w.end) for w in result.words]
             part = SimpleNamespace(text=text, words=words, no_speech_prob=0.0, avg_logprob=-0.1)
             return iter([part]), info
 
@@ -385,24 +383,24 @@ def test_a_recording_has_one_language(take, options, reader, monkeypatch):
         assert " ".join(clip["text"] for clip in summary.clips) == " ".join(recording.texts)
         assert summary.recordings[0]["language"] == "en"
         done = len(asked)
-        options = replace(options, normalize=False)  # what was heard is remembered
+        options = replace(options, normalize=False)  # what was transcribed is kept
     assert len(asked) == done > len(summary.clips)
-    prepare(replace(options, language="en", normalize=True))  # as it was found out to be
+    prepare(replace(options, language="en", normalize=True))  # as it was detected to be
     assert len(asked) == done
 
 
-def test_recognised_texts_that_may_be_made_up_or_lack_words_are_flagged(take, options, reader):
+def test_texts_that_may_be_hallucinations_or_lack_words_are_flagged(take, options, reader):
     recording = take(6)
     options = replace(options, input=str(recording.path), auto_transcribe=True)
     listener = reader(recording)
     listener.words = [word for word in listener.words if not 4 < word.start < 9]
-    hear = listener.hear
+    transcribe = listener.transcribe
 
     def doubting(samples):
-        heard = hear(samples)
-        return replace(heard, no_speech=0.85) if listener.asked == 2 else heard
+        result = transcribe(samples)
+        return replace(result, no_speech=0.85) if listener.asked == 2 else result
 
-    listener.hear = doubting
+    listener.transcribe = doubting
     first, second, *others = prepare(options, recogniser=listener).clips
     assert (first["flags"], second["flags"]) == (["unheard"], ["doubted"])
     assert (first["unheard"] > 3, second["no_speech"]) == (True, 0.85)
@@ -413,8 +411,8 @@ def test_clips_of_a_data_set_are_compared_with_the_recogniser(folder, options, t
     class Deaf:
         identity = "deaf"
 
-        def hear(self, samples):
-            return Heard("Something else entirely.")
+        def transcribe(self, samples):
+            return Transcription("Something else entirely.")
 
     prepare(replace(options, input=str(folder(2))))
     copy = replace(options, input=str(tmp_path / "data"), output=tmp_path / "check_data")
@@ -476,7 +474,7 @@ def test_many_recordings_without_a_model_are_named_soon(tmp_path, options, monke
     recordings = [replace(bare, digest=str(number)) for number in range(4000)]
     recordings.append(replace(bare, transcript="The only one with its text."))
     begun = time.process_time()
-    jobs, *_ = _sort_work(options, recordings, None, lambda message: None)
+    jobs, *_ = _make_jobs(options, recordings, None, lambda message: None)
     assert time.process_time() - begun < 0.5
     assert [job.recording.problem is None for job in jobs] == [False] * 4000 + [True]
 
@@ -491,7 +489,7 @@ def test_clips_that_are_there_by_hand_are_named(folder, options):
     soundfile.write(other, np.zeros(8000), 16000)
     other.with_suffix(".lab").write_text("words")
     prepare(options, say=said.append)
-    assert said[-1] == f"not made here, but clips to train on as well: {other}"
+    assert said[-1] == (f"also in this data set (added by hand), and will be trained on: {other}")
 
 
 def test_only_the_first_minutes_are_used(take, options, reader):
@@ -529,8 +527,8 @@ def test_the_first_minutes_of_speech_without_a_pause_end_flagged(tmp_path, optio
     class Listener:
         identity = "listener"
 
-        def hear(self, samples):
-            return Heard("What was said in these few seconds of the recording.")
+        def transcribe(self, samples):
+            return Transcription("What was said in these few seconds of the recording.")
 
     options = replace(options, max_duration=3.0 / 60)
     (clip,) = prepare(options, recogniser=Listener()).clips
@@ -563,74 +561,19 @@ def test_strict_stops_at_the_first_failure(folder, options):
     assert len(prepare(replace(options, input=str(source))).clips) == 2
 
 
-def test_no_worker_goes_on_when_the_summary_is_composed(folder, options, monkeypatch):
+def test_no_worker_goes_on_when_the_summary_is_written(folder, options, monkeypatch):
     source, summaries = folder(3), []
     (source / "take 0.txt").unlink()
 
-    def working(function, jobs, num_workers):
+    def working(function, jobs, num_workers, desc):
         try:
-            yield from map(carry_out, jobs)
+            yield from map(prepare_recording, jobs)
         finally:
             summaries.append((options.output / "dataset_summary.json").exists())
 
     monkeypatch.setattr("fish_speech.preparation.pipeline.in_processes", working)
     assert prepare(replace(options, input=str(source), strict=True)).failed == 1
     assert summaries == [False]
-
-
-def test_as_many_workers_as_there_are_cores_for_this_process(monkeypatch):
-    monkeypatch.setattr("fish_speech.resources.cores", lambda: 1)
-    done = in_processes(lambda job: os.getpid(), [None] * 64, 0)
-    assert set(done) == {os.getpid()}
-
-
-def test_no_more_workers_than_windows_can_wait_for(monkeypatch):
-    class Started(Exception):
-        pass
-
-    def started(workers, *_, **__):
-        raise Started(workers)
-
-    monkeypatch.setattr("fish_speech.preparation.pipeline.ProcessPoolExecutor", started)
-    monkeypatch.setattr("fish_speech.resources.cores", lambda: 96)
-    for platform, most in (("win32", 61), ("linux", 96)):
-        monkeypatch.setattr(sys, "platform", platform)
-        for asked_for in (0, 96):
-            with pytest.raises(Started, match=f"^{most}$"):
-                next(in_processes(math.sqrt, [4.0] * 2000, asked_for))
-
-
-@pytest.mark.slow
-def test_an_interruption_ends_the_workers_and_no_other_process():
-    other_end, end = multiprocessing.Pipe()
-    other = multiprocessing.get_context("spawn").Process(target=end.recv)
-    other.start()
-    done = in_processes(math.sqrt, [4.0] * 3, 2)
-    assert next(done) == 2
-    done.close()
-    assert multiprocessing.active_children() == [other]
-    other_end.send(None)
-    other.join()
-    assert other.exitcode == 0
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_is_said_with_the_remedy(folder, tmp_path):
-    with pytest.raises(ValueError, match="a worker process died; with less memory use --num-work"):
-        list(in_processes(os._exit, [1, 1], 2))
-    source = folder(2)
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from fish_speech.preparation import Options, prepare\n"
-        f"prepare(Options({str(source)!r}, {str(tmp_path / 'data')!r}, num_workers=2))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True
-    )
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("ValueError: a worker process died at its start: ")
-    assert "under if __name__ == '__main__':" in last
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 
 from fish_speech.preparation import quality
+from fish_speech.preparation.options import Thresholds
 from fish_speech.preparation.pipeline import prepare
-from fish_speech.preparation.quality import Thresholds
 from fish_speech.preparation.segment import Segment, find_speech
 
 GOOD = {
@@ -40,7 +40,7 @@ def test_snr_is_estimated(tmp_path, utterances, snr):
 def test_clean_speech_has_good_figures(tmp_path, utterances):
     figures = measured(tmp_path / "a.wav", utterances[0].samples)
     clip = {**GOOD, **figures, "text": utterances[0].text}
-    assert quality.judged(clip, Thresholds(), 1.0)["flags"] == []
+    assert quality.with_flags(clip, Thresholds(), 1.0)["flags"] == []
 
 
 def test_a_word_cut_off_shows_at_the_edge(tmp_path, utterances):
@@ -61,10 +61,10 @@ def test_neither_an_offset_nor_noise_is_taken_for_a_word_cut_off(
     figures = measured(tmp_path / "a.wav", samples)
     assert figures["snr"] < 20 or not noise, "its noise is to be above the limit of an edge"
     clip = {**GOOD, **figures, "text": utterances[0].text}
-    assert quality.judged(clip, Thresholds(), 1.0)["flags"] == []
+    assert quality.with_flags(clip, Thresholds(), 1.0)["flags"] == []
     loudest = 8000 + int(np.argmax(np.abs(voice[8000:-8000])))
     cut = measured(tmp_path / "a.wav", samples, end=loudest / 16_000)
-    assert "clipped_end" in quality.judged({**clip, **cut}, Thresholds(), 1.0)["flags"]
+    assert "clipped_end" in quality.with_flags({**clip, **cut}, Thresholds(), 1.0)["flags"]
 
 
 def test_clipping_is_counted_wherever_the_ceiling_is(tmp_path, utterances):
@@ -109,13 +109,13 @@ def test_floats_above_full_scale_are_not_clipped_and_lossy_ones_are(folder, opti
     ],
 )
 def test_flags(change, flag):
-    flags = quality.judged({**GOOD, **change}, Thresholds(), 1.0)["flags"]
+    flags = quality.with_flags({**GOOD, **change}, Thresholds(), 1.0)["flags"]
     assert flag in flags if flag else not flags
 
 
 def test_thresholds_are_the_users():
     strict = replace(Thresholds(), min_snr=50)
-    assert quality.judged(GOOD, strict, 1.0)["flags"] == ["noisy"]
+    assert quality.with_flags(GOOD, strict, 1.0)["flags"] == ["noisy"]
 
 
 def test_a_second_take_of_the_same_is_a_near_duplicate_and_another_sentence_is_not(utterances):
@@ -124,28 +124,31 @@ def test_a_second_take_of_the_same_is_a_near_duplicate_and_another_sentence_is_n
     for utterance in utterances:
         for gain in (1.0, 0.4):
             samples = gain * utterance.samples + noise[: len(utterance.samples)] * (gain - 0.4)
-            shape = quality.shape(samples, 16_000)
+            shape = quality.spectral_fingerprint(samples, 16_000)
             clips.append({**GOOD, "shape": shape, "duration": round(utterance.duration, 3)})
-    twins = quality.near_duplicates(clips)
-    assert twins == {index: index - 1 for index in range(1, len(clips), 2)}
+    duplicates = quality.near_duplicates(clips)
+    assert duplicates == {index: index - 1 for index in range(1, len(clips), 2)}
     other = [{**clip, "speaker": str(index)} for index, clip in enumerate(clips)]
     assert quality.near_duplicates(other) == {}
-    marked = quality.mark_twins([{**clip, "file": "x", "flags": []} for clip in clips[:2]])
+    marked = quality.mark_near_duplicates(
+        [{**clip, "file": "x", "flags": []} for clip in clips[:2]]
+    )
     assert marked[1]["flags"] == ["near_duplicate"]
     assert marked[1]["duplicate_of"] == "x"
     assert "shape" not in marked[0]
 
 
-def test_the_twin_that_stays_is_one_without_flags(utterances):
-    shape = quality.shape(utterances[0].samples, 16_000)
+def test_the_duplicate_that_stays_is_one_without_flags(utterances):
+    shape = quality.spectral_fingerprint(utterances[0].samples, 16_000)
     clips = [
         {**GOOD, "file": name, "shape": shape, "flags": flags}
         for name, flags in (("bad", ["noisy"]), ("good", []), ("copy", []))
     ]
-    assert [clip.get("duplicate_of") for clip in quality.mark_twins(clips)] == [None, None, "good"]
+    marked = quality.mark_near_duplicates(clips)
+    assert [clip.get("duplicate_of") for clip in marked] == [None, None, "good"]
 
 
-def made_up(count: int, speakers: int) -> list[dict]:
+def random_clips(count: int, speakers: int) -> list[dict]:
     """Entries of clips, half of them like another one."""
     rng, clips = np.random.default_rng(0), []
     for _ in range(count):
@@ -162,24 +165,24 @@ def made_up(count: int, speakers: int) -> list[dict]:
 
 
 def test_near_duplicates_are_those_that_comparing_all_with_all_finds():
-    clips = made_up(400, 2)
+    clips = random_clips(400, 2)
     shapes = [np.frombuffer(bytes.fromhex(clip["shape"]), np.int8) for clip in clips]
     shapes = [shape / np.linalg.norm(shape.astype(float)) for shape in shapes]
-    twins = {}
+    duplicates = {}
     for index, clip in enumerate(clips):
         for earlier, other in enumerate(clips[:index]):
             close = abs(other["duration"] - clip["duration"]) < 0.03 * clip["duration"]
-            fit = earlier not in twins and not other["flags"]
+            fit = earlier not in duplicates and not other["flags"]
             same = other["speaker"] == clip["speaker"] and shapes[earlier] @ shapes[index] > 0.97
             if close and fit and same:
-                twins[index] = earlier
+                duplicates[index] = earlier
                 break
-    assert len(twins) > 20
-    assert quality.near_duplicates(clips) == twins
+    assert len(duplicates) > 20
+    assert quality.near_duplicates(clips) == duplicates
 
 
 def test_near_duplicates_of_many_speakers_are_found_soon():
-    clips = made_up(1_000, 100) * 10
+    clips = random_clips(1_000, 100) * 10
     begun = time.process_time()
     assert len(quality.near_duplicates(clips)) > 8_000
     assert time.process_time() - begun < 0.5

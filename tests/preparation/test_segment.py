@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from fish_speech.preparation import segment
-from fish_speech.preparation.segment import Piece, Segment, Speech
+from fish_speech.preparation.segment import Segment, Speech, SpeechPiece
 
 PAUSES = (0.25, 0.8, 0.4, 1.5, 0.3, 0.6)
 
@@ -51,7 +51,7 @@ def test_cuts_lie_in_true_pauses_close_to_the_speech(take, noise):
 def test_a_soft_onset_that_the_vad_is_late_for_is_kept(tmp_path, utterances):
     for utterance in utterances[12:16]:  # the VAD finds one of them 200 ms late
         soundfile.write(tmp_path / "a.wav", utterance.samples, 16_000)
-        (first, *_) = segment.find_speech(tmp_path / "a.wav").islands
+        (first, *_) = segment.find_speech(tmp_path / "a.wav").regions
         assert first[0] < 0.12
 
 
@@ -64,7 +64,7 @@ def test_segments_have_the_wanted_length(take):
 
 
 def test_longer_pauses_are_preferred():
-    pieces = [Piece(0, 3), Piece(3.2, 6), Piece(6.7, 9.5)]
+    pieces = [SpeechPiece(0, 3), SpeechPiece(3.2, 6), SpeechPiece(6.7, 9.5)]
     first, second = segment.plan_segments(pieces, 0, 10, target=6, longest=9, shortest=1)
     assert (first.start, first.end) == (0.0, 6.2)
     assert (second.start, second.end) == (6.5, 9.7)
@@ -72,14 +72,16 @@ def test_longer_pauses_are_preferred():
 
 def test_margins_share_a_short_pause():
     first, second = segment.plan_segments(
-        [Piece(1, 9), Piece(9.1, 17)], 0, 17.05, target=8, longest=12, shortest=1
+        [SpeechPiece(1, 9), SpeechPiece(9.1, 17)], 0, 17.05, target=8, longest=12, shortest=1
     )
     assert (first.start, second.end) == (0.8, 17.05)
     assert first.end == second.start == pytest.approx(9.05)
 
 
 def test_no_margin_reaches_into_what_others_say():
-    (only,) = segment.plan_segments([Piece(4, 9)], 3.95, 9.1, target=8, longest=12, shortest=1)
+    (only,) = segment.plan_segments(
+        [SpeechPiece(4, 9)], 3.95, 9.1, target=8, longest=12, shortest=1
+    )
     assert (only.start, only.end) == (3.95, 9.1)
 
 
@@ -122,7 +124,7 @@ def test_cut_reads_no_further_than_the_last_segment(tmp_path, monkeypatch):
 
 def test_fade_touches_only_the_ends():
     samples = np.ones(1000, np.float32)
-    faded = segment.fade(samples, 16_000)
+    faded = segment.fade_edges(samples, 16_000)
     assert faded[0] == faded[-1] == 0
     assert np.all(faded[80:-80] == 1)
     assert samples.all()
@@ -141,7 +143,11 @@ def test_max_seconds_and_the_number_of_threads_are_kept(take):
 
 
 def test_text_and_what_was_heard_stay_with_their_pieces():
-    pieces = [Piece(0, 3, "One, ", "one"), Piece(3.2, 6, "two. ", "too"), Piece(7, 13, "Three.")]
+    pieces = [
+        SpeechPiece(0, 3, "One, ", "one"),
+        SpeechPiece(3.2, 6, "two. ", "too"),
+        SpeechPiece(7, 13, "Three."),
+    ]
     first, second = segment.plan_segments(pieces, 0, 14, target=6, longest=9, shortest=1)
     assert (first.text, first.heard) == ("One, two.", "one too")
     assert second == replace(second, text="Three.", heard=None)

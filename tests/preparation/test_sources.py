@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from fish_speech.preparation import sources
-from fish_speech.preparation.sources import Found, find_local, name_recordings, read_transcript
+from fish_speech.preparation.sources import InputFile, find_local, name_recordings, read_transcript
 
 TEXT = "Grüße aus Köln, schöne Straße – für alle Gäste übrigens heute geöffnet."
 
@@ -22,7 +22,7 @@ def put(path, data: bytes = b"x"):
     return path
 
 
-def names(found: list[Found], owners=None) -> list[str]:
+def names(found: list[InputFile], owners=None) -> list[str]:
     return [recording.name for recording in name_recordings(found, owners or {})]
 
 
@@ -58,7 +58,7 @@ def test_a_label_wins_over_a_text_and_none_is_none(tmp_path):
 def test_a_transcript_that_says_nothing_is_a_problem(tmp_path, data, reason):
     put(tmp_path / "a.wav")
     put(tmp_path / "a.txt", data)
-    (recording,) = name_recordings([Found(tmp_path / "a.wav", "me")], {})
+    (recording,) = name_recordings([InputFile(tmp_path / "a.wav", "me")], {})
     assert "its transcript a.txt" in recording.problem
     assert reason in recording.problem
 
@@ -68,7 +68,7 @@ def test_recordings_may_be_on_another_drive_of_windows(tmp_path, monkeypatch):
         raise ValueError("path is on mount 'D:', start on mount 'C:'")
 
     monkeypatch.setattr("os.path.relpath", other_drive)
-    (recording,) = name_recordings([Found(put(tmp_path / "a.wav"), "me")], {})
+    (recording,) = name_recordings([InputFile(put(tmp_path / "a.wav"), "me")], {})
     assert (recording.source, recording.problem) == ((tmp_path / "a.wav").as_posix(), None)
 
 
@@ -146,7 +146,8 @@ def test_symlink_loops_end(tmp_path):
 
 def test_files_of_one_stem_get_names_of_their_own_and_keep_them(tmp_path):
     found = [
-        Found(put(tmp_path / name, name.encode()), "me") for name in ("a.flac", "a.wav", "A.ogg")
+        InputFile(put(tmp_path / name, name.encode()), "me")
+        for name in ("a.flac", "a.wav", "A.ogg")
     ]
     first = names(found)
     assert len({name.casefold() for name in first}) == 3
@@ -154,44 +155,43 @@ def test_files_of_one_stem_get_names_of_their_own_and_keep_them(tmp_path):
         ("me", recording.name.casefold()): (recording.address, recording.digest, recording.name)
         for recording in name_recordings(found, {})
     }
-    newcomer = Found(put(tmp_path / "a.aac", b"new"), "me")
+    newcomer = InputFile(put(tmp_path / "a.aac", b"new"), "me")
     assert names([newcomer, *found], owners)[:3] == first
     assert len(set(names([newcomer, *found], owners))) == 4
 
 
 def test_a_moved_recording_keeps_its_name_and_a_copy_is_a_problem(tmp_path):
     old = put(tmp_path / "old" / "a.wav", b"same")
-    (before,) = name_recordings([Found(old, "me")], {})
+    (before,) = name_recordings([InputFile(old, "me")], {})
     moved = put(tmp_path / "new" / "a.wav", b"same")
     owners = {("me", "a"): (before.address, before.digest, "a")}
-    assert names([Found(moved, "me")], owners) == ["a"]
-    one, two = name_recordings([Found(moved, "me"), Found(old, "me")], {})
+    assert names([InputFile(moved, "me")], owners) == ["a"]
+    one, two = name_recordings([InputFile(moved, "me"), InputFile(old, "me")], {})
     assert one.problem is None
     assert two.problem == f"has the same bytes as {one.source}"
-    one, two = name_recordings([Found(moved, "me"), Found(old, "me")], owners)
+    one, two = name_recordings([InputFile(moved, "me"), InputFile(old, "me")], owners)
     assert (one.path, one.name, one.problem) == (old, "a", None)  # the one that was there before
     assert two.problem == f"has the same bytes as {one.source}"
 
 
 def test_a_recording_keeps_the_name_that_an_earlier_version_gave_it(tmp_path):
     path = put(tmp_path / "सीता.wav")
-    (recording,) = name_recordings([Found(path, "me")], {})
+    (recording,) = name_recordings([InputFile(path, "me")], {})
     assert recording.name == "सीता"
     owners = {("me", "स_त"): (recording.address, recording.digest, "स_त")}
-    assert names([Found(path, "me")], owners) == ["स_त"]
+    assert names([InputFile(path, "me")], owners) == ["स_त"]
 
 
 def test_a_renamed_recording_keeps_its_name(tmp_path):
     old = put(tmp_path / "Take.wav", b"same")
-    (before,) = name_recordings([Found(old, "me")], {})
+    (before,) = name_recordings([InputFile(old, "me")], {})
     owners = {("me", "take"): (before.address, before.digest, "Take")}
     new = old.rename(tmp_path / "Better name.wav")
-    assert names([Found(new, "me")], owners) == ["Take"]
+    assert names([InputFile(new, "me")], owners) == ["Take"]
     put(old, b"other")
-    assert (
-        len({name.casefold() for name in names([Found(new, "me"), Found(old, "me")], owners)}) == 2
-    )
-    assert names([Found(new, "you")], owners) == ["Better_name"]
+    both = names([InputFile(new, "me"), InputFile(old, "me")], owners)
+    assert len({name.casefold() for name in both}) == 2
+    assert names([InputFile(new, "you")], owners) == ["Better_name"]
 
 
 def test_texts_that_belong_to_no_recording_are_named(tmp_path):
@@ -228,8 +228,8 @@ def test_a_text_is_used_in_whatever_case_the_file_system_finds_it(tmp_path, monk
 
 
 def test_a_recording_that_cannot_be_used_has_no_copies(tmp_path):
-    bare = Found(put(tmp_path / "1" / "a.wav", b"same"), "me", problem="is broken")
-    whole = Found(put(tmp_path / "2" / "a.wav", b"same"), "me")
+    bare = InputFile(put(tmp_path / "1" / "a.wav", b"same"), "me", problem="is broken")
+    whole = InputFile(put(tmp_path / "2" / "a.wav", b"same"), "me")
     one, two = name_recordings([bare, whole], {})
     assert (one.problem, two.problem) == ("is broken", None)
 
@@ -239,12 +239,12 @@ def test_one_path_seen_from_two_folders_is_two_recordings(tmp_path, monkeypatch)
     for name in ("monday", "tuesday", "friday"):
         put(tmp_path / name / "in" / "take.flac", name.encode())
         monkeypatch.chdir(tmp_path / name)
-        (recording,) = name_recordings([Found(Path("in", "take.flac"), "me")], owners)
+        (recording,) = name_recordings([InputFile(Path("in", "take.flac"), "me")], owners)
         assert recording.source == "in/take.flac"
         owners["me", recording.name] = (recording.address, recording.digest, recording.name)
     assert len(owners) == 3
     monkeypatch.chdir(tmp_path)
-    (again,) = name_recordings([Found(Path("monday/in/take.flac"), "me")], owners)
+    (again,) = name_recordings([InputFile(Path("monday/in/take.flac"), "me")], owners)
     assert again.name == "take"
 
 
@@ -252,7 +252,7 @@ def test_one_path_seen_from_two_folders_is_two_recordings(tmp_path, monkeypatch)
     "stem", ['it\'s "me"', "- rf *", "😀", "n" * 251, "../x".replace("/", "\\")]
 )
 def test_awkward_names_become_safe_ones(tmp_path, stem):
-    (name,) = names([Found(put(tmp_path / f"{stem}.wav"), "me")])
+    (name,) = names([InputFile(put(tmp_path / f"{stem}.wav"), "me")])
     assert name == name.strip(".-_ ")
     assert len(name) <= 80
     assert not set(name) & set("/\\'\" *")
@@ -278,7 +278,7 @@ def test_a_data_set_is_not_prepared_from_itself(tmp_path):
 def test_what_was_prepared_below_the_input_is_no_input(tmp_path):
     put(tmp_path / "a.wav")
     put(tmp_path / "data" / "me" / "a_0001.wav")
-    (found,) = find_local(tmp_path, None, "me", but=tmp_path / "data")
+    (found,) = find_local(tmp_path, None, "me", exclude=tmp_path / "data")
     assert found.path.name == "a.wav"
 
 
@@ -290,14 +290,14 @@ def test_data_sets_among_raw_recordings_are_no_input(tmp_path):
     put(tmp_path / "killed" / ".prepared" / "Anna" / "c.json")
     put(tmp_path / "killed" / "Anna" / "c_0001.wav")
     said = []
-    (found,) = sources.only_raw(find_local(tmp_path, None, "me"), said.append)
+    (found,) = sources.drop_prepared_clips(find_local(tmp_path, None, "me"), said.append)
     assert found.path.name == "a.wav"
     (message,) = said
     assert str(tmp_path / "done") in message
     assert str(tmp_path / "killed") in message
     put(tmp_path / "a.lab")  # a clip that was laid out by hand
     put(tmp_path / "killed" / "Anna" / "c_0001.lab")
-    assert len(sources.only_raw(find_local(tmp_path, None, "me"))) == 3
+    assert len(sources.drop_prepared_clips(find_local(tmp_path, None, "me"))) == 3
 
 
 def test_a_folder_named_rejected_is_no_speaker_unless_one_is_given(tmp_path):

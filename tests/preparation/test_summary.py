@@ -1,4 +1,4 @@
-"""What became of every recording is on the books, and what people corrected by hand stays."""
+"""What became of every recording is recorded, and what people corrected by hand stays."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fish_speech.preparation.pipeline import Thresholds, prepare
-from fish_speech.preparation.sources import Found
+from fish_speech.preparation.options import Thresholds
+from fish_speech.preparation.pipeline import prepare
+from fish_speech.preparation.sources import InputFile
 
 
 def test_corrections_in_labels_are_kept_and_count(folder, options):
@@ -110,7 +111,7 @@ def test_a_deleted_clip_stays_away_after_a_crash_too(take, options, monkeypatch,
             raise Killed
         os.replace(*paths)
 
-    monkeypatch.setattr("fish_speech.preparation.summary.os", SimpleNamespace(replace=dying))
+    monkeypatch.setattr("fish_speech.preparation.records.os", SimpleNamespace(replace=dying))
     with pytest.raises(Killed):  # while old and new clips change places
         prepare(replace(options, normalize=False))
     monkeypatch.undo()
@@ -186,7 +187,7 @@ def test_corrections_survive_other_options_where_they_fit(take, options, monkeyp
     def die(*_):
         raise Killed
 
-    monkeypatch.setattr("fish_speech.preparation.summary.Books._correct", die)
+    monkeypatch.setattr("fish_speech.preparation.records.RecordStore._apply_corrections", die)
     with pytest.raises(Killed):  # between the old clips and the new ones
         prepare(louder)
     monkeypatch.undo()
@@ -292,11 +293,11 @@ def test_a_download_that_failed_under_another_title_is_forgotten_when_it_succeed
 ):
     path = folder(1) / "take 0.wav"
     origin = {"url": "https://example.org/3", "title": "entry 3"}
-    found = [Found(path.with_name("none"), "Me", origin=origin, problem="timed out")]
+    found = [InputFile(path.with_name("none"), "Me", origin=origin, problem="timed out")]
     monkeypatch.setattr("fish_speech.preparation.youtube.fetch", lambda *_, **__: found)
     options = replace(options, input="https://example.org", youtube=True)
     assert [entry["reason"] for entry in prepare(options).skipped] == ["timed out"]
-    found[:] = [Found(path, "Me", origin={**origin, "title": "The third"})]
+    found[:] = [InputFile(path, "Me", origin={**origin, "title": "The third"})]
     summary = prepare(options)
     assert [clip["file"] for clip in summary.clips] == ["Me/The_third_0001.wav"]
     assert summary.skipped == []

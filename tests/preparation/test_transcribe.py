@@ -15,12 +15,12 @@ from fish_speech.preparation import transcribe
 from fish_speech.preparation.align import Word
 from fish_speech.preparation.transcribe import (
     SAMPLE_RATE,
-    Heard,
-    Journal,
+    CachedRecogniser,
+    Transcription,
+    hallucination_reason,
+    has_repetition_loop,
     load_recogniser,
-    made_up,
-    repeats,
-    unheard,
+    longest_untranscribed,
 )
 from tests.tiny_whisper import SENTENCE, make_whisper
 
@@ -118,8 +118,10 @@ def test_faster_whisper_is_asked_for_its_words(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=Model))
     monkeypatch.setattr(transcribe, "find_spec", lambda name: name)
-    heard = load_recogniser("small", language="en", device="cpu").hear(np.zeros(100, np.float32))
-    assert heard == Heard("Hello", (Word("Hello", 0.5, 1.0),), 0.1, -0.2)
+    transcription = load_recogniser("small", language="en", device="cpu").transcribe(
+        np.zeros(100, np.float32)
+    )
+    assert transcription == Transcription("Hello", (Word("Hello", 0.5, 1.0),), 0.1)
     assert (asked["device"], asked["compute_type"]) == ("cpu", "int8")
     assert asked["language"] == "en"
     assert asked["word_timestamps"]
@@ -131,27 +133,27 @@ def test_faster_whisper_is_asked_for_its_words(monkeypatch):
         assert asked["compute_type"] == "float16"
 
 
-def test_openai_whisper_finds_out_a_language_and_keeps_to_it(checkpoint, monkeypatch):
+def test_openai_whisper_detects_a_language_and_keeps_to_it(checkpoint, monkeypatch):
     recogniser = load_recogniser(str(checkpoint), backend="openai", device="cpu")
     second = np.ones(SAMPLE_RATE, np.float32)
-    assert len(recogniser.language_of(second)) == 2  # by its random weights
+    assert len(recogniser.detect_language(second)) == 2  # by its random weights
     windows = iter([{"de": 0.6, "nl": 0.4}, {"nl": 0.9, "de": 0.1}])  # of 30 s, and of one
     monkeypatch.setattr(recogniser.model, "detect_language", lambda mel: (None, next(windows)))
-    assert recogniser.language_of(np.tile(second, 31)) == "de"
+    assert recogniser.detect_language(np.tile(second, 31)) == "de"
     asked = {}
 
     def transcribe(samples, **options):
         asked.update(options)
         return {"text": "Ja.", "segments": []}
 
-    german = recogniser.hearing("de")
+    german = recogniser.with_language("de")
     monkeypatch.setattr(recogniser.model, "transcribe", transcribe)
-    german.hear(second)
+    german.transcribe(second)
     assert asked["language"] == "de"
     told = load_recogniser(str(checkpoint), backend="openai", language="de", device="cpu")
     assert german.identity == told.identity != recogniser.identity
     monkeypatch.setattr(type(recogniser.model), "is_multilingual", False)
-    assert recogniser.language_of(second) is None
+    assert recogniser.detect_language(second) is None
 
 
 def test_openai_whisper_computes_in_halves_on_any_card(checkpoint, monkeypatch):
@@ -167,7 +169,7 @@ def test_openai_whisper_computes_in_halves_on_any_card(checkpoint, monkeypatch):
             "transcribe",
             lambda samples, **how: asked.append(how["fp16"]) or {"text": "", "segments": []},
         )
-        recogniser.hear(np.ones(SAMPLE_RATE, np.float32))
+        recogniser.transcribe(np.ones(SAMPLE_RATE, np.float32))
     assert asked == [True, True, False]
 
 
@@ -178,45 +180,47 @@ def test_a_missing_backend_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("heard", "seconds", "reason"),
+    ("transcription", "seconds", "reason"),
     [
-        (Heard(SENTENCE), 3.5, None),
-        (Heard("昨日は雨でした。今日は晴れです。"), 3.5, None),
-        (Heard("Thank you."), 20.0, "letters a second"),
+        (Transcription(SENTENCE), 3.5, None),
+        (Transcription("昨日は雨でした。今日は晴れです。"), 3.5, None),
+        (Transcription("Thank you."), 20.0, "letters a second"),
         (
-            Heard(f"{SENTENCE} Every letter in that old box tells another story."),
+            Transcription(f"{SENTENCE} Every letter in that old box tells another story."),
             2.0,
             "letters a second",
         ),
-        (Heard("♪ ..."), 3.0, "no words"),
-        (Heard("So you know, you know, you know, you know, it is."), 4.0, "repeated"),
+        (Transcription("♪ ..."), 3.0, "no words"),
+        (Transcription("So you know, you know, you know, you know, it is."), 4.0, "repeated"),
     ],
 )
-def test_made_up_texts_are_recognised(heard, seconds, reason):
-    found = made_up(heard, seconds)
+def test_hallucinations_are_recognised(transcription, seconds, reason):
+    found = hallucination_reason(transcription, seconds)
     assert found is None if reason is None else reason in found
 
 
 def test_speech_without_a_word_is_counted_wherever_it_is():
     words = (Word("One", 3.0, 3.5), Word("two.", 3.5, 4.0), Word("Three.", 7.0, 8.0))
-    islands = [(0.5, 4.0), (4.5, 6.0), (6.8, 8.3)]
-    assert unheard(Heard("", words), islands, 9.0) == pytest.approx(2.5)
-    assert unheard(Heard("", words[:2]), islands, 9.0) == pytest.approx(3.0)
-    assert unheard(Heard("", words[1:]), islands, 9.0) == pytest.approx(3.0)
-    assert unheard(Heard("Words without times."), islands, 9.0) == 0
+    regions = [(0.5, 4.0), (4.5, 6.0), (6.8, 8.3)]
+    assert longest_untranscribed(Transcription("", words), regions, 9.0) == pytest.approx(2.5)
+    assert longest_untranscribed(Transcription("", words[:2]), regions, 9.0) == pytest.approx(3.0)
+    assert longest_untranscribed(Transcription("", words[1:]), regions, 9.0) == pytest.approx(3.0)
+    assert longest_untranscribed(Transcription("Words without times."), regions, 9.0) == 0
 
 
 def test_ordinary_repetition_is_no_loop():
-    assert not repeats("No, no, no, no, no! I said that I would come, and I will come.")
-    assert not repeats("to be or not to be, that is the question, to be sure")
-    assert repeats("and then we go and then we go and then we go and then we go")
-    assert repeats("ha" * 100)
-    assert repeats("What he said was quite another thing, and long it was. " * 3 + "ха" * 160)
+    assert not has_repetition_loop("No, no, no, no, no! I said that I would come, and I will come.")
+    assert not has_repetition_loop("to be or not to be, that is the question, to be sure")
+    assert has_repetition_loop("and then we go and then we go and then we go and then we go")
+    assert has_repetition_loop("ha" * 100)
+    assert has_repetition_loop(
+        "What he said was quite another thing, and long it was. " * 3 + "ха" * 160
+    )
 
 
 @pytest.mark.parametrize("text", PROSE.values(), ids=PROSE)
 def test_prose_of_any_script_and_length_repeats_nothing(text):
-    assert not repeats(text)
+    assert not has_repetition_loop(text)
 
 
 class Counting:
@@ -225,29 +229,39 @@ class Counting:
     def __init__(self) -> None:
         self.asked = 0
 
-    def hear(self, samples) -> Heard:
+    def transcribe(self, samples) -> Transcription:
         self.asked += 1
-        return Heard(f"clip {len(samples)}", (Word("clip", 0.0, 0.5),), 0.1, -0.3)
+        return Transcription(f"clip {len(samples)}", (Word("clip", 0.0, 0.5),), 0.1)
 
 
-def test_the_journal_remembers_across_runs_and_survives_a_torn_line(tmp_path):
+def test_transcriptions_are_kept_across_runs_and_survive_a_torn_line(tmp_path):
     path, clips = tmp_path / "heard.jsonl", [np.ones(n, np.float32) for n in (3, 4, 5)]
     first = Counting()
-    heard = [Journal(first, path).hear(clip) for clip in clips]
+    transcriptions = [CachedRecogniser(first, path).transcribe(clip) for clip in clips]
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])  # killed while it wrote the third
     second = Counting()
-    assert [Journal(second, path).hear(clip) for clip in clips] == heard
+    assert [CachedRecogniser(second, path).transcribe(clip) for clip in clips] == transcriptions
     assert (first.asked, second.asked) == (3, 1)
     assert path.read_bytes() == whole
 
 
+def test_transcriptions_of_an_earlier_version_are_read(tmp_path):
+    path, samples = tmp_path / "heard.jsonl", np.ones(3, np.float32)
+    transcription = CachedRecogniser(Counting(), path).transcribe(samples)
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps({**entry, "logprob": -0.3}) + "\n")
+    again = Counting()
+    assert CachedRecogniser(again, path).transcribe(samples) == transcription
+    assert again.asked == 0
+
+
 def test_another_model_is_asked_anew(tmp_path):
     samples = np.ones(3, np.float32)
-    Journal(Counting(), tmp_path / "heard.jsonl").hear(samples)
+    CachedRecogniser(Counting(), tmp_path / "heard.jsonl").transcribe(samples)
     other = Counting()
     other.identity = "other"
-    Journal(other, tmp_path / "heard.jsonl").hear(samples)
+    CachedRecogniser(other, tmp_path / "heard.jsonl").transcribe(samples)
     assert other.asked == 1
 
 

@@ -12,7 +12,8 @@ import pytest
 import soundfile
 
 from fish_speech.preparation import youtube
-from fish_speech.preparation.pipeline import Options, prepare
+from fish_speech.preparation.options import Options
+from fish_speech.preparation.pipeline import prepare
 
 # yt-dlp leaves the socket of a refused download to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
