@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fish_speech.audio import save_audio
-from fish_speech.evaluation.speaker import FOLDER
+from fish_speech.evaluation.speaker import SPEAKER_DIR
 from fish_speech.files import file_digest
 from fish_speech.models.weights import save_tensors
 from recipes.tiny.voices import SAMPLE_RATE, VOICES, speak
@@ -41,7 +41,7 @@ def extract(wheel: Path, file: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--output", type=Path, default=FOLDER)
+    parser.add_argument("--output", type=Path, default=SPEAKER_DIR)
     args = parser.parse_args(argv)
     extract(args.wheel, args.output / "encoder.pth")
     for name, sentence in zip(VOICES, SENTENCES, strict=True):

@@ -15,7 +15,7 @@ import numpy as np
 from fish_speech.audio import level, resample, save_audio
 from fish_speech.audio_decoding import AudioInfo, audio_info, breaks_off
 from fish_speech.files import read_text, sidecar_of, write_text
-from fish_speech.preparation import align, quality, rates, segment, sources, transcribe
+from fish_speech.preparation import align, error_rates, quality, segment, sources, transcribe
 from fish_speech.preparation.segment import Piece, Segment, Speech
 from fish_speech.preparation.sources import Recording
 from fish_speech.preparation.summary import FRESH, Record
@@ -313,7 +313,7 @@ def describe(
         **quality.measure(samples, info.sample_rate, part, speech, floating=info.floating),
     }
     if recording.transcript is not None and part.heard is not None:
-        clip["disagreement"] = rates.disagreement(part.text, part.heard)
+        clip["disagreement"] = error_rates.disagreement(part.text, part.heard)
         clip["heard"] = part.heard
     for name in ("cut_in_speech", "estimated", "no_speech", "unheard"):
         if value := getattr(part, name):

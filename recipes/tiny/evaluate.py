@@ -26,7 +26,7 @@ from fish_speech.preparation.error_rates import word_errors
 from recipes.tiny.speech import speaker_of
 from recipes.tiny.texts import CACHE, read_sentences
 from recipes.tiny.voices import VOICES, speak
-from recipes.tiny.words import is_closed
+from recipes.tiny.words import in_vocabulary
 
 
 @lru_cache(maxsize=1)
@@ -93,8 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     groups = {
-        "words of the templates": [text for text in texts if is_closed(text)],
-        "any words": [text for text in texts if not is_closed(text)],
+        "words of the templates": [text for text in texts if in_vocabulary(text)],
+        "any words": [text for text in texts if not in_vocabulary(text)],
     }
     codec, voice = load_codec(args.model), TextToSpeech.from_pretrained(args.model, device="cpu")
     with ProcessPoolExecutor(os.cpu_count()) as pool:

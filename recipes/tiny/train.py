@@ -39,7 +39,7 @@ from recipes.tiny.model import new_model, tiny_tokenizer
 from recipes.tiny.muon import Muon
 from recipes.tiny.texts import CACHE
 from recipes.tiny.voices import VOICES
-from recipes.tiny.words import is_closed
+from recipes.tiny.words import in_vocabulary
 
 ADAM_RATE, MUON_RATE = 1.5e-3, 0.02  # peaks
 WARM_UP, LAST_SHARE = 200, 0.01
@@ -222,16 +222,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def closed_only(corpus: Corpus) -> Corpus:
+def in_vocabulary_only(corpus: Corpus) -> Corpus:
     """The utterances whose words are all of the templates' vocabulary."""
-    return [(speaker, spoken) for speaker, spoken in corpus if is_closed(spoken.text)]
+    return [(speaker, spoken) for speaker, spoken in corpus if in_vocabulary(spoken.text)]
 
 
 def train(run: Run, training: Corpus, held_out: Corpus, args: argparse.Namespace) -> None:
     """Train to the end of the schedule; save and validate every `save_minutes`."""
     durations = token_durations(training, tiny_tokenizer())
     if args.closed:
-        training, held_out = map(closed_only, (training, held_out))
+        training, held_out = map(in_vocabulary_only, (training, held_out))
     source = batches(training, tiny_tokenizer(), durations, run.generator)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=5, disable=rank() > 0)
     seconds = saved = run.seconds
