@@ -20,7 +20,7 @@ from fish_speech.files import file_digest
 from fish_speech.models.weights import save_tensors
 from recipes.tiny.voices import SAMPLE_RATE, VOICES, speak
 
-WHEEL = "8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f"
+WHEEL_DIGEST = "8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f"
 SENTENCES = (
     "The old mill stands where two rivers meet, and its wheel still turns in spring.",
     "Nobody had expected so many guests, so we carried more chairs out into the garden.",
@@ -30,7 +30,7 @@ SENTENCES = (
 
 def extract(wheel: Path, file: Path) -> None:
     """Write the weights in the wheel as fp16, without the optimizer's state."""
-    if file_digest(wheel) != WHEEL:
+    if file_digest(wheel) != WHEEL_DIGEST:
         raise SystemExit(f"{wheel}: not Resemblyzer-0.1.4-py3-none-any.whl as published")
     with zipfile.ZipFile(wheel).open("resemblyzer/pretrained.pt") as weights:
         state = torch.load(weights, map_location="cpu", weights_only=True)["model_state"]

@@ -58,8 +58,8 @@ def program(name: str, *flags: object) -> None:
 
 def prepare() -> None:
     """Clips of the voice with a tenth held out, and the sentences to speak."""
-    write_text(TEXTS, "\n".join(known_sentences("heldout.txt")[:SENTENCES]) + "\n")
-    for number, text in enumerate(known_sentences("train.txt")[:CLIPS]):
+    write_text(TEXTS, "\n".join(in_vocabulary_sentences("heldout.txt")[:SENTENCES]) + "\n")
+    for number, text in enumerate(in_vocabulary_sentences("train.txt")[:CLIPS]):
         audio = RECORDINGS / f"{number:03d}.wav"
         if not audio.exists():
             write_text(audio.with_suffix(".txt"), text)
@@ -75,7 +75,7 @@ def prepare() -> None:
     )  # fmt: skip
 
 
-def known_sentences(name: str) -> list[str]:
+def in_vocabulary_sentences(name: str) -> list[str]:
     """Those of the recipe's texts of which the embedded model knows every word."""
     return [text for text in read_sentences(name) if in_vocabulary(text)]
 
@@ -111,10 +111,11 @@ def table() -> str:
 
 def _cell(row: ModelRow) -> str:
     """Similarity, the half-width of its interval, and word errors."""
-    alike, wrong = row.estimate("similarity"), row.estimate("wer")
-    if alike is None or wrong is None:
+    similarity, wer = row.estimate("similarity"), row.estimate("wer")
+    if similarity is None or wer is None:
         return "-"
-    return f"{alike.mean:.2f} ± {(alike.high - alike.low) / 2:.2f}, {wrong.mean:.0%}"
+    reach = (similarity.high - similarity.low) / 2
+    return f"{similarity.mean:.2f} ± {reach:.2f}, {wer.mean:.0%}"
 
 
 def main(argv: list[str] | None = None) -> int:

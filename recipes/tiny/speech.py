@@ -24,7 +24,7 @@ from fish_speech.datasets.shards import sentence, text_data
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.preparation.pipeline import die_with_parent
 from recipes.tiny.texts import CACHE, read_sentences
-from recipes.tiny.voices import VOICES, disguised, speak, unnamed
+from recipes.tiny.voices import VOICES, disguised_speaker, speak, unnamed_speaker
 from recipes.tiny.words import in_vocabulary
 
 BLOCK = 256
@@ -45,10 +45,12 @@ def jobs_of(texts: list[str], begin: int, kind: str) -> list[tuple[str, str]]:
         if in_vocabulary(texts[index]) == (kind != "open")
     ]
     if kind == "unnamed":
-        return [(texts[index], unnamed(index // NEIGHBOURS)) for index in indices]
+        return [(texts[index], unnamed_speaker(index // NEIGHBOURS)) for index in indices]
     if kind == "disguised":
         groups = [(index, index // NEIGHBOURS) for index in indices]
-        return [(texts[index], disguised(group)) for index, group in groups if group % 4 == 0]
+        return [
+            (texts[index], disguised_speaker(group)) for index, group in groups if group % 4 == 0
+        ]
     return [(texts[index], speaker_of(index)) for index in indices]
 
 
@@ -78,7 +80,7 @@ def speak_block(jobs: list[tuple[str, str]], codec: Codec, pool: ThreadPoolExecu
 
 
 def missing_shards(texts: list[str], args: argparse.Namespace) -> list[tuple[Path, list]]:
-    """The shards that are not there yet, each with its jobs; those of the last block first."""
+    """The shards still to be made, each with its jobs; those of the last block first."""
     begins = list(range(0, len(texts), BLOCK))
     kinds = [kind for kind in KINDS if not (args.closed and kind == "open")]
     shards = [

@@ -139,10 +139,10 @@ def test_the_flags_go_together(models, place, capsys):
 @pytest.mark.parametrize(
     ("a", "b", "chosen", "reason"),
     [
-        ((0.5, None), (0.1, None), "b", "fewer word errors than a (word error rate"),
-        ((0.1, None), (0.5, None), "a", "fewer word errors than b (word error rate"),
-        ((0.1, 0.6), (0.1, 0.8), "b", "more like the voice than a (similarity"),
-        ((0.9, 0.6), (0.1, 0.6), "b", "fewer word errors than a (word error rate"),
+        ((0.5, None), (0.1, None), "b", "fewer word errors than a (significant at 95%)"),
+        ((0.1, None), (0.5, None), "a", "fewer word errors than b (significant at 95%)"),
+        ((0.1, 0.6), (0.1, 0.8), "b", "more like the voice than a (significant at 95%)"),
+        ((0.9, 0.6), (0.1, 0.6), "b", "fewer word errors than a (significant at 95%)"),
         ((0.1, 0.6), (0.5, 0.8), None, "b is significantly more like the voice, but"),
         ((0.9, 0.8), (0.1, 0.6), None, "a is significantly more like the voice, but"),
         ((0.1, 0.6), (0.1, 0.6), None, "neither is significantly better"),
