@@ -7,9 +7,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.flops import flops_of, module_shapes
-from benchmarks.limits import matrix_rate, seconds
-from benchmarks.measure import Row, fresh
-from benchmarks.random_model import full_size_voice
+from benchmarks.limits import matrix_rate, time_calls
+from benchmarks.measure import BenchmarkRow, in_new_process
+from benchmarks.random_model import full_size_model_with_codec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 SECONDS = 10.0
 
 
-def codec_decode_fp32_row(device: str) -> Row:
+def codec_decode_fp32_row(device: str) -> BenchmarkRow:
     return _row("codec_decode_fp32", "decode", "float32", device)
 
 
-def codec_decode_bf16_row(device: str) -> Row:
+def codec_decode_bf16_row(device: str) -> BenchmarkRow:
     return _row("codec_decode_bf16", "decode", "bfloat16", device)
 
 
-def codec_encode_row(device: str) -> Row:
+def codec_encode_row(device: str) -> BenchmarkRow:
     return _row("codec_encode", "encode", "float32", device)
 
 
@@ -36,11 +36,11 @@ def decode_limit(directory: Path, dtype: str, device: str) -> tuple[float, float
     return _limit(directory, "decode", dtype, device)
 
 
-def _row(name: str, direction: str, dtype: str, device: str) -> Row:
-    directory = full_size_voice()
-    times, peak = fresh(_time, directory, direction, dtype, device)
-    (limit, flops, rate), _ = fresh(_limit, directory, direction, dtype, device)
-    return Row(
+def _row(name: str, direction: str, dtype: str, device: str) -> BenchmarkRow:
+    directory = full_size_model_with_codec()
+    times, peak = in_new_process(_time, directory, direction, dtype, device)
+    (limit, flops, rate), _ = in_new_process(_limit, directory, direction, dtype, device)
+    return BenchmarkRow(
         name=name,
         figure=median(times),
         unit="s",
@@ -56,7 +56,7 @@ def _time(directory: Path, direction: str, dtype: str, device: str) -> list[floa
 
     _, call = _prepare(directory, direction, dtype, device)
     keep_freed_memory()  # as the programs do
-    return seconds(call, device)
+    return time_calls(call, device)
 
 
 def _limit(directory: Path, direction: str, dtype: str, device: str) -> tuple[float, float, float]:

@@ -8,21 +8,21 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from benchmarks.limits import seconds
-from benchmarks.measure import CACHE, REPOSITORY, Row, fresh
-from benchmarks.random_model import full_size_voice
+from benchmarks.limits import time_calls
+from benchmarks.measure import CACHE, REPOSITORY, BenchmarkRow, in_new_process
+from benchmarks.random_model import full_size_model_with_codec
 
 _COPIES = 4  # of samples/: a hundred clips of a few seconds
 _BATCH = 8  # finetune_tts.py's own
 _UTTERANCES, _SPEAKERS, _FRAMES = 20_000, 10, 100
 
 
-def extract_row(device: str) -> Row:
-    """The limit is the encoder alone, on the same batches, decoded before."""
-    directory = full_size_voice()
-    (elapsed, audio_seconds), peak = fresh(_extract, directory, device)
-    limit, _ = fresh(_encode, directory, device)
-    return Row(
+def extract_row(device: str) -> BenchmarkRow:
+    """The limit is the encoder alone, on the same batches, already decoded and padded."""
+    directory = full_size_model_with_codec()
+    (elapsed, audio_seconds), peak = in_new_process(_extract, directory, device)
+    limit, _ = in_new_process(_encode, directory, device)
+    return BenchmarkRow(
         name="extract",
         figure=audio_seconds / elapsed,
         unit="x real time",
@@ -33,12 +33,12 @@ def extract_row(device: str) -> Row:
     )
 
 
-def pack_row(device: str) -> Row:
+def pack_row(device: str) -> BenchmarkRow:
     """The limit is reading the same files and writing as many bytes, with nothing in between."""
     folder = _utterances()
-    (elapsed, size), peak = fresh(_pack, folder)
-    limit, _ = fresh(_copy, folder, size)
-    return Row(
+    (elapsed, size), peak = in_new_process(_pack, folder)
+    limit, _ = in_new_process(_copy, folder, size)
+    return BenchmarkRow(
         name="pack",
         figure=_UTTERANCES / elapsed,
         unit="clips/s",
@@ -89,14 +89,14 @@ def _encode(directory: Path, device: str) -> float:
         batch = waveforms[begin : begin + _BATCH]
         padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)[:, None].to(device)
         batches.append((padded, torch.tensor([len(waveform) for waveform in batch])))
-    return median(seconds(lambda: [codec.encode(*batch) for batch in batches], device))
+    return median(time_calls(lambda: [codec.encode(*batch) for batch in batches], device))
 
 
 def _utterances() -> Path:
     """A data set with codes and without sound, made once."""
     folder = CACHE / f"utterances-{_UTTERANCES}"
     if not folder.exists():
-        fresh(_make_utterances, folder)
+        in_new_process(_make_utterances, folder)
     return folder
 
 

@@ -1,7 +1,7 @@
-"""The useful work of a step, a frame and a stretch of audio: what no implementation can save.
+"""The useful work of a training step, a frame and a stretch of audio, in FLOP.
 
-Counted from sizes, never from what the package happens to run: recomputation, padding and rows
-that nobody asked for do not make a figure better.
+Counted from sizes, never from what the package happens to run: recomputation and padding do not
+make a figure better.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def training_shapes(config: ModelConfig, columns: int, frames: int) -> list[Shape]:
-    """The matrix products of the forward over one item: `frames` of its `columns` are learned.
+    """The matrix products of the forward over one item: `frames` of its `columns` have labels.
 
-    Row 0 is learned at the frames and the two control tokens around them.
+    BenchmarkRow 0 is learned at the frames and the two control tokens around them.
     """
     c = config
     slow = _block_shapes(c.dim, c.n_head, c.n_local_heads, c.head_dim, c.intermediate_size)
@@ -76,7 +76,7 @@ def module_shapes(module: nn.Module, call: Callable[[], object]) -> list[tuple[S
 
     found: list[tuple[Shape, int]] = []
 
-    def note(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def record(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         layer = getattr(layer, "conv", layer)  # of a causal one
         groups = getattr(layer, "groups", 1)
         if isinstance(layer, nn.ConvTranspose1d):  # every input frame meets the whole kernel
@@ -90,7 +90,7 @@ def module_shapes(module: nn.Module, call: Callable[[], object]) -> list[tuple[S
         found.append((shape, groups))
 
     layers = (nn.Linear, nn.Conv1d, CausalConv1d, CausalConvTranspose1d)
-    handles = [m.register_forward_hook(note) for m in module.modules() if isinstance(m, layers)]
+    handles = [m.register_forward_hook(record) for m in module.modules() if isinstance(m, layers)]
     try:
         call()
     finally:
@@ -113,5 +113,5 @@ def _block_shapes(
 
 
 def _pairs(length: int) -> int:
-    """Of a query and a key that it may see."""
+    """Pairs of a query and a key in causal attention."""
     return length * (length + 1) // 2

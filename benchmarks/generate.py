@@ -1,4 +1,4 @@
-"""Rows `generate_*`: frames a second of the language model, one voice at a time."""
+"""Rows `generate_*`: frames a second of the language model, batch size 1."""
 
 from __future__ import annotations
 
@@ -7,63 +7,63 @@ from statistics import median
 from time import perf_counter
 
 from benchmarks.flops import frame_weights
-from benchmarks.limits import read_bandwidth, wait_for
-from benchmarks.measure import Row, fresh
+from benchmarks.limits import read_bandwidth, synchronize
+from benchmarks.measure import BenchmarkRow, in_new_process
 from benchmarks.random_model import full_size_model
 
 _PROMPT = 128  # columns: a sentence, and a short one before it
 _EARLY, _LATE = 64, 2000  # columns: nearly nothing, and a page
 _FRAMES = 60
-_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+_WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
-def generate_fp32_row(device: str) -> Row:
+def generate_fp32_row(device: str) -> BenchmarkRow:
     return _row("fp32", device)
 
 
-def generate_bf16_row(device: str) -> Row:
+def generate_bf16_row(device: str) -> BenchmarkRow:
     return _row("bf16", device)
 
 
-def generate_int8_row(device: str) -> Row:
+def generate_int8_row(device: str) -> BenchmarkRow:
     return _row("int8", device)
 
 
-def fastest_kind(device: str) -> str:
-    """The weights with which a frame takes least on a device."""
+def fastest_precision(device: str) -> str:
+    """The precision of the weights with which a frame is fastest on a device."""
     return "int8" if device == "cpu" else "bf16"
 
 
-def generate_late_row(device: str) -> Row:
+def generate_late_row(device: str) -> BenchmarkRow:
     """With the fastest weights, where everything else costs least."""
-    directory, kind = full_size_model(), fastest_kind(device)
-    early, _ = fresh(_generate, directory, kind, device, _EARLY)
-    late, peak = fresh(_generate, directory, kind, device, _LATE)
-    return Row(
+    directory, precision = full_size_model(), fastest_precision(device)
+    early, _ = in_new_process(_generate, directory, precision, device, _EARLY)
+    late, peak = in_new_process(_generate, directory, precision, device, _LATE)
+    return BenchmarkRow(
         name="generate_late",
         figure=1 / late,
         unit="frames/s",
         limit=1 / early,
         peak_memory_gb=peak,
-        workload=f"{kind} after a prompt of {_LATE} columns; limit: after {_EARLY}",
+        workload=f"{precision} after a prompt of {_LATE} columns; limit: after {_EARLY}",
     )
 
 
-def frames_limit(directory: Path, kind: str, device: str) -> tuple[float, float]:
+def frames_limit(directory: Path, precision: str, device: str) -> tuple[float, float]:
     """Frames a second that the memory could feed, and its bandwidth in bytes a second."""
     from fish_speech.models.text2semantic import ModelConfig
 
     bandwidth = read_bandwidth(device)
     weights = frame_weights(ModelConfig.from_pretrained(directory))
-    return bandwidth / (weights * _BYTES[kind]), bandwidth
+    return bandwidth / (weights * _WEIGHT_BYTES[precision]), bandwidth
 
 
-def _row(kind: str, device: str) -> Row:
+def _row(precision: str, device: str) -> BenchmarkRow:
     directory = full_size_model()
-    seconds, peak = fresh(_generate, directory, kind, device, _PROMPT)
-    (limit, bandwidth), _ = fresh(frames_limit, directory, kind, device)
-    return Row(
-        name=f"generate_{kind}",
+    seconds, peak = in_new_process(_generate, directory, precision, device, _PROMPT)
+    (limit, bandwidth), _ = in_new_process(frames_limit, directory, precision, device)
+    return BenchmarkRow(
+        name=f"generate_{precision}",
         figure=1 / seconds,
         unit="frames/s",
         limit=limit,
@@ -73,8 +73,8 @@ def _row(kind: str, device: str) -> Row:
     )
 
 
-def _generate(directory: Path, kind: str, device: str, columns: int) -> float:
-    """The median seconds a frame after a prompt, which the first frame of a speech takes."""
+def _generate(directory: Path, precision: str, device: str, columns: int) -> float:
+    """Median seconds a frame after a prompt, without the first frame, which reads the prompt."""
     import torch
 
     from fish_speech.devices import compile_problem, keep_freed_memory
@@ -84,8 +84,8 @@ def _generate(directory: Path, kind: str, device: str, columns: int) -> float:
     from fish_speech.models.text2semantic.decode.packed import pack
     from fish_speech.tokenizer import FishTokenizer
 
-    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-    model = pack(load_model(directory, device, dtype), "int8" if kind == "int8" else None)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    model = pack(load_model(directory, device, dtype), "int8" if precision == "int8" else None)
     keep_freed_memory()  # as cli_tts.py does
     tokenizer = FishTokenizer.from_pretrained(directory)
     graphs = None if compile_problem(model.device) else graphs_of(model, tokenizer.im_end_id)
@@ -106,7 +106,7 @@ def _generate(directory: Path, kind: str, device: str, columns: int) -> float:
         next(frames, None)
         start = perf_counter()
         for _ in frames:
-            wait_for(device)
+            synchronize(device)
             times.append(perf_counter() - start)
             start = perf_counter()
         if len(times) >= _FRAMES // 2:

@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured beside the work that is held to it."""
+"""What the machine can do at best, measured in the same run as the work."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 Shape = tuple[int, int, int]  # rows, in, out: [rows, in] times [in, out]
 
 _STREAM_BYTES = 1 << 30  # far more than any cache
-_MOST_ROWS = 8192  # more only take longer
+_MAX_ROWS = 8192  # more are no faster, and take longer
 _REPEATS = 5
-_ENOUGH = 20.0  # seconds of repeating, for what emulated number formats make slow
+_MAX_SECONDS = 20.0  # of repeating, for what emulated number formats make slow
 
 
-def seconds(work: Callable[[], object], device: str, repeats: int = _REPEATS) -> list[float]:
-    """Times of `work`, each until the device has finished, after one that does not count."""
+def time_calls(work: Callable[[], object], device: str, repeats: int = _REPEATS) -> list[float]:
+    """Seconds of each call of `work` until the device has finished, after one warm-up call."""
     times: list[float] = []
-    while len(times) <= repeats and (len(times) < 2 or sum(times) < _ENOUGH):
+    while len(times) <= repeats and (len(times) < 2 or sum(times) < _MAX_SECONDS):
         start = perf_counter()
         work()
-        wait_for(device)
+        synchronize(device)
         times.append(perf_counter() - start)
     return times[1:]
 
 
-def wait_for(device: str) -> None:
+def synchronize(device: str) -> None:
     """Return when the device has done all that was asked of it; a CPU always has."""
     import torch
 
@@ -41,7 +41,7 @@ def read_bandwidth(device: str) -> float:
     import torch
 
     stream = torch.ones(_STREAM_BYTES // 4, device=device)
-    return _STREAM_BYTES / min(seconds(stream.sum, device))
+    return _STREAM_BYTES / min(time_calls(stream.sum, device))
 
 
 def matrix_rate(shapes: Iterable[Shape], dtype: str, device: str) -> float:
@@ -50,9 +50,9 @@ def matrix_rate(shapes: Iterable[Shape], dtype: str, device: str) -> float:
 
     kind: torch.dtype = getattr(torch, dtype)
     best = 0.0
-    for rows, width, out in sorted({(min(rows, _MOST_ROWS), *rest) for rows, *rest in shapes}):
+    for rows, width, out in sorted({(min(rows, _MAX_ROWS), *rest) for rows, *rest in shapes}):
         x = torch.randn(rows, width, device=device).to(kind)
         weight = torch.randn(out, width, device=device).to(kind)
-        times = seconds(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight), device)
+        times = time_calls(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight), device)
         best = max(best, 2 * rows * width * out / min(times))
     return best

@@ -1,4 +1,4 @@
-"""Row `load`: a model directory of the published size, from disk to ready weights."""
+"""BenchmarkRow `load`: a model directory of the published size, from disk to ready weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from benchmarks.measure import Row, fresh
+from benchmarks.measure import BenchmarkRow, in_new_process
 from benchmarks.random_model import full_size_model
 
 _REPEATS = 3
 _PAGE = 4096
 
 
-def load_row(device: str) -> Row:
+def load_row(device: str) -> BenchmarkRow:
     """Time `load_model` and the first touch of every weight; the limit is a plain read.
 
     Both find the file in the page cache: the speed of the disk is not ours. A weight that is mapped
@@ -21,10 +21,10 @@ def load_row(device: str) -> Row:
     """
     directory = full_size_model()
     file = directory / "model.pth"
-    limit = median(fresh(_read, file)[0] for _ in range(_REPEATS))
-    results = [fresh(_load, directory, device) for _ in range(_REPEATS)]
+    limit = median(in_new_process(_read, file)[0] for _ in range(_REPEATS))
+    results = [in_new_process(_load, directory, device) for _ in range(_REPEATS)]
     size, peak = file.stat().st_size, max(peak for _, peak in results)
-    return Row(
+    return BenchmarkRow(
         name="load",
         figure=median(seconds for seconds, _ in results),
         unit="s",

@@ -1,4 +1,4 @@
-"""One row of the benchmark, and fresh processes to take its figures in."""
+"""One row of the benchmark, and new processes in which it is measured."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from fish_speech.devices import peak_memory
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = REPOSITORY / ".cache" / "bench"  # what is made once, for all runs
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """A figure beside the limit that the same run measured on the same machine.
 
     `figure` and `limit` are in `unit`: seconds (less is better) or a rate such as frames/s (more is
@@ -37,23 +39,19 @@ class Row:
         return self.limit / self.figure if seconds else self.figure / self.limit
 
 
-def fresh(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """Call a module-level function in a fresh interpreter: its result, and peak memory in GB.
+def in_new_process(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """Call a module-level function in a new interpreter: its result, and peak memory in GB.
 
-    On Linux the peak of a process begins at that of the process that started it, so whoever calls
-    this must stay small: heavy imports belong into `function`.
+    On Linux the peak of a process begins at that of the process that started it, so whatever calls
+    this must stay small: heavy imports belong in `function`.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_with_peak, function, args).result()
 
 
 def _with_peak(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, float]:
-    import resource
-
     result = function(*args)
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return result, torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return result, max(resource.getrusage(who).ru_maxrss for who in processes) * unit / 1e9
+    on_cuda = torch is not None and torch.cuda.is_initialized()
+    device = torch.device("cuda") if on_cuda else None
+    return result, peak_memory(device, children=True) / 1e9

@@ -8,32 +8,30 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.measure import CACHE, REPOSITORY, Row, fresh
+from benchmarks.measure import CACHE, REPOSITORY, BenchmarkRow, in_new_process
 
 _RATE = 16_000
 _REPEATS = 8  # of samples/: about a quarter of an hour
 _LONG_MINUTES = 60
 
 
-def prepare_row(device: str) -> Row:
+def prepare_row(device: str) -> BenchmarkRow:
     """A folder of short recordings with transcripts, in as many processes as there are cores."""
     return _row("prepare", _short_clips(), "16 kHz clips of 2 to 5 s")
 
 
-def prepare_long_row(device: str) -> Row:
+def prepare_long_row(device: str) -> BenchmarkRow:
     """One long recording with its script, cut and aligned: its memory is that of any length."""
     return _row("prepare_long", _long_recording(), f"one recording of {_LONG_MINUTES} minutes")
 
 
-def _row(name: str, folder: Path, what: str) -> Row:
-    """The limit: silero-vad alone, which has to hear every frame, on every core that can be used.
-
-    (One recording is the work of one process.)
-    """
-    (seconds, audio_seconds), peak = fresh(_prepare, folder)
+def _row(name: str, folder: Path, what: str) -> BenchmarkRow:
+    """The limit: silero-vad alone, which reads every frame, on all cores (for one recording on one,
+    as it is the work of one process)."""
+    (seconds, audio_seconds), peak = in_new_process(_prepare, folder)
     cores = os.cpu_count() or 1 if name == "prepare" else 1
-    vad_seconds, _ = fresh(_listen, next(iter(sorted(folder.glob("*.flac")))), 60.0)
-    return Row(
+    vad_seconds, _ = in_new_process(_vad_seconds, next(iter(sorted(folder.glob("*.flac")))), 60.0)
+    return BenchmarkRow(
         name=name,
         figure=audio_seconds / seconds,
         unit="x real time",
@@ -55,7 +53,7 @@ def _prepare(folder: Path) -> tuple[float, float]:
     return seconds, sum(recording["duration"] for recording in summary.recordings)
 
 
-def _listen(path: Path, seconds: float) -> float:
+def _vad_seconds(path: Path, seconds: float) -> float:
     """How long silero-vad takes for `seconds` of noise on one core."""
     import numpy as np
     import soundfile
@@ -75,7 +73,7 @@ def _short_clips() -> Path:
     """`samples/` several times over, each time at another level, made once."""
     folder = CACHE / "clips"
     if not folder.exists():
-        fresh(_make_short, folder)
+        in_new_process(_make_short, folder)
     return folder
 
 
@@ -98,7 +96,7 @@ def _long_recording() -> Path:
     """`samples/` read again and again with pauses, as one file with one script, made once."""
     folder = CACHE / "long"
     if not folder.exists():
-        fresh(_make_long, folder)
+        in_new_process(_make_long, folder)
     return folder
 
 

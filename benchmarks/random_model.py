@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.measure import CACHE, fresh
+from benchmarks.measure import CACHE, in_new_process
 
 _CODEC_FILE = "firefly-gan-vq-fsq-8x1024-21hz-generator.pth"
 
 
 def full_size_model() -> Path:
-    """The four files of the language model; no weight is zero, but nothing was learned."""
+    """The four files of the language model, with random weights."""
     directory = CACHE / "full-size"
     if not (directory / "model.pth").exists():  # written last, so the rest is there too
-        fresh(_make_model, directory)
+        in_new_process(_make_model, directory)
     return directory
 
 
-def full_size_voice() -> Path:
-    """The same with a codec, so that it can speak (noise)."""
+def full_size_model_with_codec() -> Path:
+    """The same with a random codec, so that it can speak (noise)."""
     directory = full_size_model()
     if not (directory / _CODEC_FILE).exists():
-        fresh(_make_codec, directory / _CODEC_FILE)
+        in_new_process(_make_codec, directory / _CODEC_FILE)
     return directory
 
 

@@ -18,14 +18,14 @@ from benchmarks.generate import (
     generate_late_row,
 )
 from benchmarks.load import load_row
-from benchmarks.measure import Row
+from benchmarks.measure import BenchmarkRow
 from benchmarks.prepare import prepare_long_row, prepare_row
 from benchmarks.startup import startup_row
 from benchmarks.synthesis import synthesis_first_row, synthesis_int8_row
 from benchmarks.train import train_auto_row, train_fp32_row, train_long_row, train_mixed_row
 from fish_speech.files import write_json
 
-ROWS: dict[str, Callable[[str], Row]] = {
+ROWS: dict[str, Callable[[str], BenchmarkRow]] = {
     "load": load_row,
     "train_fp32": train_fp32_row,
     "train_auto": train_auto_row,
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def as_json(row: Row) -> dict[str, object]:
+def as_json(row: BenchmarkRow) -> dict[str, object]:
     return {
         "name": row.name,
         "figure": row.figure,
@@ -79,7 +79,7 @@ def as_json(row: Row) -> dict[str, object]:
     }
 
 
-def as_table(rows: list[Row]) -> str:
+def as_table(rows: list[BenchmarkRow]) -> str:
     lines = [
         f"{'name':<20}{'figure':>9}{'limit':>9} {'unit':<9}{'of limit':>9}{'peak GB':>9}  what"
     ]

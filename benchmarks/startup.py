@@ -1,4 +1,4 @@
-"""Row `startup`: the time until a script answers `--help`."""
+"""BenchmarkRow `startup`: the time until a script answers `--help`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import sys
 from statistics import median
 from time import perf_counter
 
-from benchmarks.measure import REPOSITORY, Row, fresh
+from benchmarks.measure import REPOSITORY, BenchmarkRow, in_new_process
 
 SCRIPTS = ("prepare_dataset.py", "finetune_tts.py", "cli_tts.py")
 _REPEATS = 5
 
 
-def startup_row(device: str) -> Row:
+def startup_row(device: str) -> BenchmarkRow:
     """The slowest of the three scripts; the limit is the bare start of the interpreter."""
-    seconds, peak = fresh(_help_seconds)
-    limit, _ = fresh(_median_seconds, ["-c", "pass"])
-    return Row(
+    seconds, peak = in_new_process(_help_seconds)
+    limit, _ = in_new_process(_median_seconds, ["-c", "pass"])
+    return BenchmarkRow(
         name="startup",
         figure=max(seconds.values()),
         unit="s",

@@ -7,9 +7,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from benchmarks.codec import SECONDS, decode_limit
-from benchmarks.generate import fastest_kind, frames_limit
-from benchmarks.measure import Row, fresh
-from benchmarks.random_model import full_size_voice
+from benchmarks.generate import fastest_precision, frames_limit
+from benchmarks.measure import BenchmarkRow, in_new_process
+from benchmarks.random_model import full_size_model_with_codec
 
 if TYPE_CHECKING:
     from fish_speech.inference import Settings, TextToSpeech
@@ -18,50 +18,53 @@ _FRAMES = 108  # five seconds
 _TEXT = "The ferry leaves at ten past four, and whoever is late waits for the morning."
 
 
-def synthesis_int8_row(device: str) -> Row:
-    seconds, peak = fresh(_speak, full_size_voice(), device)
-    return _row(f"synthesis_{fastest_kind(device)}", device, seconds, peak, "a sentence")
+def synthesis_int8_row(device: str) -> BenchmarkRow:
+    seconds, peak = in_new_process(_speak, full_size_model_with_codec(), device)
+    return _row(f"synthesis_{fastest_precision(device)}", device, seconds, peak, "a sentence")
 
 
-def synthesis_first_row(device: str) -> Row:
+def synthesis_first_row(device: str) -> BenchmarkRow:
     """What somebody who starts the program waits for, once it is loaded."""
-    directory = full_size_voice()
-    seed, _ = fresh(_long_enough, directory, device)
-    seconds, peak = fresh(_speak, directory, device, seed)
+    directory = full_size_model_with_codec()
+    seed, _ = in_new_process(_find_seed, directory, device)
+    seconds, peak = in_new_process(_speak, directory, device, seed)
     return _row("synthesis_first", device, seconds, peak, "the first sentence of a process")
 
 
-def _row(name: str, device: str, spoken: tuple[float, float], peak: float, what: str) -> Row:
-    (seconds, audio_seconds), kind = spoken, fastest_kind(device)
-    directory = full_size_voice()
-    (frames, _), _ = fresh(frames_limit, directory, kind, device)
-    low = "bfloat16" if kind == "int8" else "float32"
-    (decoding, *_), _ = fresh(decode_limit, directory, low, device)
-    return Row(
+def _row(
+    name: str, device: str, spoken: tuple[float, float], peak: float, what: str
+) -> BenchmarkRow:
+    (seconds, audio_seconds), precision = spoken, fastest_precision(device)
+    directory = full_size_model_with_codec()
+    (frames, _), _ = in_new_process(frames_limit, directory, precision, device)
+    decoder_dtype = "bfloat16" if precision == "int8" else "float32"
+    (decoding, *_), _ = in_new_process(decode_limit, directory, decoder_dtype, device)
+    return BenchmarkRow(
         name=name,
         figure=seconds / audio_seconds,
         unit="s/s",
         limit=_FRAMES / audio_seconds / frames + decoding / SECONDS,
         peak_memory_gb=peak,
         workload=f"{what} of {audio_seconds:.1f} s with its prompt: seconds for one of speech; "
-        f"limit: those of generation in {kind} and of decoding in {low}, one after the other",
+        f"limit: those of generation in {precision} and of decoding in "
+        f"{decoder_dtype}, one after the other",
     )
 
 
 def _speak(directory: Path, device: str, seed: int | None = None) -> tuple[float, float]:
-    """Seconds for a sentence, and how long it is: a process's first, where a `seed` is known that
-    makes one of this length, else a later one."""
+    """Seconds that a sentence takes, and its length in seconds. Given a `seed`, it is the first
+    sentence of the process; else others come before, to find a seed."""
     tts = _load(directory, device)
     if seed is None:
-        seed = _long_enough(directory, device, tts)
+        seed = _find_seed(directory, device, tts)
     start = perf_counter()
     pieces = list(tts.pieces(_TEXT, settings=_settings(seed)))
     elapsed = perf_counter() - start
     return elapsed, sum(piece.waveform.shape[1] for piece in pieces) / tts.sample_rate
 
 
-def _long_enough(directory: Path, device: str, tts: TextToSpeech | None = None) -> int:
-    """A seed with which random weights, which neither end well nor need to, speak this long."""
+def _find_seed(directory: Path, device: str, tts: TextToSpeech | None = None) -> int:
+    """A seed with which the random weights speak exactly `_FRAMES` frames."""
     tts = tts or _load(directory, device)
     for seed in range(1, 100):
         if sum(p.frames for p in tts.pieces(_TEXT, settings=_settings(seed))) == _FRAMES:
@@ -73,7 +76,7 @@ def _load(directory: Path, device: str) -> TextToSpeech:
     from fish_speech.devices import keep_freed_memory
     from fish_speech.inference import TextToSpeech
 
-    quantize = "int8" if fastest_kind(device) == "int8" else None
+    quantize = "int8" if fastest_precision(device) == "int8" else None
     tts = TextToSpeech.from_pretrained(directory, device=device, quantize=quantize)
     keep_freed_memory()  # as cli_tts.py does
     return tts

@@ -12,7 +12,7 @@ from time import perf_counter
 
 from benchmarks.flops import training_flops, training_shapes
 from benchmarks.limits import matrix_rate
-from benchmarks.measure import Row, fresh
+from benchmarks.measure import BenchmarkRow, in_new_process
 from benchmarks.random_model import full_size_model
 
 SHORT, LONG = (1, 256), (4, 1024)  # items and columns of a batch
@@ -24,39 +24,43 @@ _TEXT = (
 _STEPS, _WARM_UP = 8, 2
 
 
-def train_fp32_row(device: str) -> Row:
+def train_fp32_row(device: str) -> BenchmarkRow:
     return _same_row("train_fp32", "fp32", device, SHORT)
 
 
-def train_auto_row(device: str) -> Row:
+def train_auto_row(device: str) -> BenchmarkRow:
     """The precision that the package chooses for the device."""
     return _same_row("train_auto", "auto", device, SHORT)
 
 
-def train_long_row(device: str) -> Row:
+def train_long_row(device: str) -> BenchmarkRow:
     """The same for a batch that fills a GPU."""
     return _same_row("train_long", "auto", device, LONG)
 
 
-def train_mixed_row(device: str) -> Row:
+def train_mixed_row(device: str) -> BenchmarkRow:
     """As with clips of people: no batch has a size that was seen before."""
     what = f"one clip each, no two of a length ({_MIXED[0]} to {_MIXED[-1]} columns)"
     return _row("train_mixed", "auto", device, 1, list(_MIXED), what)
 
 
-def _same_row(name: str, precision: str, device: str, batch: tuple[int, int]) -> Row:
+def _same_row(name: str, precision: str, device: str, batch: tuple[int, int]) -> BenchmarkRow:
     items, columns = batch
     clips = [columns] * (items + (items > 1))  # one of several is held out
     return _row(name, precision, device, items, clips, f"of {items} x {columns} columns")
 
 
-def _row(name: str, precision: str, device: str, items: int, clips: list[int], what: str) -> Row:
+def _row(
+    name: str, precision: str, device: str, items: int, clips: list[int], what: str
+) -> BenchmarkRow:
     directory = full_size_model()
-    (steps, text, rank, dtype), peak = fresh(_train, directory, precision, device, items, clips)
+    (steps, text, rank, dtype), peak = in_new_process(
+        _train, directory, precision, device, items, clips
+    )
     seconds, columns = zip(*steps, strict=True)
     given = (directory, items, columns, text, rank, dtype, device)
-    (flops, rate), _ = fresh(_limit, *given)
-    return Row(
+    (flops, rate), _ = in_new_process(_limit, *given)
+    return BenchmarkRow(
         name=name,
         figure=median(seconds) if len(set(columns)) == 1 else mean(seconds),
         unit="s/step",
@@ -86,7 +90,7 @@ def _train(
 
     keep_freed_memory()  # as finetune_tts.py does
 
-    class Watch(L.Callback):
+    class StepTimer(L.Callback):
         def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
             self.ends, self.indices = [perf_counter()], []
             self.dtype = module.model.dtype
@@ -96,7 +100,7 @@ def _train(
             self.ends.append(perf_counter())
             self.indices.append(batch["indices"][-1])
 
-    data, watch, text = Path("data"), Watch(), _text_columns(directory)
+    data, timer, text = Path("data"), StepTimer(), _text_columns(directory)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         for number, columns in enumerate(clips):
@@ -113,13 +117,13 @@ def _train(
             manifest=manifest,
             start=choose_start(Run.of("bench"), data),
             say=lambda message: None,
-            callbacks=[watch],
+            callbacks=[timer],
         )
         os.chdir(directory)  # the folder could not be removed from within
-    seconds = [end - begin for begin, end in pairwise(watch.ends)]
-    columns = [int(manifest.train[index].rpartition("_")[2]) for index in watch.indices]
+    seconds = [end - begin for begin, end in pairwise(timer.ends)]
+    columns = [int(manifest.train[index].rpartition("_")[2]) for index in timer.indices]
     steps = list(zip(seconds, columns, strict=True))[_WARM_UP:-1]  # the last one is saved, too
-    return steps, text, config.lora.r, str(watch.dtype).removeprefix("torch.")
+    return steps, text, config.lora.r, str(timer.dtype).removeprefix("torch.")
 
 
 def _text_columns(directory: Path) -> int:

@@ -44,20 +44,20 @@ def document(title: str, body: str, *, style: str = "", script: str = "") -> str
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title)}</title>\n<style>{_STYLE}{style}</style></head>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style></head>\n"
         f"<body>\n{body}\n{running}</body></html>\n"
     )
 
 
-def text(value: object) -> str:
+def escape(value: object) -> str:
     """`value` as text or an attribute's value; bytes of names that are no text become marks."""
     return html.escape(str(value).encode("utf-8", "replace").decode(), quote=True)
 
 
 def player(source: str, name: str = "") -> str:
     """A player of an address, which is loaded when it is asked for."""
-    label = f" aria-label='{text(name)}'" if name else ""
-    return f"<audio controls preload='none'{label} src='{text(source)}'></audio>"
+    label = f" aria-label='{escape(name)}'" if name else ""
+    return f"<audio controls preload='none'{label} src='{escape(source)}'></audio>"
 
 
 def data_uri(data: bytes, kind: str) -> str:

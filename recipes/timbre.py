@@ -22,12 +22,12 @@ from pathlib import Path
 
 import soundfile
 
-from fish_speech.evaluation.leaderboard import JSON_NAME, Leaderboard, Row
+from fish_speech.evaluation.leaderboard import JSON_NAME, Leaderboard, ModelRow
 from fish_speech.files import atomic_path, write_text
 from fish_speech.models.text2semantic.lora import EMBEDDING_TARGETS, LINEAR_TARGETS
 from recipes.tiny.texts import CACHE, read_sentences
 from recipes.tiny.voices import SAMPLE_RATE, speak
-from recipes.tiny.words import is_closed
+from recipes.tiny.words import in_vocabulary
 
 STEPS = (100, 300, 1000)
 CLIPS, SENTENCES = 150, 16
@@ -58,8 +58,8 @@ def program(name: str, *flags: object) -> None:
 
 def prepare() -> None:
     """Clips of the voice with a tenth held out, and the sentences to speak."""
-    write_text(TEXTS, "\n".join(known_sentences("heldout.txt")[:SENTENCES]) + "\n")
-    for number, text in enumerate(known_sentences("train.txt")[:CLIPS]):
+    write_text(TEXTS, "\n".join(in_vocabulary_sentences("heldout.txt")[:SENTENCES]) + "\n")
+    for number, text in enumerate(in_vocabulary_sentences("train.txt")[:CLIPS]):
         audio = RECORDINGS / f"{number:03d}.wav"
         if not audio.exists():
             write_text(audio.with_suffix(".txt"), text)
@@ -75,9 +75,9 @@ def prepare() -> None:
     )  # fmt: skip
 
 
-def known_sentences(name: str) -> list[str]:
+def in_vocabulary_sentences(name: str) -> list[str]:
     """Those of the recipe's texts of which the embedded model knows every word."""
-    return [text for text in read_sentences(name) if is_closed(text)]
+    return [text for text in read_sentences(name) if in_vocabulary(text)]
 
 
 def run(name: str) -> None:
@@ -109,12 +109,13 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _cell(row: Row) -> str:
+def _cell(row: ModelRow) -> str:
     """Similarity, the half-width of its interval, and word errors."""
-    alike, wrong = row.figure("similarity"), row.figure("wer")
-    if alike is None or wrong is None:
+    similarity, wer = row.estimate("similarity"), row.estimate("wer")
+    if similarity is None or wer is None:
         return "-"
-    return f"{alike.mean:.2f} ± {(alike.high - alike.low) / 2:.2f}, {wrong.mean:.0%}"
+    reach = (similarity.high - similarity.low) / 2
+    return f"{similarity.mean:.2f} ± {reach:.2f}, {wer.mean:.0%}"
 
 
 def main(argv: list[str] | None = None) -> int:

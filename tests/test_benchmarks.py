@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import run
 from benchmarks.flops import flops_of, frame_weights, module_shapes, training_flops
-from benchmarks.measure import REPOSITORY, Row
+from benchmarks.measure import REPOSITORY, BenchmarkRow
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora
 from fish_speech.training.loss import loss_sums
@@ -24,25 +24,27 @@ from tests.synthetic_data import make_data_set
 IN_CACHE = {"load", "prepare", "prepare_long", "startup"}  # their inputs are not made small here
 
 
-def a_row(device: str) -> Row:
-    return Row("good", 2.0, "s", 0.5, 1.25, f"on {device}")
+def a_row(device: str) -> BenchmarkRow:
+    return BenchmarkRow("good", 2.0, "s", 0.5, 1.25, f"on {device}")
 
 
-def a_bad_row(device: str) -> Row:
+def a_bad_row(device: str) -> BenchmarkRow:
     raise ValueError("no such workload")
 
 
 def test_fraction_is_the_share_of_the_limit_for_times_and_rates():
-    assert Row("load", 2.0, "s", 0.5, 1.0, "").fraction == 0.25
-    assert Row("train", 2.0, "s/step", 0.5, 1.0, "").fraction == 0.25
-    assert Row("generate", 10.0, "frames/s", 40.0, 1.0, "").fraction == 0.25
+    assert BenchmarkRow("load", 2.0, "s", 0.5, 1.0, "").fraction == 0.25
+    assert BenchmarkRow("train", 2.0, "s/step", 0.5, 1.0, "").fraction == 0.25
+    assert BenchmarkRow("generate", 10.0, "frames/s", 40.0, 1.0, "").fraction == 0.25
 
 
-def test_fresh_process_counts_its_own_memory_only(tmp_path):
+def test_a_new_process_counts_its_own_memory_only(tmp_path):
     code = (
-        "from pathlib import Path; from benchmarks.measure import fresh; import benchmarks.load\n"
+        "from pathlib import Path\n"
+        "from benchmarks.load import _read\n"
+        "from benchmarks.measure import in_new_process\n"
         "if __name__ == '__main__':\n"
-        "    print(fresh(benchmarks.load._read, Path('zeros'))[1], *fresh(len, 'abc'))"
+        "    print(in_new_process(_read, Path('zeros'))[1], *in_new_process(len, 'abc'))"
     )
     (tmp_path / "program.py").write_text(code)
     with (tmp_path / "zeros").open("wb") as file:
@@ -143,8 +145,8 @@ def test_the_products_of_a_codec_are_all_counted(codec, direction):
 @pytest.mark.parametrize("name", sorted(set(run.ROWS) - IN_CACHE))
 def test_every_row_runs_what_it_says(name, base_dir, tmp_path, monkeypatch, capsys):
     """On the golden model in place of the full-size one."""
-    for module in ("train", "generate", "codec", "speak", "data"):
-        for made in ("full_size_model", "full_size_voice"):
+    for module in ("train", "generate", "codec", "synthesis", "data"):
+        for made in ("full_size_model", "full_size_model_with_codec"):
             monkeypatch.setattr(f"benchmarks.{module}.{made}", lambda: base_dir, raising=False)
     # The golden context is 512.
     monkeypatch.setattr("benchmarks.generate._LATE", 200)

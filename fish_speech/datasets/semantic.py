@@ -87,7 +87,7 @@ class SemanticDataset(Dataset):
         sample = self.samples[key.index]
         tokens, labels = build_item(
             self.tokenizer,
-            _utterance(sample),
+            sample.utterance(),
             references=self._references(key.index, rng),
             speaker=sample.speaker if self.name_speakers else None,
         )
@@ -102,15 +102,11 @@ class SemanticDataset(Dataset):
             other = others[(others.index(other) + 1) % len(others)]
         if self._num_positions[index] + self._num_positions[other] > self.max_length:
             return []
-        return [_utterance(self.samples[other])]
+        return [self.samples[other].utterance()]
 
     def _count_positions(self, sample: Sample) -> int:
         text = with_speaker(sample.text, sample.speaker if self.name_speakers else None)
         return len(self.tokenizer.encode(text)) + sample.codes.shape[1] + self._overhead
-
-
-def _utterance(sample: Sample) -> Utterance:
-    return Utterance(sample.text, torch.from_numpy(sample.codes.astype("int64")))
 
 
 class StepBatchSampler:

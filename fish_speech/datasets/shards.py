@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from fish_speech.datasets.protos.stream import read_shard, write_shard
 from fish_speech.datasets.protos.text_data_pb2 import Semantics, Sentence, TextData
 from fish_speech.files import file_digest, read_json, safe_name, write_json
 from fish_speech.text import is_speakable, spoken_text
+
+if TYPE_CHECKING:
+    from fish_speech.conversation import Utterance
 
 SHARD_FOLDER = "protos"
 _MANIFEST = "manifest.json"
@@ -32,6 +35,14 @@ class Sample:
     speaker: str
     codes: np.ndarray
     name: str = ""
+
+    def utterance(self, dtype: str = "int64") -> Utterance:
+        """Its text and codes [K, T] as prompts and training items take them."""
+        import torch
+
+        from fish_speech.conversation import Utterance
+
+        return Utterance(self.text, torch.from_numpy(self.codes.astype(dtype)))
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Which model speaks better: figures, intervals and a recommendation, from held-out clips."""
+"""Which model speaks better: metrics, intervals and a recommendation, from held-out clips."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +14,7 @@ from fish_speech.preparation.transcribe import (
     Recogniser,
     Transcription,
     load_recogniser,
+    whisper_cache,
 )
 
 DEFAULT_WHISPER = "base"
@@ -27,7 +26,7 @@ _ENOUGH_WORDS = 30  # to judge a language by
 
 
 class PocketSphinx:
-    """pocketsphinx with the US English model in its wheel: fast, offline, and hard of hearing."""
+    """pocketsphinx with the US English model in its wheel: fast, offline, and inaccurate."""
 
     def __init__(self) -> None:
         from pocketsphinx import Config, Decoder
@@ -36,11 +35,11 @@ class PocketSphinx:
         self.identity = f"pocketsphinx {version('pocketsphinx')} (en-US)"
 
     def transcribe(self, samples: np.ndarray) -> Transcription:
-        """Each time as if it were the first: nothing is kept of what was heard before."""
+        """What is said in samples [N]; earlier clips have no influence."""
         if not len(samples):
             return Transcription("")
         pcm = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
-        self._decoder.reinit_feat()  # which forgets the means of what was heard before
+        self._decoder.reinit_feat()  # forgets the running means of earlier clips
         self._decoder.start_utt()
         self._decoder.process_raw(pcm.tobytes(), full_utt=True)
         self._decoder.end_utt()
@@ -68,7 +67,7 @@ def choose_recogniser(
     A `whisper_model` that is asked for is loaded, and downloaded where it must be (raises
     `ValueError` where it can't be had). Otherwise nothing is downloaded.
     """
-    if whisper_model or at_hand(DEFAULT_WHISPER):
+    if whisper_model or is_available_offline(DEFAULT_WHISPER):
         return load_recogniser(whisper_model or DEFAULT_WHISPER, device=device), None
     advice = "--whisper-model base hears many languages (it is downloaded once)"
     if find_spec("pocketsphinx") is None:
@@ -79,7 +78,7 @@ def choose_recogniser(
     return sphinx, None
 
 
-def at_hand(model: str) -> bool:
+def is_available_offline(model: str) -> bool:
     """Whether `load_recogniser` would find a whisper model without a network."""
     if find_spec("faster_whisper"):
         from faster_whisper.utils import download_model
@@ -89,5 +88,4 @@ def at_hand(model: str) -> bool:
         except Exception:  # the hub's own kinds of not finding it
             return False
         return True
-    cache = Path(os.getenv("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
-    return (cache / f"{model}.pt").is_file()
+    return (whisper_cache() / f"{model}.pt").is_file()

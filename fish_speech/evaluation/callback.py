@@ -1,4 +1,4 @@
-"""A small evaluation between the steps of training: its figures and audio go to TensorBoard."""
+"""A small evaluation during training: its metrics and audio go to TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fish_speech.audio import load_audio
 from fish_speech.evaluation.held_out import HeldOut
 from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.measure import Say, measure
-from fish_speech.evaluation.project import listener_for
+from fish_speech.evaluation.project import build_scorer
 from fish_speech.evaluation.recommend import Commands
 from fish_speech.evaluation.synthesis import Candidate
 from fish_speech.inference import TextToSpeech
@@ -27,9 +27,9 @@ _LOGGED = ("wer", "cer", "similarity", "similarity_referenced", "runaways", "emp
 
 
 class EvaluateDuringTraining(L.Callback):
-    """Every so many steps the adapters at hand speak a few held-out texts.
+    """Every so many steps the model as it is speaks a few held-out texts.
 
-    Training goes on as if nothing had happened, for its random numbers are drawn anew each step.
+    That changes nothing in training, whose random numbers are seeded at each step.
     Raises `ValueError` where there is nothing to speak, before training starts.
     """
 
@@ -48,20 +48,20 @@ class EvaluateDuringTraining(L.Callback):
             return  # the others wait for it at their next step
         data = HeldOut(data_dir)
         self._lines = data.plan([], _SAMPLES, lambda message: None)
-        self._recordings = data.recordings()
-        self._listener = listener_for(
+        self._real_clips = data.real_clips()
+        self._scorer = build_scorer(
             data.texts,
             say,
             whisper_model=whisper_model,
             speaker_encoder=speaker_encoder,
             device="cpu",
         )
-        self._voice: TextToSpeech | None = None
+        self._tts: TextToSpeech | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_index) -> None:
         due = step_finished(trainer, batch_index) and trainer.global_step % self.every == 0
         if due and trainer.is_global_zero and not trainer.should_stop:
-            module.flush_metrics()  # adapters that this step has spoiled are not to be heard
+            module.flush_metrics()  # raises where this step has made the adapters NaN
             module.model.eval()
             try:
                 self._evaluate(trainer, module)
@@ -69,21 +69,21 @@ class EvaluateDuringTraining(L.Callback):
                 module.model.train()
 
     def _evaluate(self, trainer: L.Trainer, module: Any) -> None:
-        if self._voice is None:
+        if self._tts is None:
             codec = load_codec(self.base_dir, module.device)
             tokenizer = FishTokenizer.from_pretrained(self.base_dir)
-            self._voice = TextToSpeech(module.model, codec, tokenizer)
-            self._voice.forget_speakers()  # the project has its own
+            self._tts = TextToSpeech(module.model, codec, tokenizer)
+            self._tts.forget_speakers()  # the project has its own
         name = f"step_{trainer.global_step:09d}"
-        at_hand = Candidate(name, self.base_dir, name, lambda: self._voice, trainer.global_step)
+        candidate = Candidate(name, self.base_dir, name, lambda: self._tts, trainer.global_step)
         with TemporaryDirectory() as folder:
             board = measure(
-                [at_hand],
+                [candidate],
                 self._lines,
-                self._recordings,
+                self._real_clips,
                 Path(folder),
                 title=name,
-                listener=self._listener,
+                scorer=self._scorer,
                 commands=Commands("", "", ""),
                 say=self.say,
             )
@@ -91,7 +91,7 @@ class EvaluateDuringTraining(L.Callback):
 
     def _log(self, trainer: L.Trainer, board: Leaderboard, folder: Path) -> None:
         row, step = board.rows[0], trainer.global_step - 1  # as Lightning counts in its logs
-        found = {name: figure.mean for name in _LOGGED if (figure := row.figure(name))}
+        found = {name: each.mean for name in _LOGGED if (each := row.estimate(name))}
         for logger in trainer.loggers:
             logger.log_metrics({f"evaluation/{k}": v for k, v in found.items()}, step)
         boards = [each for each in trainer.loggers if isinstance(each, TensorBoardLogger)]

@@ -1,4 +1,4 @@
-"""Figures over steps, or side by side where there are none, as SVG."""
+"""Metrics over steps, or by model where there are none, as SVG."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
-from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Row
-from fish_speech.evaluation.metric_columns import COLUMNS, Column, is_chosen, label
-from fish_speech.html_page import text
+from fish_speech.evaluation.leaderboard import Estimate, Leaderboard, ModelRow, label
+from fish_speech.evaluation.metric_columns import COLUMNS, Column, is_chosen
+from fish_speech.html_page import escape
 
 _WIDTH, _HEIGHT = 420, 262
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 408, 30, 220  # of the plot, in it
-_LINE = 13  # between two labels
+_LABEL_HEIGHT = 13
 _COLUMNS = {column.name: column for column in COLUMNS}
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Some figures that share an axis: `series` (name and figure), `marks` the rows of the scale
-    that are drawn as lines, `floor` where the axis must begin."""
+    """Some metrics that share an axis: `series` (name and metric), `anchors` that are drawn as
+    dashed lines, `floor` where the axis must begin."""
 
     title: str
     series: Sequence[tuple[str, str]]
-    marks: Sequence[str] = ()
+    anchors: Sequence[str] = ()
     floor: float | None = None
 
 
@@ -43,26 +43,27 @@ def charts(board: Leaderboard) -> list[str]:
     return [each for each in drawn if each]
 
 
-def _chart(chart: Chart, rows: Sequence[Row], board: Leaderboard) -> str:
-    series = [(name, [(row, f) for row in rows if (f := row.figure(key))], _COLUMNS[key])
+def _chart(chart: Chart, rows: Sequence[ModelRow], board: Leaderboard) -> str:
+    series = [(name, [(row, f) for row in rows if (f := row.estimate(key))], _COLUMNS[key])
               for name, key in chart.series]  # fmt: skip
     series = [each for each in series if each[1]]
     if not series:
         return ""
     column = series[0][2]
-    marks = [(row.name, f.mean) for row in board.scale
-             if row.name in chart.marks and (f := row.figure(chart.series[0][1]))]  # fmt: skip
+    anchors = [(row.name, f.mean) for row in board.scale
+               if row.name in chart.anchors
+               and (f := row.estimate(chart.series[0][1]))]  # fmt: skip
     values = [v for _, points, _ in series for _, f in points for v in (f.low, f.high)]
-    values += [value for _, value in marks] + ([] if chart.floor is None else [chart.floor])
-    across, down = _Across(rows), _Down(values)
-    parts = [_axes(across, down, column), *_marks(marks, down)]
-    parts += [_chosen(across.place(row)) for row in rows if is_chosen(board, row.name)]
+    values += [value for _, value in anchors] + ([] if chart.floor is None else [chart.floor])
+    x_axis, y_axis = _XAxis(rows), _YAxis(values)
+    parts = [_axes(x_axis, y_axis, column), *_anchor_lines(anchors, y_axis)]
+    parts += [_chosen(x_axis.position(row)) for row in rows if is_chosen(board, row.name)]
     for index, (name, points, own) in enumerate(series):
-        drawn = _series(points, across, down, own, index, len(series))
-        parts.append(f"<g class='series s{index}'><title>{text(name)}</title>{drawn}</g>")
+        drawn = _series(points, x_axis, y_axis, own, index, len(series))
+        parts.append(f"<g class='series s{index}'><title>{escape(name)}</title>{drawn}</g>")
     legend = "".join(
         f"<li class='s{index}'><svg viewBox='-8 -8 16 16' aria-hidden='true'>"
-        f"{_marker(0, 0, index)}</svg>{text(name)}</li>"
+        f"{_marker(0, 0, index)}</svg>{escape(name)}</li>"
         for index, (name, _, _) in enumerate(series)
     )
     unit = f" <small>{column.unit}</small>" if column.unit else ""
@@ -74,21 +75,21 @@ def _chart(chart: Chart, rows: Sequence[Row], board: Leaderboard) -> str:
     )
 
 
-class _Across:
-    """The horizontal axis: steps where every model has one, else a place for each."""
+class _XAxis:
+    """Steps where every model has one, else a position for each model."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[ModelRow]) -> None:
         steps = [row.step for row in rows]
         self.by_step = None not in steps and len(set(steps)) == len(steps) > 1
         self._rows = {id(row): index for index, row in enumerate(rows)}
         if self.by_step:
             self.ticks = [(f"{value:g}", self._at(value, max(steps)))
-                          for value in nice(0, max(steps), 5)]  # fmt: skip
+                          for value in nice_ticks(0, max(steps), 5)]  # fmt: skip
             self._last = max(steps)
         else:
-            self.ticks = [(label(row.name), self.place(row)) for row in rows]
+            self.ticks = [(label(row.name), self.position(row)) for row in rows]
 
-    def place(self, row: Row) -> float:
+    def position(self, row: ModelRow) -> float:
         if self.by_step:
             return self._at(row.step, self._last)
         return _LEFT + (_RIGHT - _LEFT) * (self._rows[id(row)] + 0.5) / len(self._rows)
@@ -97,21 +98,21 @@ class _Across:
         return _LEFT + 8 + (_RIGHT - _LEFT - 16) * step / last
 
 
-class _Down:
-    """The vertical axis, from one round number to another."""
+class _YAxis:
+    """From one round number to another."""
 
     def __init__(self, values: Sequence[float]) -> None:
-        self.ticks = nice(min(values), max(values), 4, outside=True)
+        self.ticks = nice_ticks(min(values), max(values), 4, outside=True)
         self._low, self._high = self.ticks[0], self.ticks[-1]
 
-    def place(self, value: float) -> float:
+    def position(self, value: float) -> float:
         return _BOTTOM - (_BOTTOM - _TOP) * (value - self._low) / (self._high - self._low)
 
 
-def nice(low: float, high: float, about: int, outside: bool = False) -> list[float]:
-    """About that many round numbers from `low` to `high`, or just beyond them (`outside`).
+def nice_ticks(low: float, high: float, about: int, outside: bool = False) -> list[float]:
+    """About that many round ticks from `low` to `high`, or just beyond them (`outside`).
 
-    >>> nice(0, 300, 3)
+    >>> nice_ticks(0, 300, 3)
     [0.0, 100.0, 200.0, 300.0]
     """
     rough = (high - low or abs(high) or 1.0) / about
@@ -122,24 +123,24 @@ def nice(low: float, high: float, about: int, outside: bool = False) -> list[flo
     return [round(k * step, 10) for k in range(first, max(last, first + outside) + 1)]
 
 
-def _axes(across: _Across, down: _Down, column: Column) -> str:
+def _axes(x_axis: _XAxis, y_axis: _YAxis, column: Column) -> str:
     lines = "".join(
         f"<path class='grid' d='M{_LEFT} {y:.1f}H{_RIGHT}'/>"
         f"<text class='tick' x='{_LEFT - 7}' y='{y + 4:.1f}' text-anchor='end'>"
-        f"{_tick(value, down.ticks, column)}</text>"
-        for value in down.ticks
-        for y in [down.place(value)]
+        f"{_tick(value, y_axis.ticks, column)}</text>"
+        for value in y_axis.ticks
+        for y in [y_axis.position(value)]
     )
     names = "".join(
         f"<text class='tick' x='{x:.1f}' y='{_BOTTOM + 18}' text-anchor='middle'>"
-        f"{text(_shortened(name, len(across.ticks)))}</text>"
-        for name, x in across.ticks
+        f"{escape(_truncated(name, len(x_axis.ticks)))}</text>"
+        for name, x in x_axis.ticks
     )
     middle, below = (_LEFT + _RIGHT) / 2, _BOTTOM + 36
     under = (
         f"<text class='tick' x='{middle}' y='{below}' text-anchor='middle'>training steps</text>"
     )
-    return lines + names + (under if across.by_step else "")
+    return lines + names + (under if x_axis.by_step else "")
 
 
 def _tick(value: float, ticks: Sequence[float], column: Column) -> str:
@@ -149,20 +150,20 @@ def _tick(value: float, ticks: Sequence[float], column: Column) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def _shortened(name: str, count: int) -> str:
+def _truncated(name: str, count: int) -> str:
     room = max(4, 60 // count)
     return name if len(name) <= room else f"{name[: room - 1]}…"
 
 
-def _marks(marks: Sequence[tuple[str, float]], down: _Down) -> list[str]:
-    """Dashed lines with their names, which make room for each other."""
+def _anchor_lines(anchors: Sequence[tuple[str, float]], y_axis: _YAxis) -> list[str]:
+    """Dashed lines with their names, which are moved apart where they would overlap."""
     found, above = [], float("-inf")
-    for name, value in sorted(marks, key=lambda mark: -mark[1]):
-        y = down.place(value)
-        above = max(y - 5, above + _LINE)
+    for name, value in sorted(anchors, key=lambda anchor: -anchor[1]):
+        y = y_axis.position(value)
+        above = max(y - 5, above + _LABEL_HEIGHT)
         found.append(
-            f"<g class='mark'><path d='M{_LEFT} {y:.1f}H{_RIGHT}'/>"
-            f"<text x='{_RIGHT}' y='{above:.1f}' text-anchor='end'>{text(name)}</text></g>"
+            f"<g class='anchor'><path d='M{_LEFT} {y:.1f}H{_RIGHT}'/>"
+            f"<text x='{_RIGHT}' y='{above:.1f}' text-anchor='end'>{escape(name)}</text></g>"
         )
     return found
 
@@ -175,27 +176,29 @@ def _chosen(x: float) -> str:
 
 
 def _series(
-    points: Sequence[tuple[Row, Figure]], across: _Across, down: _Down, column: Column,
+    points: Sequence[tuple[ModelRow, Estimate]], x_axis: _XAxis, y_axis: _YAxis, column: Column,
     index: int, count: int,
 ) -> str:  # fmt: skip
-    # Side by side where they would hide each other.
-    aside = 0.0 if across.by_step else 14 * (index - (count - 1) / 2)
-    placed = [(across.place(row) + aside, row, figure) for row, figure in points]
+    # Without steps side by side, for they would hide each other.
+    offset = 0.0 if x_axis.by_step else 14 * (index - (count - 1) / 2)
+    positioned = [(x_axis.position(row) + offset, row, f) for row, f in points]
     parts = []
-    if across.by_step and len(placed) > 1:
-        upper = [f"{x:.1f},{down.place(f.high):.1f}" for x, _, f in placed]
-        lower = [f"{x:.1f},{down.place(f.low):.1f}" for x, _, f in reversed(placed)]
+    if x_axis.by_step and len(positioned) > 1:
+        upper = [f"{x:.1f},{y_axis.position(f.high):.1f}" for x, _, f in positioned]
+        lower = [f"{x:.1f},{y_axis.position(f.low):.1f}" for x, _, f in reversed(positioned)]
         parts.append(f"<polygon class='band' points='{' '.join(upper + lower)}'/>")
-        line = " ".join(f"{x:.1f},{down.place(f.mean):.1f}" for x, _, f in placed)
+        line = " ".join(f"{x:.1f},{y_axis.position(f.mean):.1f}" for x, _, f in positioned)
         parts.append(f"<polyline points='{line}'/>")
     else:
         parts += [
-            f"<path class='whisker' d='M{x:.1f} {down.place(f.low):.1f}V{down.place(f.high):.1f}'/>"
-            for x, _, f in placed
+            f"<path class='whisker' d='M{x:.1f} {y_axis.position(f.low):.1f}"
+            f"V{y_axis.position(f.high):.1f}'/>"
+            for x, _, f in positioned
         ]
-    for x, row, f in placed:
+    for x, row, f in positioned:
         said = f"{label(row.name)}: {column.show(f.mean)} ({column.interval(f)})"
-        parts.append(f"<g>{_marker(x, down.place(f.mean), index)}<title>{text(said)}</title></g>")
+        marker = _marker(x, y_axis.position(f.mean), index)
+        parts.append(f"<g>{marker}<title>{escape(said)}</title></g>")
     return "".join(parts)
 
 

@@ -12,17 +12,17 @@ from typing import Any
 from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.measure import Say, measure
 from fish_speech.evaluation.metric_columns import verdict
-from fish_speech.evaluation.project import listener_for, write
+from fish_speech.evaluation.project import JOURNAL_NAME, build_scorer, write
 from fish_speech.evaluation.recommend import Commands, literal, prefer
 from fish_speech.evaluation.resynthesis import Resynthesis
-from fish_speech.evaluation.speaker import FOLDER
-from fish_speech.evaluation.synthesis import Candidate, Line, Recording, plan_lines
+from fish_speech.evaluation.speaker import stranger_clips
+from fish_speech.evaluation.synthesis import Candidate, Line, RealClip, plan_lines
 from fish_speech.files import exclusive, file_digest, safe_name, shown_path
 from fish_speech.inference import Settings, TextToSpeech
 from fish_speech.inference.jobs import model_digests
 from fish_speech.models.vqgan.codec import find_codec
 
-_VOICE = "reference"
+_VOICE = "reference"  # the key of the one voice that both are compared with
 
 
 def compare(
@@ -43,58 +43,44 @@ def compare(
 ) -> Leaderboard:
     """Measure two model directories on `texts`, each spoken `takes` times, and write the page.
 
-    `load` gives a directory's voice; `loaded_as` is what else decides how it sounds, as JSON can
-    hold it. With `references` (recordings and what they say) the voices are compared with those,
-    and the first is cloned too. What an earlier call spoke into `folder` is not spoken again.
+    `load` gives the model of a directory; `loaded_as` is what else decides how it sounds, as JSON
+    can hold it. With `references` (recordings and their transcripts) similarity is to those, and
+    the first is cloned too. What an earlier call spoke into `folder` is not spoken again.
     Raises `ValueError` where the models are the same or there is nothing to speak.
     """
-    if folder.is_file():
-        raise ValueError(f"{folder}: a file; the comparison needs a folder (-o)")
-    settings = settings or Settings()
     a, b = (Path(model) for model in models)
-    if a.resolve() == b.resolve():
-        raise ValueError(f"{shown_path(a)}: it can't be compared with itself; give another model")
-    recordings = [Recording(Path(audio), words) for audio, words in references]
-    known = {_VOICE: recordings} if recordings else {}
+    _check(a, b, folder)
+    settings = settings or Settings()
+    clips = [RealClip(Path(audio), words) for audio, words in references]
+    real_clips = {_VOICE: clips} if clips else {}
     lines = plan_lines(
         [Line("", text, speaker=speaker, voice=_VOICE) for text in texts],
         len(texts) * takes,
-        {name: clips[0] for name, clips in known.items()},
+        {_VOICE: clips[0]} if clips else {},
         settings.seed,
     )
-    alike = safe_name(a.name) == safe_name(b.name)
-    names = (f"A: {a.name}", f"B: {b.name}") if alike else (a.name, b.name)
-    cloning = f" --reference-audio {quote(str(references[0][0]))}" if references else ""
-    speak = f'cli_tts.py "Hello there." --model-path {{path}}{literal(cloning)}'
-    commands = Commands(speak, "", speak.format(path=quote(shown_path(a))))
+    commands = _commands(a, clips)
     with exclusive(folder, f"the comparison in {folder}"):
-        candidates = [
-            Candidate(
-                name,
-                Path(shown_path(path)),
-                json.dumps([model_digests(path), loaded_as], sort_keys=True),
-                partial(load, path),
-            )
-            for name, path in zip(names, (a, b), strict=True)
-        ]
+        candidates = _candidates(a, b, load, loaded_as)
+        scorer = build_scorer(
+            texts,
+            say,
+            whisper_model=whisper_model,
+            speaker_encoder=speaker_encoder,
+            device=device,
+            journal=folder / JOURNAL_NAME,
+        )
         board = measure(
             candidates,
             lines,
-            known,
+            real_clips,
             folder,
-            title=f"{names[0]} against {names[1]}",
-            listener=listener_for(
-                texts,
-                say,
-                whisper_model=whisper_model,
-                speaker_encoder=speaker_encoder,
-                device=device,
-                journal=folder / "heard.jsonl",
-            ),
+            title=" against ".join(candidate.name for candidate in candidates),
+            scorer=scorer,
             commands=commands,
             settings=settings,
-            resynthesised=_through_their_codec((a, b), known, folder, device),
-            strangers=sorted(FOLDER.glob("strangers/*")),
+            resynthesised=_through_their_codec((a, b), real_clips, folder, device),
+            strangers=stranger_clips(),
             say=say,
         )
         board.recommendation = prefer(*board.rows, board.samples, commands)
@@ -103,10 +89,41 @@ def compare(
     return board
 
 
+def _check(a: Path, b: Path, folder: Path) -> None:
+    if folder.is_file():
+        raise ValueError(f"{folder}: a file; the comparison needs a folder (-o)")
+    if a.resolve() == b.resolve():
+        raise ValueError(f"{shown_path(a)}: it can't be compared with itself; give another model")
+
+
+def _commands(a: Path, references: Sequence[RealClip]) -> Commands:
+    """How to speak with either model, and with `a` where neither is better."""
+    cloning = f" --reference-audio {quote(str(references[0].audio))}" if references else ""
+    speak = f'cli_tts.py "Hello there." --model-path {{path}}{literal(cloning)}'
+    return Commands(speak, "", speak.format(path=quote(shown_path(a))))
+
+
+def _candidates(
+    a: Path, b: Path, load: Callable[[Path], TextToSpeech], loaded_as: Any
+) -> list[Candidate]:
+    """Both models, told apart by A and B where their folders have the same name."""
+    alike = safe_name(a.name) == safe_name(b.name)
+    names = (f"A: {a.name}", f"B: {b.name}") if alike else (a.name, b.name)
+    return [
+        Candidate(
+            name,
+            Path(shown_path(path)),
+            json.dumps([model_digests(path), loaded_as], sort_keys=True),
+            partial(load, path),
+        )
+        for name, path in zip(names, (a, b), strict=True)
+    ]
+
+
 def _through_their_codec(
-    models: Sequence[Path], recordings: dict[str, list[Recording]], folder: Path, device: str
-) -> dict[str, list[Recording]]:
-    """What the codec of the models leaves of recordings; nothing where each has another codec."""
+    models: Sequence[Path], real_clips: dict[str, list[RealClip]], folder: Path, device: str
+) -> dict[str, list[RealClip]]:
+    """Real clips through the codec of the models; none where their codecs differ."""
     if len({file_digest(find_codec(model)) for model in models}) > 1:
         return {}
-    return Resynthesis(models[0], folder, device).of(recordings)
+    return Resynthesis(models[0], folder, device).of(real_clips)

@@ -1,4 +1,4 @@
-"""What a project is measured with: its held-out clips, and what else stands for its voices."""
+"""What a project is measured with: its held-out clips, real clips and references."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from fish_speech.audio_decoding import audio_info
-from fish_speech.conversation import Utterance, build_item
+from fish_speech.conversation import build_item
 from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.shards import load_split, read_manifest
 from fish_speech.evaluation.measure import Say
-from fish_speech.evaluation.synthesis import Line, Recording, plan_lines
+from fish_speech.evaluation.synthesis import Line, RealClip, plan_lines
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.loss import loss_sums
 
-_REAL_CLIPS = 8  # that stand for a voice; where fewer are held out, training clips fill up
-_MOST_CLIPS = 32  # held-out ones that are listened to and whose loss is taken
+_MIN_REAL_CLIPS = 8  # of a speaker; where fewer are held out, training clips fill up
+_MAX_CLIPS = 32  # held-out ones that are scored and whose loss is taken
 _REFERENCE_SECONDS = 8.0
 
 
@@ -29,11 +29,11 @@ class NothingToMeasureError(ValueError):
 
 
 class HeldOut:
-    """The held-out clips of a data set as it was packed, and what else stands for its voices."""
+    """The held-out clips of a packed data set, and further real clips of its speakers."""
 
     def __init__(self, data_dir: Path, records: Sequence[dict[str, Any]] = ()) -> None:
-        """`records` are those of checkpoints: what one of them was not validated on doesn't count,
-        as it was learned from, or is longer than what training takes."""
+        """`records` are those of checkpoints: a clip that one of them was not validated on is left
+        out, for it was trained on, or is longer than training takes."""
         self.data_dir, self.manifest = data_dir, read_manifest(data_dir)
         kept = [set(record["held_out"]) for record in records if "held_out" in record]
         self.held = [
@@ -47,24 +47,25 @@ class HeldOut:
         return [clip.read_text() for clip in self._of([*self.manifest.train, *self.held])]
 
     @property
-    def named(self) -> bool:
+    def name_speakers(self) -> bool:
         """Whether texts are spoken with the speaker's name in front."""
         return len(self.manifest.speakers) > 1
 
-    def plan(self, further: Sequence[str], count: int, say: Say) -> list[Line]:
-        """What is spoken: `count` held-out or `further` texts, these shared among the speakers.
+    def plan(self, more_texts: Sequence[str], count: int, say: Say) -> list[Line]:
+        """What is spoken: `count` of `more_texts`, dealt out to the speakers, and held-out texts.
 
         Raises `NothingToMeasureError` where there is none.
         """
         if fewer := len(self.manifest.validation) - len(self.held):
             say(f"left out: {fewer} held-out clips that the checkpoints were not validated on")
         held = [
-            self._line(clip.read_text(), clip.speaker, _recording(clip))
+            self._line(clip.read_text(), clip.speaker, _real_clip(clip))
             for clip in self._of(self.held)
         ]
         speakers = self.manifest.speakers
         more = [
-            self._line(text, speakers[index % len(speakers)]) for index, text in enumerate(further)
+            self._line(text, speakers[index % len(speakers)])
+            for index, text in enumerate(more_texts)
         ]
         if not held:
             say(none := f"{self.data_dir}: no clip is held out")
@@ -77,40 +78,39 @@ class HeldOut:
             say(f"{len(held) + len(more)} texts for {count} samples: --texts FILE gives more")
         return plan_lines([*more, *held], count, self.references)
 
-    def _line(self, text: str, speaker: str, recording: Recording | None = None) -> Line:
-        name = speaker if self.named else None
+    def _line(self, text: str, speaker: str, recording: RealClip | None = None) -> Line:
+        name = speaker if self.name_speakers else None
         return Line("", text, speaker=name, voice=speaker, recording=recording)
 
-    def recordings(self) -> dict[str, list[Recording]]:
+    def real_clips(self) -> dict[str, list[RealClip]]:
         """Real clips by speaker: the held-out ones, and training clips where those are few."""
         found = {}
         for speaker in self.manifest.speakers:
-            held = [c for c in self._of(self.held) if c.speaker == speaker][:_MOST_CLIPS]
+            held = [c for c in self._of(self.held) if c.speaker == speaker][:_MAX_CLIPS]
             trained = [c for c in self._of(self.manifest.train) if c.speaker == speaker]
-            chosen = held + trained[: max(0, _REAL_CLIPS - len(held))]
-            found[speaker] = [_recording(clip) for clip in chosen]
+            chosen = held + trained[: max(0, _MIN_REAL_CLIPS - len(held))]
+            found[speaker] = [_real_clip(clip) for clip in chosen]
         return found
 
     @cached_property
-    def references(self) -> dict[str, Recording]:
-        """A training clip of each speaker to be put in front, the nearest to eight seconds."""
+    def references(self) -> dict[str, RealClip]:
+        """A training clip of each speaker as a reference: the nearest to eight seconds."""
         found = {}
         for clip in self._of(self.manifest.train):
             seconds = audio_info(clip.audio).duration or 0.0
             far = abs(seconds - _REFERENCE_SECONDS)
             if clip.speaker not in found or far < found[clip.speaker][0]:
-                found[clip.speaker] = far, _recording(clip)
-        return {speaker: recording for speaker, (_, recording) in found.items()}
+                found[clip.speaker] = far, _real_clip(clip)
+        return {speaker: clip for speaker, (_, clip) in found.items()}
 
     @torch.no_grad()
     def losses(self, model: DualARTransformer, tokenizer: FishTokenizer) -> dict[str, list[float]]:
         """The loss of each held-out clip (nats a label) and its frames."""
         values, frames = [], []
         samples = load_split(self.data_dir, self.manifest, "validation")
-        for sample in [s for s in samples if s.name in self.held][:_MOST_CLIPS]:
-            utterance = Utterance(sample.text, torch.from_numpy(sample.codes.astype("int64")))
-            speaker = sample.speaker if self.named else None
-            item = build_item(tokenizer, utterance, speaker=speaker)
+        for sample in [s for s in samples if s.name in self.held][:_MAX_CLIPS]:
+            speaker = sample.speaker if self.name_speakers else None
+            item = build_item(tokenizer, sample.utterance(), speaker=speaker)
             tokens, labels = (part[None].to(model.device) for part in item)
             sums = loss_sums(model, tokens, labels)
             values.append(float(sums.loss(sums.tokens, sums.codes)))
@@ -123,5 +123,5 @@ class HeldOut:
         return [clip for clip in clips if clip.transcript.is_file()]
 
 
-def _recording(clip: Clip) -> Recording:
-    return Recording(clip.audio, clip.read_text())
+def _real_clip(clip: Clip) -> RealClip:
+    return RealClip(clip.audio, clip.read_text())

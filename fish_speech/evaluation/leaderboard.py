@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 from fish_speech.files import read_json, write_json
 
 JSON_NAME = "leaderboard.json"
-FEWEST = 3  # samples, below which nothing is certain
+MIN_SAMPLES = 3  # samples, below which nothing is certain
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A mean over `n` samples, with the ends of its 95% interval."""
 
     mean: float
@@ -25,32 +26,32 @@ class Figure:
     @property
     def too_few(self) -> str:
         """What stands in place of an interval where the samples are too few for one, else ""."""
-        return "" if self.n >= FEWEST else "one sample" if self.n == 1 else f"{self.n} samples"
+        return "" if self.n >= MIN_SAMPLES else "one sample" if self.n == 1 else f"{self.n} samples"
 
 
 @dataclass
-class Row:
-    """A model, or a line of the scale: its figures by name, None where one can't be measured.
+class ModelRow:
+    """A model, or an anchor: its metrics by name, None where one can't be measured.
 
-    `wer` `cer` `runaways` `empty` are shares (0.25 is 25%), `similarity` is a cosine (-1..1),
-    `speaking_rate` characters a second of speech, `pitch_median` Hz, `pitch_range` semitones,
-    losses nats a label; `..._referenced` is with a reference clip in front. `step` is None for what
-    is no checkpoint, `error` why a model could not be measured.
+    `wer` `cer` `runaways` `empty` are proportions (0.25 is 25%), `similarity` is a cosine (-1..1),
+    `speaking_rate` letters and digits a second of speech, `pitch_median` Hz, `pitch_range`
+    semitones, losses nats a label; `..._referenced` is with a reference clip in front. `step` is
+    None for what is no checkpoint, `error` why a model could not be measured.
     """
 
     name: str
     step: int | None = None
     path: str | None = None
     error: str | None = None
-    figures: dict[str, Figure | None] = field(default_factory=dict)
+    figures: dict[str, Estimate | None] = field(default_factory=dict)
 
-    def figure(self, name: str) -> Figure | None:
+    def estimate(self, name: str) -> Estimate | None:
         return self.figures.get(name)
 
 
 @dataclass
-class Spoken:
-    """How one model spoke one sample; `audio` is relative to the leaderboard's folder."""
+class SampleResult:
+    """What one model made of one sample; `audio` is relative to the leaderboard's folder."""
 
     audio: str | None
     wer: float | None = None
@@ -63,8 +64,8 @@ class Spoken:
 
 
 @dataclass
-class Sample:
-    """A sentence and a way to speak it (with a reference clip in front or without).
+class EvalSample:
+    """A text, to be spoken with a reference clip in front (`referenced`) or without.
 
     `recording` is the path of the real clip where there is one; `spoken` is by row name.
     """
@@ -73,7 +74,7 @@ class Sample:
     text: str
     referenced: bool
     recording: str | None = None
-    spoken: dict[str, Spoken] = field(default_factory=dict)
+    spoken: dict[str, SampleResult] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,17 @@ class Recommendation:
     next: str
 
     def __str__(self) -> str:
-        what = f"use {self.choice}" if self.verdict == "use" else self.verdict
+        what = f"use {label(self.choice)}" if self.verdict == "use" else self.verdict
         return f"{what}: {self.reason}\nnext: {self.next}"
 
 
 @dataclass
 class Leaderboard:
-    """The rows (the base first, then checkpoints by step), the scale, and every sample."""
+    """The rows (the base first, then checkpoints by step), the anchors, and every sample.
+
+    The anchors (`scale`) are what the rows are read against: real clips, the same through the
+    codec, and another speaker.
+    """
 
     title: str
     recogniser: str | None
@@ -104,9 +109,9 @@ class Leaderboard:
     speaker_encoder: str | None
     settings: dict[str, Any]
     recommendation: Recommendation
-    rows: list[Row]
-    scale: list[Row] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    rows: list[ModelRow]
+    scale: list[ModelRow] = field(default_factory=list)
+    samples: list[EvalSample] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as JSON can hold them."""
@@ -120,8 +125,11 @@ class Leaderboard:
             "rows": list(_rows(values["rows"])),
             "scale": list(_rows(values.get("scale", []))),
             "samples": [
-                Sample(
-                    **{**sample, "spoken": {k: Spoken(**v) for k, v in sample["spoken"].items()}}
+                EvalSample(
+                    **{
+                        **sample,
+                        "spoken": {k: SampleResult(**v) for k, v in sample["spoken"].items()},
+                    }
                 )
                 for sample in values.get("samples", [])
             ],
@@ -144,7 +152,17 @@ class Leaderboard:
             raise ValueError(f"{path}: not a leaderboard ({error}); evaluate again") from error
 
 
-def _rows(values: list[dict[str, Any]]) -> Iterator[Row]:
+def label(name: str) -> str:
+    """A row's name for people.
+
+    >>> label("step_000000300")
+    'step 300'
+    """
+    step = re.fullmatch(r"step_0*(\d+)", name)
+    return f"step {step[1]}" if step else name
+
+
+def _rows(values: list[dict[str, Any]]) -> Iterator[ModelRow]:
     for row in values:
-        figures = {k: v and Figure(**v) for k, v in row.get("figures", {}).items()}
-        yield Row(**{**row, "figures": figures})
+        figures = {k: v and Estimate(**v) for k, v in row.get("figures", {}).items()}
+        yield ModelRow(**{**row, "figures": figures})

@@ -1,16 +1,22 @@
-"""How figures are called, written and read: what the page and the table in Markdown share."""
+"""Titles, units and formats of the metrics: what the page and the table in Markdown share."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Recommendation, Row
+from fish_speech.evaluation.leaderboard import (
+    Estimate,
+    Leaderboard,
+    ModelRow,
+    Recommendation,
+    label,
+)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure as people read it; `best` is "low" or "high", None where neither end is good."""
+    """A metric as people read it; `best` is "low" or "high", None where neither end is good."""
 
     name: str
     title: str
@@ -24,29 +30,31 @@ class Column:
         shown = f"{100 * value:.0f}%" if self.percent else f"{value:.{self.digits}f}"
         return shown.replace("-", "−")
 
-    def interval(self, figure: Figure) -> str:
-        """The ends of the interval, the unit said once."""
-        if figure.too_few:
-            return figure.too_few
-        low, high = self.show(figure.low), self.show(figure.high)
+    def interval(self, estimate: Estimate) -> str:
+        """The ends of the interval, with the unit once."""
+        if estimate.too_few:
+            return estimate.too_few
+        low, high = self.show(estimate.low), self.show(estimate.high)
         return f"{low.removesuffix('%')} to {high}"
 
 
-def _share(name: str, title: str, meaning: str) -> Column:
+def _percentage(name: str, title: str, meaning: str) -> Column:
     return Column(name, title, "", "low", meaning, percent=True)
 
 
 COLUMNS = (
-    _share("wer", "Word errors", "words that the recogniser did not hear as they were written"),
-    _share("cer", "Letter errors", "the same, counted in letters and digits"),
+    _percentage(
+        "wer", "Word errors", "words that the recogniser did not hear as they were written"
+    ),
+    _percentage("cer", "Letter errors", "the same, counted in letters and digits"),
     Column("similarity", "Similarity", "cosine", "high",
            "how like the voice's real clips it sounds to a speaker encoder; 1 is the same"),
-    _share("wer_referenced", "Word errors, cloning", "with a reference clip in front"),
-    _share("cer_referenced", "Letter errors, cloning", "with a reference clip in front"),
+    _percentage("wer_referenced", "Word errors, cloning", "with a reference clip in front"),
+    _percentage("cer_referenced", "Letter errors, cloning", "with a reference clip in front"),
     Column("similarity_referenced", "Similarity, cloning", "cosine", "high",
            "with a reference clip in front"),
-    _share("runaways", "Runs on", "speech that did not end by itself"),
-    _share("empty", "Says nothing", "texts that came out as silence"),
+    _percentage("runaways", "Runs on", "speech that did not end by itself"),
+    _percentage("empty", "Says nothing", "texts that came out as silence"),
     Column("speaking_rate", "Pace", "letters/s", None, "letters a second of speech", digits=1),
     Column("pitch_median", "Pitch", "Hz", None, "the median of each clip", digits=0),
     Column("pitch_range", "Pitch range", "semitones", None, "how lively the melody is", digits=1),
@@ -58,23 +66,13 @@ COLUMNS = (
 
 
 def measured_columns(board: Leaderboard) -> list[Column]:
-    """Those columns in which any model has a figure."""
-    return [column for column in COLUMNS if any(row.figure(column.name) for row in board.rows)]
+    """The columns in which any model has an estimate."""
+    return [column for column in COLUMNS if any(row.estimate(column.name) for row in board.rows)]
 
 
-def measured_scale(board: Leaderboard) -> list[Row]:
-    """Those rows of the scale that have any figure."""
+def measured_anchors(board: Leaderboard) -> list[ModelRow]:
+    """The anchors that have any estimate."""
     return [row for row in board.scale if any(row.figures.values())]
-
-
-def label(name: str) -> str:
-    """A row's name for people.
-
-    >>> label("step_000000300")
-    'step 300'
-    """
-    step = re.fullmatch(r"step_0*(\d+)", name)
-    return f"step {step[1]}" if step else name
 
 
 def is_chosen(board: Leaderboard, name: str) -> bool:
@@ -83,7 +81,7 @@ def is_chosen(board: Leaderboard, name: str) -> bool:
 
 
 def verdict(recommendation: Recommendation) -> str:
-    """The recommendation in three words."""
+    """The recommendation without its reason."""
     choice = recommendation.choice and label(recommendation.choice)
     if recommendation.verdict == "use" and choice:
         return f"Use {choice}"
@@ -100,8 +98,8 @@ def reason(board: Leaderboard) -> str:
     return f"{said[:1].upper()}{said[1:]}." if said else ""
 
 
-def facts(board: Leaderboard) -> list[str]:
-    """What one must know to read the figures, a sentence each."""
+def footnotes(board: Leaderboard) -> list[str]:
+    """What one must know to read the table, a sentence each."""
     shown = ", ".join(f"{name.replace('_', ' ')} {v:g}" for name, v in _numbers(board.settings))
     found = [f"Every model speaks the same texts at the first try ({shown})." if shown else ""]
     if board.recogniser:
@@ -112,8 +110,11 @@ def facts(board: Leaderboard) -> list[str]:
         found.append("No recogniser understands these texts, so no errors were counted.")
     if board.speaker_encoder:
         found.append(f"Similarity is by {board.speaker_encoder}.")
-    found.append("Ranges are 95% intervals over the texts (Student's, of shares Wilson's).")
-    return [fact for fact in found if fact]
+    found.append(
+        "Ranges are 95% confidence intervals over the texts "
+        "(Student's t; Wilson's for proportions)."
+    )
+    return [note for note in found if note]
 
 
 def _numbers(settings: dict) -> list[tuple[str, float]]:
@@ -126,15 +127,15 @@ def markdown(board: Leaderboard) -> str:
     titles = [f"{c.title} ({c.unit})" if c.unit else c.title for c in columns]
     lines = [["", *titles], ["---", *("--:" for _ in columns)]]
     rows = [(row, is_chosen(board, row.name), False) for row in board.rows]
-    rows += [(row, False, True) for row in measured_scale(board)]
-    for row, chosen, real in rows:
+    rows += [(row, False, True) for row in measured_anchors(board)]
+    for row, chosen, is_anchor in rows:
         name = _cell(label(row.name))
-        name = f"**{name}** ★" if chosen else f"*{name}*" if real else name
+        name = f"**{name}** ★" if chosen else f"*{name}*" if is_anchor else name
         if row.error is not None:
             cells = [f"could not be measured: {_cell(row.error)}", *[""] * (len(columns) - 1)]
         else:
             cells = [
-                f"{c.show(f.mean)} ({c.interval(f)})" if (f := row.figure(c.name)) else ""
+                f"{c.show(f.mean)} ({c.interval(f)})" if (f := row.estimate(c.name)) else ""
                 for c in columns
             ]
         lines.append([name, *cells])
@@ -148,12 +149,12 @@ def markdown(board: Leaderboard) -> str:
             "",
             *(f"| {' | '.join(cells)} |" for cells in lines),
             "",
-            _cell(" ".join(facts(board))),
+            _cell(" ".join(footnotes(board))),
             "",
         ]
     )
 
 
 def _cell(words: str) -> str:
-    """`words` on one line, with nothing in it that Markdown or HTML would take for itself."""
+    """`words` on one line, escaped for Markdown and HTML."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", " ".join(words.split()))

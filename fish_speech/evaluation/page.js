@@ -47,7 +47,7 @@ sound.addEventListener("error", () => {
   stop();
 });
 
-const grid = document.querySelector("table.takes");
+const grid = document.querySelector("table.samples");
 grid?.addEventListener("click", (event) => {
   const button = event.target.closest(".play");
   if (button) button === playing ? stop() : play(button);

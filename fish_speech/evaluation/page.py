@@ -1,4 +1,4 @@
-"""The leaderboard as people read it: `leaderboard.html`, to look at and listen to, and a text."""
+"""The leaderboard as people read it: `leaderboard.html`, with audio, and `leaderboard.md`."""
 
 from __future__ import annotations
 
@@ -8,26 +8,32 @@ from urllib.parse import quote
 
 from fish_speech.audio_decoding import audio_info
 from fish_speech.evaluation.charts import charts
-from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Row, Sample, Spoken
+from fish_speech.evaluation.leaderboard import (
+    Estimate,
+    EvalSample,
+    Leaderboard,
+    ModelRow,
+    SampleResult,
+    label,
+)
 from fish_speech.evaluation.metric_columns import (
     COLUMNS,
     Column,
-    facts,
+    footnotes,
     is_chosen,
-    label,
     markdown,
+    measured_anchors,
     measured_columns,
-    measured_scale,
     reason,
     verdict,
 )
 from fish_speech.evaluation.thumbnail import spectrogram_png
 from fish_speech.files import write_text
-from fish_speech.html_page import audio_uri, data_uri, document, player, text
+from fish_speech.html_page import audio_uri, data_uri, document, escape, player
 from fish_speech.preparation.error_rates import normal_words
 
 HTML_NAME, MARKDOWN_NAME = "leaderboard.html", "leaderboard.md"
-MOST_SOUND = 30 * 2**20  # bytes of a page that may be sound; phones have to hold it too
+MAX_AUDIO_BYTES = 30 * 2**20  # embedded in a page; phones have to hold it too
 _RECORDING = "recording"
 _SHOWN = {column.name: column for column in COLUMNS}
 
@@ -38,26 +44,29 @@ def write_markdown(board: Leaderboard, folder: str | Path) -> Path:
     return path
 
 
-def write_page(board: Leaderboard, folder: str | Path, most_sound: int = MOST_SOUND) -> Path:
+def write_page(
+    board: Leaderboard, folder: str | Path, max_audio_bytes: int = MAX_AUDIO_BYTES
+) -> Path:
     """Write `leaderboard.html` into the folder that the audio of `board` lies in.
 
-    The page holds all that it shows and plays. Where its sound would take more than `most_sound`
-    bytes, the recordings, the base and the recommended model come first, and the rest is linked to.
+    The page holds all that it shows and plays. Where its audio would take more than
+    `max_audio_bytes`, the recordings, the base and the recommended model come first, and the rest
+    is linked to.
     """
     folder, beside = Path(folder), Path(__file__).with_name
-    takes = _Takes(board, folder, most_sound)
+    grid = _PlayerGrid(board, folder, max_audio_bytes)
     title = f"{board.title}: {verdict(board.recommendation)}"
     body = [
         "<main>",
         _advice(board),
         "<section aria-labelledby='figures'><h2 id='figures'>Figures</h2>",
-        "<p class='hint'>A range below a figure is where it lies with 95% certainty. "
+        "<p class='hint'>The range below a figure is its 95% confidence interval. "
         "A click on a heading sorts.</p>",
         _table(board),
         "</section>",
-        _curves(board),
-        _listen(board, takes),
-        f"<footer><p>{text(' '.join(facts(board)))}</p></footer>",
+        _charts(board),
+        _listen(board, grid),
+        f"<footer><p>{escape(' '.join(footnotes(board)))}</p></footer>",
         "</main>",
     ]
     style, script = (beside(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -68,65 +77,70 @@ def write_page(board: Leaderboard, folder: str | Path, most_sound: int = MOST_SO
 
 def _advice(board: Leaderboard) -> str:
     advice = board.recommendation
-    then = f"<p class='next'>Next: <code>{text(advice.next)}</code></p>" if advice.next else ""
+    then = f"<p class='next'>Next: <code>{escape(advice.next)}</code></p>" if advice.next else ""
     return (
-        f"<header><p class='kicker'>{text(board.title)}</p><h1>{text(verdict(advice))}</h1>"
-        f"<p>{text(reason(board))}</p>{then}</header>"
+        f"<header><p class='kicker'>{escape(board.title)}</p><h1>{escape(verdict(advice))}</h1>"
+        f"<p>{escape(reason(board))}</p>{then}</header>"
     )
 
 
 def _table(board: Leaderboard) -> str:
     columns = measured_columns(board)
     heads = "".join(
-        f"<th scope='col' aria-sort='none' data-first='{_first(column)}'>"
-        f"<button type='button' title='{text(column.meaning)}'>{column.title}"
+        f"<th scope='col' aria-sort='none' data-first='{_first_order(column)}'>"
+        f"<button type='button' title='{escape(column.meaning)}'>{column.title}"
         f"<small>{column.unit or '&nbsp;'}</small></button></th>"
         for column in columns
     )
     rows = [_row(board, row, columns, index) for index, row in enumerate(board.rows)]
-    scale = [_row(board, row, columns, index) for index, row in enumerate(measured_scale(board))]
+    anchors = [
+        _row(board, row, columns, index) for index, row in enumerate(measured_anchors(board))
+    ]
     return (
         "<div class='scroll' role='region' aria-labelledby='figures' tabindex='0'>"
         "<table class='figures sortable'><thead><tr>"
         "<th scope='col' aria-sort='ascending' data-first='ascending'><button type='button'>"
         f"Model<small>&nbsp;</small></button></th>{heads}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody><tbody class='scale'>{''.join(scale)}</tbody></table></div>"
+        f"<tbody>{''.join(rows)}</tbody><tbody class='anchors'>{''.join(anchors)}</tbody>"
+        "</table></div>"
     )
 
 
-def _first(column: Column) -> str:
+def _first_order(column: Column) -> str:
     """How a column is sorted at first: the best on top."""
     return "ascending" if column.best == "low" else "descending"
 
 
-def _row(board: Leaderboard, row: Row, columns: Sequence[Column], index: int) -> str:
+def _row(board: Leaderboard, row: ModelRow, columns: Sequence[Column], index: int) -> str:
     chosen = is_chosen(board, row.name)
     mark = " <span class='chosen-mark'>★ recommended</span>" if chosen else ""
     head = (
         f"<tr{' class=chosen' if chosen else ''}><th scope='row' data-value='{index}' "
-        f"title='{text(row.path or '')}'>{text(label(row.name))}{mark}</th>"
+        f"title='{escape(row.path or '')}'>{escape(label(row.name))}{mark}</th>"
     )
     if row.error is not None:
-        said = f"could not be measured: {text(row.error)}"
+        said = f"could not be measured: {escape(row.error)}"
         return f"{head}<td class='error' colspan='{len(columns)}'>{said}</td></tr>"
-    return head + "".join(_figure(board, column, row) for column in columns) + "</tr>"
+    return head + "".join(_estimate_cell(board, column, row) for column in columns) + "</tr>"
 
 
-def _figure(board: Leaderboard, column: Column, row: Row) -> str:
-    figure = row.figure(column.name)
-    if figure is None:
+def _estimate_cell(board: Leaderboard, column: Column, row: ModelRow) -> str:
+    found = row.estimate(column.name)
+    if found is None:
         return "<td>–</td>"
-    everywhere = [f for r in [*board.rows, *board.scale] if (f := r.figure(column.name))]
+    everywhere = [f for r in [*board.rows, *board.scale] if (f := r.estimate(column.name))]
     return (
-        f"<td data-value='{figure.mean:g}' title='of {figure.n}'><b>{column.show(figure.mean)}</b>"
-        f"<small>{column.interval(figure)}</small>{_whisker(figure, everywhere)}</td>"
+        f"<td data-value='{found.mean:g}' title='of {found.n}'><b>{column.show(found.mean)}</b>"
+        f"<small>{column.interval(found)}</small>{_whisker(found, everywhere)}</td>"
     )
 
 
-def _whisker(figure: Figure, everywhere: Sequence[Figure]) -> str:
-    """Where a figure and its interval lie among those of its column."""
+def _whisker(estimate: Estimate, everywhere: Sequence[Estimate]) -> str:
+    """Where an estimate and its interval lie among those of its column."""
     low, high = min(f.low for f in everywhere), max(f.high for f in everywhere)
-    at = [4 + 72 * (v - low) / (high - low or 1) for v in (figure.low, figure.mean, figure.high)]
+    at = [
+        4 + 72 * (v - low) / (high - low or 1) for v in (estimate.low, estimate.mean, estimate.high)
+    ]
     return (
         "<svg class='whisker' viewBox='0 0 80 8' aria-hidden='true'><path d='M0 4H80'/>"
         f"<path class='reach' d='M{at[0]:.1f} 4H{at[2]:.1f}'/>"
@@ -134,40 +148,40 @@ def _whisker(figure: Figure, everywhere: Sequence[Figure]) -> str:
     )
 
 
-def _curves(board: Leaderboard) -> str:
+def _charts(board: Leaderboard) -> str:
     drawn = charts(board)
     if not drawn:
         return ""
     return (
-        "<section><h2>Charts</h2><p class='hint'>Bands and bars are 95% intervals, dashed lines "
-        f"real recordings.</p><div class='charts'>{''.join(drawn)}</div></section>"
+        "<section><h2>Charts</h2><p class='hint'>Bands and bars are 95% confidence intervals, "
+        f"dashed lines real recordings.</p><div class='charts'>{''.join(drawn)}</div></section>"
     )
 
 
-def _listen(board: Leaderboard, takes: _Takes) -> str:
+def _listen(board: Leaderboard, grid: _PlayerGrid) -> str:
     if not board.samples:
         return ""
     columns = [_RECORDING] if any(sample.recording for sample in board.samples) else []
     columns += [row.name for row in board.rows if row.error is None]
     heads = "".join(
-        f"<th scope='col'>{text(label(name))}{' ★' if is_chosen(board, name) else ''}</th>"
+        f"<th scope='col'>{escape(label(name))}{' ★' if is_chosen(board, name) else ''}</th>"
         for name in columns
     )
-    rows = "".join(takes.row(sample, columns) for sample in board.samples)
+    rows = "".join(grid.row(sample, columns) for sample in board.samples)
     kinds = {sample.referenced for sample in board.samples}
     note = (
-        f"<p class='hint'>{len(takes.left_out)} takes are not in this page, which would be too "
+        f"<p class='hint'>{len(grid.left_out)} samples are not in this page, which would be too "
         "large: they are links to the files beside it.</p>"
-        if takes.left_out else ""
+        if grid.left_out else ""
     )  # fmt: skip
     return (
         "<section aria-labelledby='listen'><h2 id='listen'>Listen</h2>"
-        "<p class='hint'>Below each take: word errors and similarity; open it for what was heard. "
-        "Arrow keys go from player to player, space plays, escape stops.</p>"
+        "<p class='hint'>Below each sample: word errors and similarity; open it for what was "
+        "heard. Arrow keys go from player to player, space plays, escape stops.</p>"
         f"{note}<div class='choices'>{_KINDS if len(kinds) > 1 else ''}"
         "<button type='button' id='all-heard' aria-pressed='false'>Show what was heard</button>"
         "</div><div class='scroll' role='region' aria-labelledby='listen' tabindex='0'>"
-        f"<table class='takes'><thead><tr><th scope='col'>Text</th>{heads}</tr></thead>"
+        f"<table class='samples'><thead><tr><th scope='col'>Text</th>{heads}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div></section>"
     )
 
@@ -180,13 +194,13 @@ _KINDS = (
 )
 
 
-class _Takes:
-    """The grid of players; what they play is embedded once, as far as there is room."""
+class _PlayerGrid:
+    """The grid of players; each file is embedded once, as far as there is room."""
 
     def __init__(self, board: Leaderboard, folder: Path, most: int) -> None:
         self._board, self._folder = board, folder
-        self._sounds: dict[Path, str] = {}  # address by file
-        self._identities: dict[Path, str] = {}  # of players that are in the page already
+        self._uris: dict[Path, str] = {}  # data by file
+        self._ids: dict[Path, str] = {}  # of the audio elements that are in the page already
         self.left_out: set[Path] = set()
         for file in dict.fromkeys(self._by_importance()):
             try:
@@ -199,7 +213,7 @@ class _Takes:
                 continue  # its cell says so
             if len(address) <= most:
                 most -= len(address)
-                self._sounds[file] = address
+                self._uris[file] = address
             else:
                 self.left_out.add(file)
 
@@ -212,22 +226,22 @@ class _Takes:
                 if (file := self._file(sample, name)) is not None:
                     yield file
 
-    def _file(self, sample: Sample, name: str) -> Path | None:
+    def _file(self, sample: EvalSample, name: str) -> Path | None:
         if name == _RECORDING:
             return Path(sample.recording) if sample.recording else None
         spoken = sample.spoken.get(name)
         return self._folder / spoken.audio if spoken and spoken.audio else None
 
-    def row(self, sample: Sample, columns: Sequence[str]) -> str:
+    def row(self, sample: EvalSample, columns: Sequence[str]) -> str:
         seconds = {name: self._seconds(sample, name) for name in columns}
         longest = max(seconds.values(), default=0.0) or 1.0
         cells = "".join(self._cell(sample, name, seconds[name] / longest) for name in columns)
         kind = "cloned" if sample.referenced else "plain"
         how = "<span class='kind'>cloning a reference clip</span>" if sample.referenced else ""
-        head = f"<th scope='row' dir='auto'>{text(sample.text)}{how}</th>"
+        head = f"<th scope='row' dir='auto'>{escape(sample.text)}{how}</th>"
         return f"<tr class='{kind}'>{head}{cells}</tr>"
 
-    def _seconds(self, sample: Sample, name: str) -> float:
+    def _seconds(self, sample: EvalSample, name: str) -> float:
         if (file := self._file(sample, name)) is None:
             return 0.0
         try:
@@ -235,38 +249,38 @@ class _Takes:
         except (ValueError, OSError):
             return 0.0
 
-    def _cell(self, sample: Sample, name: str, share: float) -> str:
+    def _cell(self, sample: EvalSample, name: str, share: float) -> str:
         file, spoken = self._file(sample, name), sample.spoken.get(name)
         shown = self._player(file, f"{label(name)}: {sample.text}", share) if file else ""
         if not shown and not (spoken and spoken.empty):
             shown = "<p class='none'>–</p>" if file is None else "<p class='none'>can't be read</p>"
         heard = _heard(sample.text, spoken) if spoken else ""
-        return f"<td data-model='{text(label(name))}'>{shown}{heard}</td>"
+        return f"<td data-model='{escape(label(name))}'>{shown}{heard}</td>"
 
     def _player(self, file: Path, name: str, share: float) -> str:
         """As long as its sound is within the row, so that one sees who runs on."""
-        if (address := self._sounds.get(file)) is None:
+        if (address := self._uris.get(file)) is None:
             if file not in self.left_out:
                 return ""
             near = file.relative_to(self._folder) if file.is_relative_to(self._folder) else None
             if near is None:
-                return f"<p class='none'>{text(file)}</p>"
-            return f"<a href='{quote(near.as_posix())}'>{text(near)}</a>"
+                return f"<p class='none'>{escape(file)}</p>"
+            return f"<a href='{quote(near.as_posix())}'>{escape(near)}</a>"
         element = ""
-        if file not in self._identities:
-            self._identities[file] = f"sound{len(self._identities)}"
+        if file not in self._ids:
+            self._ids[file] = f"sound{len(self._ids)}"
             element = player(address, name)
-        identity = self._identities[file]
+        element_id = self._ids[file]
         picture = data_uri(spectrogram_png(file), "image/png")
         return (
-            f"<button type='button' class='play' data-sound='{identity}' aria-pressed='false' "
-            f"aria-label='Play {text(name)}'><span class='track' style='--share:{share:.3f}'>"
+            f"<button type='button' class='play' data-sound='{element_id}' aria-pressed='false' "
+            f"aria-label='Play {escape(name)}'><span class='track' style='--share:{share:.3f}'>"
             f"<img src='{picture}' alt=''></span></button>"
-            + element.replace("<audio", f"<audio id='{identity}'")
+            + element.replace("<audio", f"<audio id='{element_id}'")
         )
 
 
-def _heard(wanted: str, spoken: Spoken) -> str:
+def _heard(wanted: str, spoken: SampleResult) -> str:
     """Word errors and similarity, what went wrong, and what was heard."""
     flags = ["runs on"] * spoken.runaway + ["says nothing"] * spoken.empty
     said = "".join(f" <span class='flag'>{flag}</span>" for flag in flags)
@@ -278,16 +292,16 @@ def _heard(wanted: str, spoken: Spoken) -> str:
     if spoken.heard is None:
         return f"<p class='heard'>{figures}{said}</p>"
     return (
-        f"<details class='heard'><summary title='heard: {text(spoken.heard)}'>{figures}{said}"
-        f"</summary><p dir='auto'>{_marked(wanted, spoken.heard)}</p></details>"
+        f"<details class='heard'><summary title='heard: {escape(spoken.heard)}'>{figures}{said}"
+        f"</summary><p dir='auto'>{_word_diff(wanted, spoken.heard)}</p></details>"
     )
 
 
-def _marked(wanted: str, heard: str) -> str:
-    """`heard`, the words that were to be said struck out and those that were not marked."""
+def _word_diff(wanted: str, heard: str) -> str:
+    """`heard` as HTML, with missed words struck out and wrong ones marked."""
     wanted, heard = normal_words(wanted), normal_words(heard)
     if not wanted or not heard:
-        return text(heard) or "nothing"
+        return escape(heard) or "nothing"
     import jiwer
 
     said, found, parts = wanted.split(), heard.split(), []
@@ -295,8 +309,8 @@ def _marked(wanted: str, heard: str) -> str:
         missed = " ".join(said[piece.ref_start_idx : piece.ref_end_idx])
         instead = " ".join(found[piece.hyp_start_idx : piece.hyp_end_idx])
         if piece.type == "equal":
-            parts.append(text(instead))
+            parts.append(escape(instead))
         else:
-            parts += [f"<del>{text(missed)}</del>"] * bool(missed)
-            parts += [f"<ins>{text(instead)}</ins>"] * bool(instead)
+            parts += [f"<del>{escape(missed)}</del>"] * bool(missed)
+            parts += [f"<ins>{escape(instead)}</ins>"] * bool(instead)
     return " ".join(parts)

@@ -1,32 +1,33 @@
-"""How high a voice speaks and how lively: the pitch of its voiced frames, after YIN."""
+"""Pitch of the voiced frames of speech, by YIN."""
 
 from __future__ import annotations
 
 import numpy as np
 
-_LOWEST, _HIGHEST = 60.0, 500.0  # Hz
+_MIN_HZ, _MAX_HZ = 60.0, 500.0
 _HOP_SECONDS = 0.01
-_APERIODIC = 0.2  # above it, a frame's dips are no period
-_QUIET = 0.05  # of the loudest frame, root mean square
-_FRAMES_AT_ONCE = 1000  # whose transforms take 45 MB
+_YIN_THRESHOLD = 0.2  # above it, a dip is no period
+_MIN_LEVEL = 0.05  # of the loudest frame's RMS
+_BATCH_FRAMES = 1000  # whose transforms take 45 MB
 
 
 def pitch(samples: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Hz of each voiced frame [F] in samples [N] (float32); frames of two periods, every 10 ms."""
-    longest = int(sample_rate / _LOWEST)
+    """Hz of each voiced frame [F] in samples [N] (float32); frames of two of the longest periods,
+    every 10 ms."""
+    longest = int(sample_rate / _MIN_HZ)
     hop = round(_HOP_SECONDS * sample_rate)
     if len(samples) < 2 * longest:
         return np.zeros(0)
     frames = np.lib.stride_tricks.sliding_window_view(samples, 2 * longest)[::hop]  # a view
-    parts = [slice(i, i + _FRAMES_AT_ONCE) for i in range(0, len(frames), _FRAMES_AT_ONCE)]
+    parts = [slice(i, i + _BATCH_FRAMES) for i in range(0, len(frames), _BATCH_FRAMES)]
     level = np.concatenate([frames[part].std(1) for part in parts])
-    loud = level > _QUIET * level.max()
-    shortest = int(sample_rate / _HIGHEST)
+    loud = level > _MIN_LEVEL * level.max()
+    shortest = int(sample_rate / _MAX_HZ)
     found: list[float] = []
     for part in parts:
         voiced = frames[part][loud[part]].astype(np.float64)
-        dips = _normalised_difference(voiced - voiced.mean(1, keepdims=True), longest)
-        found += [hz for row in dips if (hz := _first_dip(row, shortest, sample_rate))]
+        differences = _normalised_difference(voiced - voiced.mean(1, keepdims=True), longest)
+        found += [hz for row in differences if (hz := _pick_pitch(row, shortest, sample_rate))]
     return np.array(found)
 
 
@@ -40,28 +41,32 @@ def median_and_range(hertz: np.ndarray) -> tuple[float, float] | None:
 
 
 def _normalised_difference(frames: np.ndarray, longest: int) -> np.ndarray:
-    """How unlike a frame is to itself at each lag: frames [F, 2L] -> [F, L], about 1 by chance."""
+    """YIN's cumulative mean normalised difference at each lag: frames [F, 2L] -> [F, L].
+
+    It is about 1 for what has no period.
+    """
     size = 1 << (3 * longest).bit_length()
     head = np.fft.rfft(frames[:, :longest], size)
     whole = np.fft.rfft(frames, size)
-    alike = np.fft.irfft(head.conj() * whole, size)[:, :longest]
+    correlation = np.fft.irfft(head.conj() * whole, size)[:, :longest]
     energy = np.cumsum(np.square(frames), axis=1)
     energy = np.concatenate([np.zeros((len(frames), 1)), energy], axis=1)
     shifted = energy[:, longest : 2 * longest] - energy[:, :longest]
-    unlike = shifted[:, :1] + shifted - 2 * alike
-    mean = np.cumsum(unlike, axis=1) / np.maximum(1, np.arange(longest))
-    return np.where(mean > 0, unlike / np.maximum(mean, 1e-12), 1.0)
+    difference = shifted[:, :1] + shifted - 2 * correlation
+    mean = np.cumsum(difference, axis=1) / np.maximum(1, np.arange(longest))
+    return np.where(mean > 0, difference / np.maximum(mean, 1e-12), 1.0)
 
 
-def _first_dip(unlike: np.ndarray, shortest: int, sample_rate: int) -> float | None:
-    """Hz of the first lag that is a period: a dip below the threshold, at its bottom."""
-    below = np.flatnonzero(unlike[shortest:-1] < _APERIODIC)
+def _pick_pitch(difference: np.ndarray, shortest: int, sample_rate: int) -> float | None:
+    """Hz of the first lag whose difference [L] dips below the threshold, at the bottom of the dip;
+    None for an unvoiced frame."""
+    below = np.flatnonzero(difference[shortest:-1] < _YIN_THRESHOLD)
     if not len(below):
         return None
     lag = int(below[0]) + shortest
-    while lag + 1 < len(unlike) - 1 and unlike[lag + 1] < unlike[lag]:
+    while lag + 1 < len(difference) - 1 and difference[lag + 1] < difference[lag]:
         lag += 1
-    before, here, after = unlike[lag - 1 : lag + 2]
+    before, here, after = difference[lag - 1 : lag + 2]
     curve = before - 2 * here + after
     offset = 0.5 * (before - after) / curve if curve > 0 else 0.0
     return sample_rate / (lag + float(np.clip(offset, -1, 1)))

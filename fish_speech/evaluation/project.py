@@ -15,17 +15,18 @@ import torch
 from fish_speech.devices import compile_problem, resolve_device, resolve_precision, suit_threads
 from fish_speech.evaluation.asr import choose_recogniser
 from fish_speech.evaluation.held_out import HeldOut
-from fish_speech.evaluation.intervals import figure
-from fish_speech.evaluation.leaderboard import Figure, Leaderboard
-from fish_speech.evaluation.measure import AUDIO, Say, measure
+from fish_speech.evaluation.intervals import estimate
+from fish_speech.evaluation.leaderboard import Leaderboard
+from fish_speech.evaluation.measure import AUDIO_FOLDER, Metrics, Say, measure
 from fish_speech.evaluation.page import write_markdown, write_page
 from fish_speech.evaluation.recommend import Commands, literal
 from fish_speech.evaluation.resynthesis import Resynthesis
-from fish_speech.evaluation.scoring import Listener
-from fish_speech.evaluation.speaker import FOLDER
-from fish_speech.evaluation.synthesis import Candidate, remembered
+from fish_speech.evaluation.scoring import Scorer
+from fish_speech.evaluation.speaker import stranger_clips
+from fish_speech.evaluation.synthesis import Candidate, cached
 from fish_speech.evaluation.xvector import load_encoder
 from fish_speech.files import (
+    decode_text,
     exclusive,
     file_digest,
     remove_temporaries,
@@ -46,7 +47,8 @@ from fish_speech.training.runs import Checkpoint, Run, recorded_lora
 from fish_speech.training.train import check_fits
 
 SAMPLES = 12
-TIMBRE_ALONE = "fast_r_8_alpha_160"  # of configs/lora
+JOURNAL_NAME = "heard.jsonl"  # what the recogniser heard, kept for the next run
+FAST_ONLY_LORA = "fast_r_8_alpha_160"  # of configs/lora
 _LOGGED_STEPS = 20  # before a checkpoint, over which the training loss is averaged
 
 
@@ -103,7 +105,7 @@ class Request:
 
 
 class AdaptedBase:
-    """A base model and what checkpoints add to it: merged in memory, and not written."""
+    """A base model and the adapters of checkpoints, which are merged in memory and not written."""
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.directory, self._device, self._dtype = directory, device, dtype
@@ -117,25 +119,25 @@ class AdaptedBase:
         graphs = "" if compile_problem(self._device) else " graphs"  # which draw otherwise
         loaded_as = f"{self._device.type} {self._dtype} merged{graphs}"
         base = f"{self.model_digest} {file_digest(find_codec(self.directory))} {loaded_as}"
-        yield Candidate("base", self.directory, base, self._voice, 0)
+        yield Candidate("base", self.directory, base, self._load_tts, 0)
         for checkpoint in checkpoints:
             yield Candidate(
                 checkpoint.path.stem,
                 checkpoint.path,
                 f"{base} {file_digest(checkpoint.path)}",
-                partial(self._adapted, checkpoint),
+                partial(self._load_adapted, checkpoint),
                 checkpoint.step,
             )
 
-    def _voice(self, adapt: Callable[[DualARTransformer], None] | None = None) -> TextToSpeech:
+    def _load_tts(self, adapt: Callable[[DualARTransformer], None] | None = None) -> TextToSpeech:
         suit_threads(self.directory / MODEL_FILE)
-        voice = TextToSpeech.from_pretrained(
+        tts = TextToSpeech.from_pretrained(
             self.directory, device=self._device, dtype=self._dtype, adapt=adapt
         )
-        voice.forget_speakers()  # the project has its own
-        return voice
+        tts.forget_speakers()  # the project has its own
+        return tts
 
-    def _adapted(self, checkpoint: Checkpoint) -> TextToSpeech:
+    def _load_adapted(self, checkpoint: Checkpoint) -> TextToSpeech:
         content = checkpoint.read()
         lora = recorded_lora(content["run"])
         check_fits(checkpoint, lora, self.model_digest, self.directory)
@@ -145,7 +147,7 @@ class AdaptedBase:
             load_lora(model, content["state_dict"], checkpoint.path)
             merge_lora(model)
 
-        return self._voice(adapt)
+        return self._load_tts(adapt)
 
 
 def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
@@ -167,36 +169,37 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
             f"again: finetune_tts.py --project {run.project} --data-dir {_quoted(data.data_dir)} "
             f"--pretrained-ckpt-path {_quoted(base_dir)} --extract-tokens --build-dataset"
         )
-    further = read_texts(request.texts) if request.texts else []
+    more_texts = read_texts(request.texts) if request.texts else []
     device = resolve_device(request.device)
     usual = SAMPLES // 2 if request.brief and device.type == "cpu" else SAMPLES
     samples = request.samples or usual
-    lines = data.plan(further, samples, say)
+    lines = data.plan(more_texts, samples, say)
     base = AdaptedBase(base_dir, device, resolve_precision(request.precision, device))
     folder = evaluation_folder(run)
     with exclusive(folder, f"the evaluation of project '{run.project}'"):
         remove_temporaries(folder)
-        texts, journal = [*data.texts, *further], folder / "heard.jsonl"
-        listener = listener_for(
-            texts,
+        scorer = build_scorer(
+            [*data.texts, *more_texts],
             say,
             whisper_model=request.whisper_model,
             speaker_encoder=request.speaker_encoder,
             device=request.device,
-            journal=journal,
+            journal=folder / JOURNAL_NAME,
         )
-        recordings = data.recordings()
+        real_clips = data.real_clips()
         board = measure(
             list(base.candidates(checkpoints)),
             lines,
-            recordings,
+            real_clips,
             folder,
             title=run.project,
-            listener=listener,
+            scorer=scorer,
             commands=_commands(run, data, base_dir, checkpoints, request.to_flags(samples, newest)),
-            resynthesised=Resynthesis(base_dir, folder, request.device).of(recordings),
-            strangers=sorted(FOLDER.glob("strangers/*")),
-            more=partial(_losses, run, data, FishTokenizer.from_pretrained(base_dir), folder),
+            resynthesised=Resynthesis(base_dir, folder, request.device).of(real_clips),
+            strangers=stranger_clips(),
+            extra_metrics=partial(
+                _losses, run, data, FishTokenizer.from_pretrained(base_dir), folder
+            ),
             say=say,
         )
         say(f"the page: {write(board, folder)}")
@@ -233,7 +236,7 @@ def write(board: Leaderboard, folder: Path) -> Path:
     return write_page(board, folder)
 
 
-def listener_for(
+def build_scorer(
     texts: Sequence[str],
     say: Say,
     *,
@@ -241,14 +244,14 @@ def listener_for(
     speaker_encoder: str | None = None,
     device: str = "auto",
     journal: Path | None = None,
-) -> Listener:
-    """The instruments for texts of this kind; what is heard is kept in `journal`."""
+) -> Scorer:
+    """A scorer for texts in this language; what its recogniser hears is kept in `journal`."""
     recogniser, note = choose_recogniser(texts, whisper_model, device)
     if note:
         say(note)
     if recogniser is not None and journal is not None:
         recogniser = CachedRecogniser(recogniser, journal)
-    return Listener(recogniser, load_encoder(speaker_encoder, device))
+    return Scorer(recogniser, load_encoder(speaker_encoder, device))
 
 
 def check_named(request: Request) -> None:
@@ -266,10 +269,7 @@ def read_texts(file: Path) -> list[str]:
     """The lines of a file that have words. Raises `FileNotFoundError` or `ValueError`."""
     if not file.is_file():
         raise FileNotFoundError(f"--texts {file}: no such file")
-    try:
-        lines = lines_of(file.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--texts {file}: not UTF-8 text ({error.reason})") from error
+    lines = lines_of(decode_text(file.read_bytes(), f"--texts {file}"))
     texts = [line.strip() for line in lines if is_speakable(line)]
     if not texts:
         raise ValueError(f"--texts {file}: no line has a letter or a number")
@@ -313,20 +313,22 @@ def _recorded(record: dict[str, Any], what: str, say: Say) -> Path:
 
 def _losses(
     run: Run, data: HeldOut, tokenizer: FishTokenizer, folder: Path, candidate: Candidate,
-    voice: Callable[[], TextToSpeech],
-) -> dict[str, Figure | None]:  # fmt: skip
+    get_tts: Callable[[], TextToSpeech],
+) -> Metrics:  # fmt: skip
     """The held-out loss of a candidate, and the training loss of the steps before it."""
-    found = remembered(
-        folder / AUDIO / safe_name(candidate.name) / "loss.json",
+    found = cached(
+        folder / AUDIO_FOLDER / safe_name(candidate.name) / "loss.json",
         [candidate.digest, data.manifest.shards, data.held],
-        lambda: data.losses(voice().model, tokenizer),
+        lambda: data.losses(get_tts().model, tokenizer),
     )
-    weighed = [loss * frames for loss, frames in zip(found["losses"], found["frames"], strict=True)]
+    weighted = [
+        loss * frames for loss, frames in zip(found["losses"], found["frames"], strict=True)
+    ]
     logged = run.logged("train/loss")
     before = range(candidate.step - _LOGGED_STEPS + 1, candidate.step + 1)
     return {
-        "held_out_loss": figure(weighed, found["frames"]),
-        "training_loss": figure([logged[step] for step in before if step in logged]),
+        "held_out_loss": estimate(weighted, found["frames"]),
+        "training_loss": estimate([logged[step] for step in before if step in logged]),
     }
 
 
@@ -338,13 +340,15 @@ def _commands(
     longer = f"--data-dir {data_dir} --train --max-steps {2 * run.checkpoints()[-1].step}"
     reference = next(iter(data.references.values()), None)
     cloning = f" --reference-audio {_quoted(reference.audio)}" if reference else ""
-    fast_alone = all(target.startswith("fast_") for target in _targets(checkpoints))
+    fast_only = all(target.startswith("fast_") for target in _targets(checkpoints))
     again = f"--data-dir {data_dir} --pretrained-ckpt-path {base} --full-pipeline"
     return Commands(
         use=literal(f"{program} --merge-best {asked}".rstrip()),
         train_longer=f"{program} {longer}",
         keep=f'cli_tts.py "Hello there." --model-path {base}{cloning}',
-        gentler=None if fast_alone else f"{program}-timbre {again} --lora-config {TIMBRE_ALONE}",
+        fewer_word_errors=None
+        if fast_only
+        else f"{program}-timbre {again} --lora-config {FAST_ONLY_LORA}",
     )
 
 

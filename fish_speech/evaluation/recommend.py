@@ -1,4 +1,4 @@
-"""Which row to use, and why: decided by paired differences over the same samples."""
+"""Which row to use, and why: by significance of paired differences over the same samples."""
 
 from __future__ import annotations
 
@@ -7,35 +7,47 @@ from dataclasses import dataclass
 from shlex import quote
 
 from fish_speech.evaluation.intervals import difference
-from fish_speech.evaluation.leaderboard import FEWEST, Recommendation, Row, Sample, Spoken
+from fish_speech.evaluation.leaderboard import (
+    MIN_SAMPLES,
+    EvalSample,
+    ModelRow,
+    Recommendation,
+    SampleResult,
+    label,
+)
 from fish_speech.preparation.error_rates import normal_words
+
+_SIGNIFICANT = "significant at 95%"
+_SHOWN = {"similarity": ("similarity", "{:.2f}"), "wer": ("word error rate", "{:.0%}")}
 
 
 @dataclass(frozen=True)
 class Commands:
-    """What to give next: `use` (with `{path}` for the chosen row's), `train_longer`, `keep`, and
-    `gentler` where there is a training that costs fewer words."""
+    """The command to give next for each verdict: `use` (with `{path}` for the chosen row's),
+    `train_longer`, `keep`, and `fewer_word_errors` where another training would make fewer."""
 
     use: str
     train_longer: str
     keep: str
-    gentler: str | None = None
+    fewer_word_errors: str | None = None
 
 
 def literal(words: str) -> str:
-    """Words that stand in `Commands.use` as they are, whatever braces they have."""
+    """Words for `Commands.use`, their braces escaped."""
     return words.replace("{", "{{").replace("}", "}}")
 
 
-def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands) -> Recommendation:
-    """The earliest row that no later one beats on similarity beyond the interval, among those that
-    beat the base and whose error rate is no worse than the base's beyond the interval.
+def recommend(
+    rows: Sequence[ModelRow], samples: Sequence[EvalSample], commands: Commands
+) -> Recommendation:
+    """The earliest row that no later one significantly beats on similarity, among those that
+    significantly beat the base and whose word error rate is not significantly worse.
 
-    "Beyond the interval": the 95% interval of the difference, over the samples that both spoke,
-    leaves out zero; for the gains over the base it is that all of them hold at 95% together, for of
-    many rows that are no better one would seem so. A row that is not more like the voice than the
-    base is not worth using: then "train longer" where the held-out loss still falls, else "keep the
-    base". Without similarities error rates decide; without a recogniser, runaways and empty outputs
+    Significant: the 95% interval of the difference, over the samples that both spoke, leaves out
+    zero. For the gains over the base all intervals hold at 95% together, for one of many rows that
+    are no better would seem so by chance. A row that is not more like the voice than the base is
+    not worth using: then "train longer" where the held-out loss still falls, else "keep the base".
+    Without similarities word error rates decide; without a recogniser, runaways and empty outputs
     take their place.
     """
     compare = _Comparison(samples)
@@ -44,37 +56,39 @@ def recommend(rows: Sequence[Row], samples: Sequence[Sample], commands: Commands
     if base.error or not measured:
         what = "the base could not" if base.error else "no checkpoint could"
         return _keep(base, f"{what} be measured", commands)
-    sound = [row for row in measured if not compare.worse_words(row, base)]
-    if not sound:
-        reason = f"every checkpoint {compare.loses}, beyond the interval"
-        if commands.gentler:
+    acceptable = [row for row in measured if not compare.more_errors(row, base)]
+    if not acceptable:
+        reason = f"every checkpoint {compare.more_errors_phrase} than the base"
+        if commands.fewer_word_errors:
             reason += "; adapting the fast transformer alone costs fewer words"
-        command = commands.gentler or commands.keep
+        command = commands.fewer_word_errors or commands.keep
         return Recommendation(base.name, base.step, "keep the base", reason, command)
-    if compare.count < FEWEST:
+    if compare.count < MIN_SAMPLES:
         return _keep(base, f"too few different texts to tell: {compare.count}", commands)
     better = compare.all_better(measured, base)
-    gains = [row for row in sound if row in better]
+    gains = [row for row in acceptable if row in better]
     if gains:
         best = next(
             row
             for index, row in enumerate(gains)
             if not any(compare.better(later, row) for later in gains[index + 1 :])
         )
-        return _use(best, base, sound, measured, compare, commands)
-    last = sound[-1]
+        return _use(best, base, acceptable, measured, compare, commands)
+    last = acceptable[-1]
     falling = last is measured[-1] and _loss_falls([base, *measured])
-    gain = f"no checkpoint {compare.wins} the base beyond the interval"
-    costly = [row.name for row in better if row not in sound]
+    gain = f"no checkpoint {compare.better_phrase} than the base"
+    costly = [label(row.name) for row in better if row not in acceptable]
     if costly:
-        gain += f" (except {', '.join(costly)}: each {compare.loses})"
+        gain += f" (except {', '.join(costly)}: each {compare.more_errors_phrase})"
     if falling:
         reason = f"{gain} yet, and the held-out loss still falls"
         return Recommendation(None, None, "train longer", reason, commands.train_longer)
     return _keep(base, gain, commands)
 
 
-def prefer(a: Row, b: Row, samples: Sequence[Sample], commands: Commands) -> Recommendation:
+def prefer(
+    a: ModelRow, b: ModelRow, samples: Sequence[EvalSample], commands: Commands
+) -> Recommendation:
     """Which of two models to use, by the same rules; `a` where neither is better."""
     compare = _Comparison(samples)
     for one, other in ((b, a), (a, b)):
@@ -82,41 +96,43 @@ def prefer(a: Row, b: Row, samples: Sequence[Sample], commands: Commands) -> Rec
             continue
         if other.error is not None:
             reason = f"{other.name} could not be measured"
-        elif compare.better(one, other) and not compare.worse_words(one, other):
-            reason = f"{one.name} {compare.wins} {other.name} ({compare.show(one, other)})"
+        elif compare.better(one, other) and not compare.more_errors(one, other):
+            reason = compare.gain(one, other, other.name)
         elif (
-            compare.by_voice and compare.worse_words(other, one) and not compare.better(other, one)
+            compare.by_similarity
+            and compare.more_errors(other, one)
+            and not compare.better(other, one)
         ):
-            words = compare.show(one, other, "wer")
-            reason = f"{one.name} makes fewer word errors than {other.name} ({words})"
+            shown = compare.show(one, other, "wer")
+            reason = f"fewer word errors than {other.name} ({_listed(shown, _SIGNIFICANT)})"
         else:
             continue
         path = quote(str(one.path))
         return Recommendation(one.name, one.step, "use", reason, commands.use.format(path=path))
     if a.error is not None:
         reason = "neither could be measured"
-    elif compare.count < FEWEST:
+    elif compare.count < MIN_SAMPLES:
         reason = f"too few different texts to tell: {compare.count}"
     elif gained := [row.name for row in (a, b) if compare.better(row, b if row is a else a)]:
-        reason = f"{gained[0]} is more like the voice, and makes more word errors"
+        reason = f"{gained[0]} {compare.better_phrase}, but {compare.more_errors_phrase}"
     else:
-        reason = "neither is better than the other beyond the interval"
+        reason = "neither is significantly better than the other"
     return _keep(a, reason, commands)
 
 
 def _use(
-    best: Row, base: Row, sound: list[Row], measured: list[Row], compare: _Comparison,
-    commands: Commands,
+    best: ModelRow, base: ModelRow, acceptable: list[ModelRow], measured: list[ModelRow],
+    compare: _Comparison, commands: Commands,
 ) -> Recommendation:  # fmt: skip
-    reason = f"{best.name} {compare.wins} the base ({compare.show(best, base)})"
-    if compare.by_voice and compare.words_count:
-        words = compare.show(best, base, "wer")
-        reason += f", its error rate is no worse beyond the interval ({words})"
-    if best is not sound[-1]:
-        reason += ", and no later one is better beyond the interval"
+    reason = compare.gain(best, base, "the base")
+    if compare.by_similarity and compare.by_words:
+        shown = compare.show(best, base, "wer") or "word errors"
+        reason += f"; {shown}, not significantly worse"
+    if best is not acceptable[-1]:
+        reason += "; no later one is significantly better"
     elif best is not measured[-1]:
-        reason += f"; each later one {compare.loses}"
-    elif len(sound) > 1 and compare.better(best, sound[-2]):
+        reason += f"; each later one {compare.more_errors_phrase} than the base"
+    elif len(acceptable) > 1 and compare.better(best, acceptable[-2]):
         reason += "; it is the last and still getting better: a higher --max-steps may help"
     if len(measured) == 1:
         reason += "; it is the only checkpoint: a lower --save-every gives more to choose from"
@@ -124,47 +140,53 @@ def _use(
     return Recommendation(best.name, best.step, "use", reason, next_command)
 
 
-def _keep(base: Row, reason: str, commands: Commands) -> Recommendation:
+def _keep(base: ModelRow, reason: str, commands: Commands) -> Recommendation:
     return Recommendation(base.name, base.step, "keep the base", reason, commands.keep)
 
 
-def _loss_falls(rows: list[Row]) -> bool:
+def _loss_falls(rows: list[ModelRow]) -> bool:
     """Whether the last row's held-out loss is the lowest of all."""
-    losses = [figure.mean for row in rows if (figure := row.figure("held_out_loss"))]
+    losses = [loss.mean for row in rows if (loss := row.estimate("held_out_loss"))]
     return len(losses) > 1 and losses[-1] < min(losses[:-1])
 
 
+def _listed(*words: str) -> str:
+    """Those that are not empty, with commas."""
+    return ", ".join(filter(None, words))
+
+
 class _Comparison:
-    """Rows against each other, sample by sample; samples without a reference count, where any."""
+    """Rows against each other, sample by sample: over the samples without a reference, if any."""
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    def __init__(self, samples: Sequence[EvalSample]) -> None:
         self._samples = [sample for sample in samples if not sample.referenced] or list(samples)
-        everything = [spoken for sample in self._samples for spoken in sample.spoken.values()]
-        self.by_voice = any(spoken.similarity is not None for spoken in everything)
-        self.words_count = any(spoken.wer is not None for spoken in everything)
+        results = [result for sample in self._samples for result in sample.spoken.values()]
+        self.by_similarity = any(result.similarity is not None for result in results)
+        self.by_words = any(result.wer is not None for result in results)
         self.count = len({sample.text for sample in self._samples})
-        self.wins = (
-            "is more like the voice than" if self.by_voice
-            else "makes fewer word errors than" if self.words_count
-            else "runs on or says nothing less often than"
+        self._gain, self.better_phrase = (
+            ("more like the voice", "is significantly more like the voice") if self.by_similarity
+            else ("fewer word errors", "makes significantly fewer word errors") if self.by_words
+            else ("fewer runaways and empty outputs",
+                  "has significantly fewer runaways and empty outputs")
         )  # fmt: skip
-        self.loses = (
-            "makes more word errors than the base" if self.words_count
-            else "runs on or says nothing more often than the base"
+        self.more_errors_phrase = (
+            "makes significantly more word errors" if self.by_words
+            else "has significantly more runaways and empty outputs"
         )  # fmt: skip
 
-    def better(self, a: Row, b: Row, among: int = 1) -> bool:
-        """Whether `a` beats `b` on similarity (else on error rate), beyond the interval; it is one
-        of `among` that were tried."""
+    def better(self, a: ModelRow, b: ModelRow, among: int = 1) -> bool:
+        """Whether `a` significantly beats `b` on similarity (else on errors), where it is one of
+        `among` rows that are tried."""
         alpha = 0.05 / among
-        if self.by_voice:
-            return self._interval(a, b, lambda spoken: spoken.similarity, alpha)[0] > 0
-        return self._interval(a, b, _failure, alpha, weighted=self.words_count)[1] < 0
+        if self.by_similarity:
+            return self._interval(a, b, lambda result: result.similarity, alpha)[0] > 0
+        return self._interval(a, b, _errors, alpha, weighted=self.by_words)[1] < 0
 
-    def all_better(self, rows: Sequence[Row], base: Row) -> list[Row]:
-        """Those that beat the base, at 95% all together, by Holm's rule: a gain that is sure among
-        all that were tried leaves fewer that may have come by chance."""
-        found: list[Row] = []
+    def all_better(self, rows: Sequence[ModelRow], base: ModelRow) -> list[ModelRow]:
+        """Those that beat the base, at 95% all together, by Holm's step-down method: each row that
+        is found leaves fewer to correct for."""
+        found: list[ModelRow] = []
         while more := [
             row
             for row in rows
@@ -173,26 +195,30 @@ class _Comparison:
             found += more
         return [row for row in rows if row in found]
 
-    def worse_words(self, a: Row, b: Row) -> bool:
-        """Whether `a` makes more errors than `b`, beyond the interval."""
-        return self._interval(a, b, _failure, weighted=self.words_count)[0] > 0
+    def more_errors(self, a: ModelRow, b: ModelRow) -> bool:
+        """Whether `a` makes significantly more errors than `b`."""
+        return self._interval(a, b, _errors, weighted=self.by_words)[0] > 0
 
-    def show(self, a: Row, b: Row, name: str | None = None) -> str:
-        """The figures of both; without a name, of what decides."""
-        name = name or ("similarity" if self.by_voice else "wer")
-        form = "{:.2f}" if name == "similarity" else "{:.0%}"
+    def gain(self, a: ModelRow, b: ModelRow, name: str) -> str:
+        """What `a` has over `b`, which is called `name`."""
+        shown = self.show(a, b, "similarity" if self.by_similarity else "wer")
+        return f"{self._gain} than {name} ({_listed(shown, _SIGNIFICANT)})"
+
+    def show(self, a: ModelRow, b: ModelRow, metric: str) -> str:
+        """The means of both in a metric; nothing where one has none."""
+        title, form = _SHOWN[metric]
         if self._samples[0].referenced:
-            name += "_referenced"
-        figures = [row.figure(name) for row in (a, b)]
-        if None in figures:
-            return "beyond the interval"
-        return " against ".join(form.format(figure.mean) for figure in figures)
+            metric += "_referenced"
+        both = [row.estimate(metric) for row in (a, b)]
+        if None in both:
+            return ""
+        return f"{title} {' against '.join(form.format(each.mean) for each in both)}"
 
     def _interval(
         self,
-        a: Row,
-        b: Row,
-        value: Callable[[Spoken], float | None],
+        a: ModelRow,
+        b: ModelRow,
+        value: Callable[[SampleResult], float | None],
         alpha: float = 0.05,
         weighted: bool = False,
     ) -> tuple[float, float]:
@@ -207,6 +233,6 @@ class _Comparison:
         return difference(*columns, alpha=alpha)
 
 
-def _failure(spoken: Spoken) -> float:
-    """The word error rate, or where nobody listened, whether the speech failed altogether."""
-    return spoken.wer if spoken.wer is not None else float(spoken.runaway or spoken.empty)
+def _errors(result: SampleResult) -> float:
+    """The word error rate; without a recogniser, 1 where the speech failed altogether."""
+    return result.wer if result.wer is not None else float(result.runaway or result.empty)

@@ -1,4 +1,4 @@
-"""What can be told of a clip by listening to it: words, voice, pace and pitch."""
+"""Scores of one clip: word errors, speaker similarity, pace and pitch."""
 
 from __future__ import annotations
 
@@ -18,39 +18,41 @@ from fish_speech.preparation.transcribe import Recogniser
 
 
 @dataclass(frozen=True)
-class Clip:
-    """What was heard in a clip; what could not be told is None.
+class ClipScores:
+    """What was measured of a clip; None is what could not be.
 
-    `vector` is its voice [D], `letters` those of the text it should say, `speech` the seconds of
-    speech in it, `pitch` the median in Hz and the range in semitones.
+    `letters` counts the letters and digits of the text that it should say, `heard` is the
+    recogniser's transcript, `embedding` [D] the speaker's, `speech_seconds` how much of it is
+    speech, `pitch` the median in Hz and the range in semitones.
     """
 
     seconds: float
     letters: int
     heard: str | None = None
-    words: Errors | None = None
-    characters: Errors | None = None
-    vector: np.ndarray | None = None
-    speech: float = 0.0
+    word_errors: Errors | None = None
+    character_errors: Errors | None = None
+    embedding: np.ndarray | None = None
+    speech_seconds: float = 0.0
     pitch: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
-class Listener:
-    """The instruments: a recogniser (None: no error rates) and a speaker encoder (None: no voices).
+class Scorer:
+    """Scores clips with a recogniser (None: no error rates) and a speaker encoder (None: no
+    similarities).
 
-    The recogniser may remember what it heard (`transcribe.CachedRecogniser`).
+    The recogniser may cache what it heard (`transcribe.CachedRecogniser`).
     """
 
     recogniser: Recogniser | None
     encoder: Encoder | None
 
-    def deaf(self) -> Listener:
+    def without_asr(self) -> Scorer:
         """The same without a recogniser."""
         return replace(self, recogniser=None)
 
-    def listen(self, audio: Path | None, text: str) -> Clip:
-        """Listen to a file that should say `text`; None is silence."""
+    def score(self, audio: Path | None, text: str) -> ClipScores:
+        """Score a file that should say `text`; None is silence."""
         letters = sum(map(str.isalnum, text))
         if audio is None:
             samples = np.zeros(0, np.float32)
@@ -61,9 +63,9 @@ class Listener:
             heard = self.recogniser.transcribe(samples).text if len(samples) else ""
             words, characters = word_errors(text, heard), character_errors(text, heard)
         if not len(samples):
-            return Clip(0.0, letters, heard, words, characters)
+            return ClipScores(0.0, letters, heard, words, characters)
         speech = find_speech(audio)
-        return Clip(
+        return ClipScores(
             len(samples) / SAMPLE_RATE,
             letters,
             heard,
@@ -76,25 +78,25 @@ class Listener:
 
 
 @dataclass(frozen=True)
-class Voice:
-    """A voice as its real clips have it: the mean of their vectors, and each clip."""
+class SpeakerProfile:
+    """A speaker's real clips: their scores, and the mean of their embeddings."""
 
-    clips: Sequence[Clip]
+    clips: Sequence[ClipScores]
 
     @property
-    def vectors(self) -> list[np.ndarray]:
-        return [clip.vector for clip in self.clips if clip.vector is not None]
+    def embeddings(self) -> list[np.ndarray]:
+        return [clip.embedding for clip in self.clips if clip.embedding is not None]
 
-    def similarity(self, clip: Clip) -> float | None:
-        """How like this voice a clip is, -1 to 1; None where either has no voice."""
-        if clip.vector is None or not self.vectors:
+    def similarity(self, clip: ClipScores) -> float | None:
+        """Cosine of a clip and this speaker, -1 to 1; None where either has no embedding."""
+        if clip.embedding is None or not self.embeddings:
             return None
-        return similarity(clip.vector, np.mean(self.vectors, axis=0))
+        return similarity(clip.embedding, np.mean(self.embeddings, axis=0))
 
-    def within(self) -> list[float]:
-        """How like the others each real clip is."""
-        vectors = self.vectors
-        if len(vectors) < 2:
+    def leave_one_out(self) -> list[float]:
+        """Similarity of each real clip to all the others."""
+        embeddings = self.embeddings
+        if len(embeddings) < 2:
             return []
-        total = np.sum(vectors, axis=0)
-        return [similarity(vector, total - vector) for vector in vectors]
+        total = np.sum(embeddings, axis=0)
+        return [similarity(embedding, total - embedding) for embedding in embeddings]

@@ -1,4 +1,4 @@
-"""How alike two voices are: a network that turns speech into a vector of who speaks.
+"""How alike two voices are: a network that turns speech into a speaker embedding.
 
 The encoder is that of Resemblyzer 0.1.4 (GE2E, Apache-2.0), an LSTM over 40 mel bands at 16 kHz.
 Its weights come with this repository, in fp16, because its wheel can't be installed without a
@@ -20,12 +20,12 @@ from fish_speech.models.vqgan.spectrogram import mel_filters
 from fish_speech.models.weights import assign_strictly, empty_modules, read_state_dict
 
 SAMPLE_RATE = 16_000
-FOLDER = REPOSITORY / "checkpoints" / "speaker"
-_WINDOW, _HOP, _BANDS = 400, 160, 40  # 25 ms, 10 ms
-_FRAMES, _STEP = 160, 77  # of a part: 1.6 s, 1.3 parts a second
-_COVERAGE = 0.75  # of the last part, below which it doesn't count
-SILENCE = 1e-5  # level above which there is a voice
-_LEVEL = 10 ** (-30 / 20)  # root mean square that all speech is brought to
+SPEAKER_DIR = REPOSITORY / "checkpoints" / "speaker"
+_WINDOW, _HOP, _MELS = 400, 160, 40  # 25 ms, 10 ms
+_PART_FRAMES, _PART_STEP = 160, 77  # 1.6 s, 1.3 parts a second
+_MIN_COVERAGE = 0.75  # of the last part, below which it doesn't count
+SILENCE_RMS = 1e-5  # up to which there is no voice
+_TARGET_RMS = 10 ** (-30 / 20)  # that all speech is scaled to
 
 
 class SpeakerEncoder(nn.Module):
@@ -35,17 +35,17 @@ class SpeakerEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(_BANDS, 256, num_layers=3, batch_first=True)
+        self.lstm = nn.LSTM(_MELS, 256, num_layers=3, batch_first=True)
         self.linear = nn.Linear(256, 256)
 
     @classmethod
-    def from_pretrained(cls, file: str | Path = FOLDER / "encoder.pth") -> SpeakerEncoder:
+    def from_pretrained(cls, file: str | Path = SPEAKER_DIR / "encoder.pth") -> SpeakerEncoder:
         """Load the weights. Raises `FileNotFoundError` or `ValueError` that names the file."""
         file = Path(file)
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file}: the speaker encoder is missing; it is part of the repository: "
-                f"'git checkout -- {FOLDER.relative_to(REPOSITORY)}' brings it back"
+                f"'git checkout -- {SPEAKER_DIR.relative_to(REPOSITORY)}' brings it back"
             )
         with empty_modules():
             encoder = cls()
@@ -58,37 +58,43 @@ class SpeakerEncoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, samples: np.ndarray) -> np.ndarray | None:
-        """The voice in speech [N] (float32, 16 kHz): a unit vector [256]; None for silence."""
-        if not (loudness := level(samples)) > SILENCE:
+        """The speaker embedding of speech [N] (float32, 16 kHz): a unit vector [256]; None for
+        silence."""
+        if not (loudness := rms(samples)) > SILENCE_RMS:
             return None
         waveform = torch.from_numpy(np.ascontiguousarray(samples, np.float32))
-        mels = _mels(F.pad(waveform * (_LEVEL / loudness), (0, _padding(len(samples)))))
-        vectors = self(mels.unfold(0, _FRAMES, _STEP).transpose(1, 2))
+        mels = _mels(F.pad(waveform * (_TARGET_RMS / loudness), (0, _padding(len(samples)))))
+        vectors = self(mels.unfold(0, _PART_FRAMES, _PART_STEP).transpose(1, 2))
         return F.normalize(vectors.mean(0), dim=0).numpy()
 
 
-def level(samples: np.ndarray) -> float:
+def rms(samples: np.ndarray) -> float:
     """Root mean square of samples [N]; 0 where there are none."""
     return float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))) if len(samples) else 0.0
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """The cosine of two vectors."""
+    """The cosine of two embeddings."""
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def stranger_clips() -> list[Path]:
+    """Clips of speakers that no data set has, to tell what similarity another speaker reaches."""
+    return sorted(SPEAKER_DIR.glob("strangers/*"))
 
 
 def _padding(count: int) -> int:
     """Samples of silence to add, so that whole parts cover `count` samples."""
-    parts = 1 + max(0, -(-(count // _HOP + 1 - _FRAMES) // _STEP))
-    covered = (count // _HOP + 1 - (parts - 1) * _STEP) / _FRAMES
-    if parts > 1 and covered < _COVERAGE:
+    parts = 1 + max(0, -(-(count // _HOP + 1 - _PART_FRAMES) // _PART_STEP))
+    covered = (count // _HOP + 1 - (parts - 1) * _PART_STEP) / _PART_FRAMES
+    if parts > 1 and covered < _MIN_COVERAGE:
         parts -= 1
-    frames = (parts - 1) * _STEP + _FRAMES
+    frames = (parts - 1) * _PART_STEP + _PART_FRAMES
     return max(0, frames * _HOP - count)
 
 
 def _mels(waveform: Tensor) -> Tensor:
-    """Power in mel bands: waveform [N] -> [N // 160 + 1, 40]."""
+    """Power mel spectrogram: waveform [N] -> [N // 160 + 1, 40]."""
     spectrum = torch.stft(
         waveform,
         _WINDOW,
@@ -97,9 +103,9 @@ def _mels(waveform: Tensor) -> Tensor:
         pad_mode="constant",
         return_complex=True,
     )
-    return (_filters() @ torch.view_as_real(spectrum).square().sum(-1)).T
+    return (_mel_filters() @ torch.view_as_real(spectrum).square().sum(-1)).T
 
 
 @lru_cache(maxsize=1)
-def _filters() -> Tensor:
-    return mel_filters(SAMPLE_RATE, _WINDOW, _BANDS)
+def _mel_filters() -> Tensor:
+    return mel_filters(SAMPLE_RATE, _WINDOW, _MELS)

@@ -1,4 +1,4 @@
-"""What is spoken by whom: candidates, lines, and takes, each made once however often one stops."""
+"""Which model speaks what: candidates, lines, and their audio, which a stopped run keeps."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Recording:
-    """A real clip and its words."""
+class RealClip:
+    """A real recording and its transcript."""
 
     audio: Path
     text: str
@@ -41,8 +41,8 @@ class Recording:
 class Line:
     """A text to be spoken by every candidate, with a `reference` in front or without one.
 
-    `speaker` names the voice of a model that has several, `voice` whose recordings it is compared
-    with; `recording` is the real clip of the same text.
+    `speaker` is the name that a model with several speakers is given, `voice` the key of the real
+    clips that it is compared with; `recording` is the real clip of the same text.
     """
 
     name: str
@@ -50,22 +50,15 @@ class Line:
     seed: int = 0
     speaker: str | None = None
     voice: str = ""
-    reference: Recording | None = None
-    recording: Recording | None = None
-
-
-@dataclass(frozen=True)
-class Take:
-    """What came of a line: a file (None where nothing was said), and whether it ran on."""
-
-    audio: Path | None
-    runaway: bool
+    reference: RealClip | None = None
+    recording: RealClip | None = None
 
 
 def plan_lines(
-    texts: Sequence[Line], count: int, references: dict[str, Recording], seed: int = 0
+    texts: Sequence[Line], count: int, references: dict[str, RealClip], seed: int = 0
 ) -> list[Line]:
-    """`count` lines in all, each without and, where its voice has one, with a reference.
+    """`count` lines without a reference, each followed by the same with one, where its voice has a
+    reference.
 
     With more `texts` than that, they are chosen evenly; with fewer, they are spoken again with the
     next seed. Raises `ValueError` where no text has a word.
@@ -85,59 +78,61 @@ def plan_lines(
     return lines
 
 
-def take(
-    line: Line, candidate: Candidate, voice: Callable[[], TextToSpeech], settings: Settings,
+def speak_line(
+    line: Line, candidate: Candidate, get_tts: Callable[[], TextToSpeech], settings: Settings,
     folder: Path,
-) -> Take:  # fmt: skip
-    """Speak a line at the first try, or find that it was spoken before, in `folder`.
+) -> tuple[Path | None, bool]:  # fmt: skip
+    """Speak a line, without retries, into `folder`, or find what an earlier run spoke there.
 
-    `voice` is only asked for the model where it is needed.
+    Returns the file (None where the model said nothing), and whether the speech was a runaway.
+    `get_tts` is called only where the model is needed.
     """
     reference = line.reference and [file_digest(line.reference.audio), line.reference.text]
     settings = replace(settings, seed=line.seed, retries=0)
-    made_of = [candidate.digest, line.text, line.speaker, reference, asdict(settings)]
+    inputs = [candidate.digest, line.text, line.speaker, reference, asdict(settings)]
     audio = folder / f"{line.name}.wav"
 
     def speak() -> dict[str, Any]:
-        waveform, sample_rate, runaway = _speak(voice(), line, settings)
+        waveform, sample_rate, runaway = _speak(get_tts(), line, settings)
         if waveform is not None:
             save_audio(audio, waveform, sample_rate)
         return {"runaway": runaway, "empty": waveform is None}
 
-    known = remembered(
-        audio.with_suffix(".json"), made_of, speak,
-        still_there=lambda found: found["empty"] or audio.is_file(),
+    record = cached(
+        audio.with_suffix(".json"), inputs, speak,
+        is_valid=lambda found: found["empty"] or audio.is_file(),
     )  # fmt: skip
-    return Take(None if known["empty"] else audio, known["runaway"])
+    return None if record["empty"] else audio, record["runaway"]
 
 
-def remembered(
+def cached(
     file: Path,
-    made_of: Any,
-    make: Callable[[], dict[str, Any]],
-    still_there: Callable[[dict[str, Any]], bool] = lambda found: True,
+    inputs: Any,
+    compute: Callable[[], dict[str, Any]],
+    is_valid: Callable[[dict[str, Any]], bool] = lambda found: True,
 ) -> dict[str, Any]:
-    """What `make` gives, from `file` where it was made of the same things before."""
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    """What `compute` returns, from `file` where it was computed from the same `inputs` before."""
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     try:
         found = read_json(file)
-        if found["key"] == key and still_there(found):
+        if found["key"] == key and is_valid(found):
             return found
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing there, or nothing of ours: it is made again
-    found = {"key": key, **make()}
+        pass  # there is no file, or it is not ours: compute it again
+    found = {"key": key, **compute()}
     write_json(file, found)
     return found
 
 
 def _speak(
-    voice: TextToSpeech, line: Line, settings: Settings
+    tts: TextToSpeech, line: Line, settings: Settings
 ) -> tuple[torch.Tensor | None, int, bool]:
-    """The waveform [1, N] (None if the model said nothing), its rate, and whether it ran on."""
-    reference = line.reference and voice.encode_reference(line.reference.audio, line.reference.text)
+    """The waveform [1, N] (None if the model said nothing), its rate, and whether it is a
+    runaway."""
+    reference = line.reference and tts.encode_reference(line.reference.audio, line.reference.text)
     waveforms, frames, ended, runaway = [], 0, False, False
     try:
-        for piece in voice.pieces(line.text, reference, line.speaker, settings):
+        for piece in tts.pieces(line.text, reference, line.speaker, settings):
             waveforms.append(piece.waveform)
             frames += piece.frames
             ended, runaway = ended or piece.ends_chunk, runaway or piece.ran_on
@@ -145,4 +140,4 @@ def _speak(
         if frames or not ended:  # it did not even begin: the reference leaves no room, say
             raise
     waveform = torch.cat(waveforms, dim=1) if frames else None
-    return waveform, voice.sample_rate, runaway
+    return waveform, tts.sample_rate, runaway

@@ -1,4 +1,4 @@
-"""A small picture of a recording: its log-mel spectrogram as ink on whatever is behind it."""
+"""The log-mel spectrogram of a recording as a small PNG, transparent where it is silent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 
 _RATE, _WINDOW, _HOP = 16_000, 1024, 400  # a column is 25 ms
 _BANDS = 48  # rows, up to 8 kHz
-_RANGE = 60.0  # dB from the loudest to what leaves no ink
+_RANGE_DB = 60.0  # from the loudest to what leaves no ink
 _INK = (0x2E, 0x86, 0xC1)  # a blue that shows on white and on black
 _SHADES = 16
 
@@ -26,7 +26,7 @@ def spectrogram_png(file: str | Path) -> bytes:
     waveform = F.pad(waveform, (0, max(0, _WINDOW - waveform.shape[1])))
     mel = _transform()(waveform[None])[0].numpy()  # [48, T], natural logs of magnitudes
     loudest = max(mel.max(), np.log(0.1))  # silence stays without ink
-    level = 20 / np.log(10) * (mel - loudest) / _RANGE + 1  # [48, T], at most 1
+    level = 20 / np.log(10) * (mel - loudest) / _RANGE_DB + 1  # [48, T], at most 1
     shades = level.clip(0, 1) * (_SHADES - 1)
     return _png(shades[::-1].round().astype(np.uint8))  # low pitches at the bottom
 
@@ -37,7 +37,7 @@ def _transform() -> LogMelSpectrogram:
 
 
 def _png(shades: np.ndarray) -> bytes:
-    """Shades [rows, columns] from 0 to 15, more of them more opaque, as a PNG of 4 bits a pixel."""
+    """Opacities [rows, columns] from 0 to 15 as a PNG of 4 bits a pixel."""
     rows, columns = shades.shape
     even = np.pad(shades, ((0, 0), (0, columns % 2)))
     packed = even[:, ::2] << 4 | even[:, 1::2]  # two pixels a byte

@@ -12,21 +12,22 @@ import numpy as np
 import torch
 
 from fish_speech.devices import resolve_device
-from fish_speech.evaluation.speaker import SAMPLE_RATE, SILENCE, SpeakerEncoder, level
+from fish_speech.evaluation.speaker import SAMPLE_RATE, SILENCE_RMS, SpeakerEncoder, rms
 
 SUGGESTED = "microsoft/wavlm-base-plus-sv"
-_LEAST = SAMPLE_RATE  # samples; what is shorter gives no frames to the last layers
-_MOST = 30 * SAMPLE_RATE  # attention over more takes memory with the square, and tells no more
-_ONLY_TRAINING = ("classifier.", "objective.")  # the head beyond the vectors
+_MIN_SAMPLES = SAMPLE_RATE  # fewer leave no frame for the last layers
+_MAX_SAMPLES = 30 * SAMPLE_RATE  # attention's memory grows with the square
+_TRAINING_HEADS = ("classifier.", "objective.")  # behind the embedding
 
 
 class Encoder(Protocol):
-    """Turns speech into a vector of who speaks; vectors of one encoder are comparable."""
+    """Turns speech into a speaker embedding; those of one encoder are comparable."""
 
     identity: str
 
     def embed(self, samples: np.ndarray) -> np.ndarray | None:
-        """The voice in speech [N] (float32, 16 kHz): a unit vector [D]; None for silence."""
+        """The speaker embedding of speech [N] (float32, 16 kHz): a unit vector [D]; None for
+        silence."""
 
 
 def load_encoder(name: str | None = None, device: str = "auto") -> Encoder:
@@ -63,7 +64,7 @@ class XVector:
                 f"(downloaded once) or its folder, such as {SUGGESTED}, or leave the option out: "
                 "a smaller encoder comes with this repository"
             ) from error
-        missing = [key for key in report["missing_keys"] if not key.startswith(_ONLY_TRAINING)]
+        missing = [key for key in report["missing_keys"] if not key.startswith(_TRAINING_HEADS)]
         if missing:
             raise ValueError(
                 f"--speaker-encoder {name}: its weights lack {min(missing)} and {len(missing) - 1} "
@@ -79,18 +80,17 @@ class XVector:
 
     @torch.no_grad()
     def embed(self, samples: np.ndarray) -> np.ndarray | None:
-        """The voice in speech [N] (float32, 16 kHz): a unit vector [D]; None for silence.
-
-        Of more than half a minute only the first is listened to.
+        """The speaker embedding of speech [N] (float32, 16 kHz): a unit vector [D]; None for
+        silence. Only the first half minute counts.
         """
-        if not level(samples) > SILENCE:
+        if not rms(samples) > SILENCE_RMS:
             return None
-        samples = np.pad(samples[:_MOST], (0, max(0, _LEAST - len(samples))))
+        samples = np.pad(samples[:_MAX_SAMPLES], (0, max(0, _MIN_SAMPLES - len(samples))))
         inputs = self._features(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of how transformers calls it
-            vector = self._model(**inputs.to(self._model.device)).embeddings[0].float()
-        return torch.nn.functional.normalize(vector, dim=0).cpu().numpy()
+            embedding = self._model(**inputs.to(self._model.device)).embeddings[0].float()
+        return torch.nn.functional.normalize(embedding, dim=0).cpu().numpy()
 
 
 def _identity(name: str) -> str:

@@ -72,11 +72,9 @@ class References:
                 f"{audio}: longer than the {longest:.0f} s that the model can remember at all;"
                 " cut a reference of 5 to 30 s"
             )
-        device = self._codec.device
-        lengths = torch.tensor([waveform.shape[1]], device=device)
         if not (waveform.abs() > SILENCE).any():
             raise ValueError(f"{audio}: silent; give some seconds of speech")
-        codes, code_lengths = self._codec.encode(waveform[None].to(device), lengths)
-        if not code_lengths.item():
+        (codes,) = self._codec.encode_batch([waveform])
+        if not codes.shape[1]:
             raise ValueError(f"{audio}: too short for a reference; give some seconds of speech")
-        return codes[0, :, : code_lengths.item()].cpu()
+        return codes

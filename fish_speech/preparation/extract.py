@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -127,14 +126,10 @@ def _encode(batch: list[_Loaded], codec: Codec, stamps: dict, result: Extraction
     whole = [item for item in batch if item.waveform is not None]
     if not whole:
         return
-    lengths = torch.tensor([item.waveform.shape[1] for item in whole])
-    waveforms = torch.zeros(len(whole), 1, int(lengths.max()))
-    for row, item in zip(waveforms, whole, strict=True):
-        row[:, : item.waveform.shape[1]] = item.waveform
-    codes, code_lengths = codec.encode(waveforms.to(codec.device), lengths)
-    for item, row, length in zip(whole, codes.cpu(), code_lengths.tolist(), strict=True):
+    encoded = codec.encode_batch([item.waveform for item in whole])
+    for item, codes in zip(whole, encoded, strict=True):
         with atomic_path(item.clip.codes) as temporary:
-            np.save(temporary, row[:, :length].numpy().astype(np.int16))
+            np.save(temporary, codes.numpy().astype(np.int16))
         stamps[item.clip.name] = _stamp(item.clip.audio)
         result.made += 1
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fish_speech.audio import decode_blocks
 from fish_speech.files import write_text
-from fish_speech.html_page import document, player, text
+from fish_speech.html_page import document, escape, player
 from fish_speech.preparation.entries import ClipEntry, time_span
 from fish_speech.preparation.summary import Summary
 
@@ -53,15 +53,15 @@ def write_report(summary: Summary, folder: Path) -> Path:
     lost = [(entry["source"], entry) for entry in summary.skipped]
     lost += [(entry["file"], entry) for entry in summary.rejected]
     page = [
-        f"<h1>{text(title)}</h1><ul class='totals'>",
-        *(f"<li><b>{text(value)}</b>{name}</li>" for value, name in totals),
+        f"<h1>{escape(title)}</h1><ul class='totals'>",
+        *(f"<li><b>{escape(value)}</b>{name}</li>" for value, name in totals),
         "</ul><div class='plots'>",
         _plot("Durations", "seconds", [clip["duration"] for clip in summary.clips]),
         _plot("Loudness", "LUFS", [clip["loudness"] for clip in summary.clips]),
         "</div>",
         "<h2>Skipped and rejected</h2><ul>" if lost else "",
         *(
-            f"<li>{text(name)}{time_span(entry)}: {text(entry['reason'])}</li>"
+            f"<li>{escape(name)}{time_span(entry)}: {escape(entry['reason'])}</li>"
             for name, entry in lost
         ),
         "</ul>" if lost else "",
@@ -75,19 +75,19 @@ def write_report(summary: Summary, folder: Path) -> Path:
 
 def _article(clip: ClipEntry, folder: Path) -> str:
     path = folder / clip["file"]
-    flags = "".join(f"<span class='flag'>{text(flag)}</span>" for flag in clip["flags"])
+    flags = "".join(f"<span class='flag'>{escape(flag)}</span>" for flag in clip["flags"])
     figures = " · ".join(
         f"<span title='{meaning}'>{clip[name]:g} {unit}</span>".replace(" </", "</")
         for name, unit, meaning in _FIGURES
         if name in clip
     )
     heard = clip.get("heard")
-    heard = "" if heard is None else f"<p class='figures'>heard: {text(heard or 'nothing')}</p>"
-    source = f"{text(clip['source'])}{time_span(clip)}"
+    heard = "" if heard is None else f"<p class='figures'>heard: {escape(heard or 'nothing')}</p>"
+    source = f"{escape(clip['source'])}{time_span(clip)}"
     return (
-        f"<article><p class='name'>{text(clip['file'])}{flags}</p>"
+        f"<article><p class='name'>{escape(clip['file'])}{flags}</p>"
         f"<div>{_thumbnail(path)}{player(quote(clip['file']))}</div>"
-        f"<div><p>{text(clip['text'])}</p>{heard}"
+        f"<div><p>{escape(clip['text'])}</p>{heard}"
         f"<p class='figures'>{figures} · {source}</p></div></article>"
     )
 

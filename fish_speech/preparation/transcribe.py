@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -343,17 +344,19 @@ def _known_languages() -> set[str]:
     return {*LANGUAGES, *TO_LANGUAGE_CODE}
 
 
-def _unavailable(model: str, error: Exception) -> str:
-    import os
+def whisper_cache() -> Path:
+    """Where openai-whisper keeps the models that it has downloaded."""
+    return Path(os.getenv("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
 
+
+def _unavailable(model: str, error: Exception) -> str:
     import whisper
 
     address = whisper._MODELS.get(model)
     if address is None:
         return f"--whisper-model {model}: can't be loaded ({first_line(error)})"
-    cache = Path(os.getenv("XDG_CACHE_HOME", Path.home() / ".cache"), "whisper")
     return (
         f"whisper model '{model}' can't be downloaded ({first_line(error)}): download {address} "
-        f"where there is a network and put it into {cache}, or give a checkpoint's path as "
-        "--whisper-model"
+        f"where there is a network and put it into {whisper_cache()}, or give a checkpoint's path "
+        "as --whisper-model"
     )

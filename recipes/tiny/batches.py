@@ -1,7 +1,7 @@
 """Batches of training items: noise on the input codes, shapes from a few buckets.
 
-Every item knows about where in its text each frame is spoken, so that a head of attention can be
-taught to read along (see `train.reading_loss`).
+Every item has an approximate alignment of its frames to its text, for the guided attention loss
+(`train.guided_attention_loss`).
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ UNNAMED_SHARES = Mixture(joined=0.05, referenced=0.4, unnamed=0.3)
 PLAIN_SHARES = Mixture(joined=0, referenced=0, unnamed=0)
 
 Corpus = list[tuple[str, Utterance]]  # speaker and utterance
-NOWHERE = -1  # the place of a column that speaks nothing
+UNALIGNED = -1  # in the alignment of a column that predicts no frame
 
 
 @dataclass(frozen=True)
 class Item:
-    """`tokens` and `labels` [K+1, T], and `places` [T]: the column of the letter that is spoken by
-    the frame that column t predicts, `NOWHERE` for other columns."""
+    """`tokens` and `labels` [K+1, T], and `alignment` [T]: the column of the letter that the frame
+    predicted at column t speaks, `UNALIGNED` for other columns."""
 
     tokens: Tensor
     labels: Tensor
-    places: Tensor
+    alignment: Tensor
 
 
 def token_durations(corpus: Corpus, tokenizer: FishTokenizer) -> np.ndarray:
@@ -75,7 +75,7 @@ def token_durations(corpus: Corpus, tokenizer: FishTokenizer) -> np.ndarray:
 
 
 def spoken_tokens(ids: list[int], frames: int, durations: np.ndarray) -> Tensor:
-    """About which of a text's tokens each of its frames speaks: [frames] (int64)."""
+    """Roughly which of a text's tokens each of its frames speaks: [frames] (int64)."""
     ends = durations[ids].cumsum()
     middles = (np.arange(frames) + 0.5) / frames * ends[-1]
     return torch.from_numpy(np.searchsorted(ends, middles))
@@ -89,7 +89,7 @@ def batches(
     *,
     plain: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless shuffled batches: tokens and labels [B, K+1, T] and places [B, T], padded to a
+    """Endless shuffled batches: tokens and labels [B, K+1, T] and alignment [B, T], padded to a
     bucket's T. If `plain`, an item is one named utterance and has no noise."""
     by_speaker: dict[str, list[Utterance]] = {}
     for speaker, utterance in corpus:
@@ -101,17 +101,17 @@ def batches(
             shares = NAMED_SHARES if speaker in VOICES else UNNAMED_SHARES
             mixture = PLAIN_SHARES if plain else shares
             chosen = _choose(utterance, speaker, by_speaker[speaker], mixture, generator)
-            item = build(tokenizer, *chosen, durations)
-            length = len(item.places)
+            item = build_aligned_item(tokenizer, *chosen, durations)
+            length = len(item.alignment)
             if length > BUCKETS[-1]:
                 continue
             size = next(size for size in BUCKETS if size >= length)
             waiting[size].append(item)
             if len(waiting[size]) == COLUMNS // size:
-                tokens, labels, places = collate(waiting[size], size, tokenizer.end_of_text_id)
+                tokens, labels, alignment = collate(waiting[size], size, tokenizer.end_of_text_id)
                 if not plain:
                     tokens = add_noise(tokens, tokenizer, NOISE, generator)
-                yield tokens, labels, places
+                yield tokens, labels, alignment
                 waiting[size] = []
 
 
@@ -131,50 +131,50 @@ def _choose(
         utterance = Utterance(f"{utterance.text} {other.text}", codes)
     elif chance < mixture.joined + mixture.referenced:
         references = [other]
-    name = speaker if speaker in VOICES else _any_name(generator)
+    name = speaker if speaker in VOICES else _random_name(generator)
     return utterance, references, None if unnamed < mixture.unnamed else name
 
 
-def _any_name(generator: torch.Generator) -> str:
-    """A name of two to eight letters, large or small."""
+def _random_name(generator: torch.Generator) -> str:
+    """A name of two to eight letters, in either case."""
     size = int(torch.randint(2, 9, (1,), generator=generator))
     letters = torch.randint(26, (size,), generator=generator)
     first = "aA"[int(torch.randint(2, (1,), generator=generator))]
     return bytes(ord(first) + int(letter) for letter in letters).decode()
 
 
-def build(
+def build_aligned_item(
     tokenizer: FishTokenizer,
     utterance: Utterance,
     references: list[Utterance],
     speaker: str | None,
     durations: np.ndarray,
 ) -> Item:
-    """The package's training item of an utterance, with its places."""
+    """The package's training item of an utterance, with its alignment."""
     tokens, labels = build_item(tokenizer, utterance, references=references, speaker=speaker)
     frames = utterance.codes.shape[1]
     # The item ends with the frames, and the columns that predict them begin with <|voice|>.
     voice = tokens.shape[1] - frames - 1
     im_end = (tokens[0, :voice] == tokenizer.im_end_id).nonzero()[-1].item()
     spoken = tokenizer.encode(utterance.text)
-    places = torch.full((tokens.shape[1],), NOWHERE)
-    places[voice:-1] = im_end - len(spoken) + spoken_tokens(spoken, frames, durations)
-    return Item(tokens, labels, places)
+    alignment = torch.full((tokens.shape[1],), UNALIGNED)
+    alignment[voice:-1] = im_end - len(spoken) + spoken_tokens(spoken, frames, durations)
+    return Item(tokens, labels, alignment)
 
 
 def collate(items: list[Item], size: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Stack items to tokens and labels [B, K+1, size] and places [B, size], padded on the right."""
+    """Stack items to tokens and labels [B, K+1, size] and alignment [B, size], right-padded."""
     rows = len(items[0].tokens)
     tokens = torch.zeros(len(items), rows, size, dtype=torch.long)
     tokens[:, 0] = pad_id
     labels = torch.full_like(tokens, IGNORE_INDEX)
-    places = torch.full((len(items), size), NOWHERE)
+    alignment = torch.full((len(items), size), UNALIGNED)
     for row, item in enumerate(items):
-        length = len(item.places)
+        length = len(item.alignment)
         tokens[row, :, :length] = item.tokens
         labels[row, :, :length] = item.labels
-        places[row, :length] = item.places
-    return tokens, labels, places
+        alignment[row, :length] = item.alignment
+    return tokens, labels, alignment
 
 
 def add_noise(

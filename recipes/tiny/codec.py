@@ -23,23 +23,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fish_speech.devices import keep_freed_memory, multiplies_bf16
-from fish_speech.files import atomic_path, write_json
+from fish_speech.files import write_json
 from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, Codec, CodecConfig, find_codec
 from fish_speech.models.vqgan.firefly import ConvNeXtBlock
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
-from fish_speech.models.weights import read_state_dict
+from fish_speech.models.weights import read_checkpoint, read_state_dict, save_tensors
 from recipes.tiny.texts import CACHE, read_sentences
-from recipes.tiny.voices import SAMPLE_RATE, STRANGERS, VOICES, disguise, speak, unnamed
+from recipes.tiny.voices import SAMPLE_RATE, STRANGERS, VOICES, disguise, speak, unnamed_speaker
 
 CHECKPOINT = "codec.ckpt"
 CODEC_FILE = "firefly-gan-vq-fsq-8x1000-20hz-generator.pth"
-RATE = 4e-4
+LEARNING_RATE = 4e-4
 LAYER_SCALE = 0.1  # the published 1e-6 would take a long training to grow
 SCALES = ((2048, 80), (1024, 80), (512, 60), (256, 40))  # n_fft and mels of the loss
 HARMONICS_BELOW, HARMONICS_WEIGHT = 1500.0, 0.2  # Hz
-WARM_UP = 100  # steps
+WARMUP_STEPS = 100
 DISGUISED = 0.4  # of the crops
-ENCODER_WAITS, ENCODER_RAMP = 100, 300  # steps
+ENCODER_DELAY, ENCODER_RAMP = 100, 300  # steps
 CONFIG = {
     "spec_transform": {
         "sample_rate": SAMPLE_RATE,
@@ -152,7 +152,7 @@ class Trainer:
         chosen = {id(parameter) for parameter in encoder}
         decoder = [p for p in codec.parameters() if id(p) not in chosen]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decoder}, {"params": encoder}], lr=RATE, betas=(0.8, 0.99)
+            [{"params": decoder}, {"params": encoder}], lr=LEARNING_RATE, betas=(0.8, 0.99)
         )
         self._values: list[Tensor] = []
         for module in projections:
@@ -161,10 +161,11 @@ class Trainer:
     def update(self, speech: Tensor) -> tuple[float, float]:
         """One step on speech [B, 1, N]; returns the spectral distance and the penalty."""
         decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        decay *= min(1.0, (self.step + 1) / WARM_UP)
-        awake = min(1.0, max(0.0, (self.step - ENCODER_WAITS) / ENCODER_RAMP))
+        decay *= min(1.0, (self.step + 1) / WARMUP_STEPS)
+        ramp = min(1.0, max(0.0, (self.step - ENCODER_DELAY) / ENCODER_RAMP))
         decoder, encoder = self.optimizer.param_groups
-        decoder["lr"], encoder["lr"] = RATE * decay, 0.5 * RATE * decay * awake
+        decoder["lr"] = LEARNING_RATE * decay
+        encoder["lr"] = 0.5 * decoder["lr"] * ramp
         self._values.clear()
         features = self.codec.backbone(self.codec.spec_transform(speech))
         quantized, _ = self.codec.quantizer(features)
@@ -190,7 +191,7 @@ def load_speech(texts: list[str]) -> list[np.ndarray]:
     jobs = [
         (text, speaker)
         for number, text in enumerate(texts)
-        for speaker in (*VOICES, unnamed(number), next(strangers), next(strangers))
+        for speaker in (*VOICES, unnamed_speaker(number), next(strangers), next(strangers))
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         spoken = pool.map(lambda job: speak(*job), jobs)
@@ -216,8 +217,7 @@ def save(trainer: Trainer, path: Path) -> None:
         "optimizer": trainer.optimizer.state_dict(),
         "step": trainer.step,
     }
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    save_tensors(state, path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer = Trainer(codec.to(args.device), args.steps, keep_encoder=args.keep_encoder)
     checkpoint = args.cache / CHECKPOINT
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        state = read_checkpoint(checkpoint, mapped=False)
         codec.load_state_dict(state["codec"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step = state["step"]
@@ -259,8 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         if trainer.step % args.save_every == 0 or trainer.step == args.steps:
             save(trainer, checkpoint)
     write_json(args.output / CODEC_CONFIG_FILE, CONFIG)
-    with atomic_path(args.output / CODEC_FILE) as temporary:
-        torch.save(codec.state_dict(), temporary)
+    save_tensors(codec.state_dict(), args.output / CODEC_FILE)
     return 0
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from fish_speech.conversation import Utterance
 from fish_speech.datasets.shards import read_samples
 from recipes.tiny.batches import Corpus
 
@@ -26,7 +23,4 @@ def read_corpus(cache: Path) -> tuple[Corpus, Corpus]:
 
 
 def _read(shards: list[Path]) -> Corpus:
-    return [
-        (sample.speaker, Utterance(sample.text, torch.from_numpy(sample.codes.astype("int16"))))
-        for sample in read_samples(shards)
-    ]
+    return [(sample.speaker, sample.utterance("int16")) for sample in read_samples(shards)]

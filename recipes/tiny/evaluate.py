@@ -1,4 +1,4 @@
-"""Figures: word error rates on held-out sentences of teacher, codec resynthesis and synthesis.
+"""Stage 6: word error rates of teacher, codec resynthesis and synthesis on held-out sentences.
 
 The recogniser (pocketsphinx, its own US English model) took no part in the training. Words are
 compared as `fish_speech.preparation.error_rates` normalises them. A runaway is a synthesis, at the
@@ -26,7 +26,7 @@ from fish_speech.preparation.error_rates import word_errors
 from recipes.tiny.speech import speaker_of
 from recipes.tiny.texts import CACHE, read_sentences
 from recipes.tiny.voices import VOICES, speak
-from recipes.tiny.words import is_closed
+from recipes.tiny.words import in_vocabulary
 
 
 @lru_cache(maxsize=1)
@@ -47,9 +47,9 @@ def resynthesise(codec: Codec, samples: np.ndarray) -> np.ndarray:
     return waveforms[0, 0].numpy()
 
 
-def synthesise(voice: TextToSpeech, text: str, speaker: str, seed: int) -> tuple[np.ndarray, bool]:
-    """Audio [N] of a text, and whether it ran away."""
-    pieces = list(voice.pieces(text, speaker=speaker, settings=Settings(seed=seed, retries=0)))
+def synthesise(tts: TextToSpeech, text: str, speaker: str, seed: int) -> tuple[np.ndarray, bool]:
+    """Audio [N] of a text, and whether it is a runaway."""
+    pieces = list(tts.pieces(text, speaker=speaker, settings=Settings(seed=seed, retries=0)))
     waveform = torch.cat([piece.waveform for piece in pieces], dim=1)[0].numpy()
     return waveform, any(piece.ran_on for piece in pieces)
 
@@ -61,24 +61,24 @@ def error_rate(texts: list[str], heard: list[str]) -> float:
 
 
 def rows(
-    texts: list[str], codec: Codec, voice: TextToSpeech, recognise_all: Callable
+    texts: list[str], codec: Codec, tts: TextToSpeech, recognise_all: Callable
 ) -> Iterator[tuple[str, float, float, float, int]]:
     """For each voice and all together: teacher, resynthesis, synthesis, runaways."""
     said: list[str] = []
     heard: list[list[str]] = [[], [], []]
-    ran = 0
+    total_runaways = 0
     for speaker in VOICES:
         mine = [text for index, text in enumerate(texts) if speaker_of(index) == speaker]
         spoken = [speak(text, speaker) for text in mine]
         again = [resynthesise(codec, samples) for samples in tqdm(spoken, disable=None)]
-        made = [synthesise(voice, t, speaker, i) for i, t in enumerate(tqdm(mine, disable=None))]
+        made = [synthesise(tts, t, speaker, i) for i, t in enumerate(tqdm(mine, disable=None))]
         audio = (spoken, again, [samples for samples, _ in made])
         words = [list(recognise_all(recognise, part)) for part in audio]
         runaways = sum(runaway for _, runaway in made)
         yield speaker, *(error_rate(mine, part) for part in words), runaways
-        said, ran = said + mine, ran + runaways
+        said, total_runaways = said + mine, total_runaways + runaways
         heard = [old + new for old, new in zip(heard, words, strict=True)]
-    yield "all", *(error_rate(said, part) for part in heard), ran
+    yield "all", *(error_rate(said, part) for part in heard), total_runaways
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,18 +93,18 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     groups = {
-        "words of the templates": [text for text in texts if is_closed(text)],
-        "any words": [text for text in texts if not is_closed(text)],
+        "words of the templates": [text for text in texts if in_vocabulary(text)],
+        "any words": [text for text in texts if not in_vocabulary(text)],
     }
-    codec, voice = load_codec(args.model), TextToSpeech.from_pretrained(args.model, device="cpu")
+    codec, tts = load_codec(args.model), TextToSpeech.from_pretrained(args.model, device="cpu")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for title, group in groups.items():
             group = group[: args.sentences]
             print(f"word error rate, {len(group)} held-out sentences, {title}")
             print(f"{'voice':8}{'teacher':>9}{'codec':>9}{'synthesis':>11}{'runaways':>10}")
-            for name, *rates, ran in rows(group, codec, voice, pool.map):
+            for name, *rates, runaways in rows(group, codec, tts, pool.map):
                 shown = "{:9.3f}{:9.3f}{:11.3f}".format(*rates)
-                print(f"{name:8}{shown}{ran:10d}", flush=True)
+                print(f"{name:8}{shown}{runaways:10d}", flush=True)
     return 0
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic import save_model
 from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, find_codec
-from fish_speech.models.weights import read_state_dict
+from fish_speech.models.weights import read_checkpoint, read_state_dict, save_tensors
 from recipes.tiny.model import new_model, tiny_config, tiny_tokenizer
 from recipes.tiny.texts import CACHE
 from recipes.tiny.train import CHECKPOINT
@@ -23,7 +22,7 @@ def export_model(checkpoint: Path | None, directory: Path) -> None:
     if checkpoint is None:
         state = new_model(seed=0).state_dict()
     else:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
+        state = read_checkpoint(checkpoint)["model"]
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer)
     save_model(state, directory, config=config, tokenizer=tokenizer, dtype=torch.float16)
@@ -33,8 +32,7 @@ def export_codec(source: Path, directory: Path) -> None:
     """Copy the codec of a model directory, at half precision."""
     file = find_codec(source)
     state = {key: value.half() for key, value in read_state_dict(file, prefixes=()).items()}
-    with atomic_path(directory / file.name) as temporary:
-        torch.save({key: value.clone() for key, value in state.items()}, temporary)
+    save_tensors({key: value.clone() for key, value in state.items()}, directory / file.name)
     if source.resolve() != directory.resolve():
         shutil.copyfile(source / CODEC_CONFIG_FILE, directory / CODEC_CONFIG_FILE)
 

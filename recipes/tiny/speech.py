@@ -24,8 +24,8 @@ from fish_speech.datasets.shards import sentence, text_data
 from fish_speech.models.vqgan import Codec, load_codec
 from fish_speech.worker_processes import die_with_parent
 from recipes.tiny.texts import CACHE, read_sentences
-from recipes.tiny.voices import VOICES, disguised, speak, unnamed
-from recipes.tiny.words import is_closed
+from recipes.tiny.voices import VOICES, disguised_speaker, speak, unnamed_speaker
+from recipes.tiny.words import in_vocabulary
 
 BLOCK = 256
 NEIGHBOURS = 8  # sentences, about half of them known, that one voice speaks
@@ -42,28 +42,27 @@ def jobs_of(texts: list[str], begin: int, kind: str) -> list[tuple[str, str]]:
     indices = [
         index
         for index in range(begin, min(begin + BLOCK, len(texts)))
-        if is_closed(texts[index]) == (kind != "open")
+        if in_vocabulary(texts[index]) == (kind != "open")
     ]
     if kind == "unnamed":
-        return [(texts[index], unnamed(index // NEIGHBOURS)) for index in indices]
+        return [(texts[index], unnamed_speaker(index // NEIGHBOURS)) for index in indices]
     if kind == "disguised":
         groups = [(index, index // NEIGHBOURS) for index in indices]
-        return [(texts[index], disguised(group)) for index, group in groups if group % 4 == 0]
+        return [
+            (texts[index], disguised_speaker(group)) for index, group in groups if group % 4 == 0
+        ]
     return [(texts[index], speaker_of(index)) for index in indices]
 
 
 def encode(codec: Codec, waveforms: list[np.ndarray], batch_size: int = 16) -> list[np.ndarray]:
-    """Codes [K, T] (uint16) of each waveform [N]; alike lengths are encoded together."""
+    """Codes [K, T] (uint16) of each waveform [N]; similar lengths are encoded together."""
     order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
     codes: dict[int, np.ndarray] = {}
     for begin in range(0, len(order), batch_size):
         indices = order[begin : begin + batch_size]
-        lengths = torch.tensor([len(waveforms[index]) for index in indices])
-        size = int(lengths.max())
-        padded = np.stack([np.pad(waveforms[i], (0, size - len(waveforms[i]))) for i in indices])
-        found, frames = codec.encode(torch.from_numpy(padded)[:, None].to(codec.device), lengths)
-        for row, index in enumerate(indices):
-            codes[index] = found[row, :, : frames[row]].cpu().numpy().astype(np.uint16)
+        batch = [torch.from_numpy(waveforms[index])[None] for index in indices]
+        for index, found in zip(indices, codec.encode_batch(batch), strict=True):
+            codes[index] = found.numpy().astype(np.uint16)
     return [codes[index] for index in range(len(waveforms))]
 
 
@@ -81,7 +80,7 @@ def speak_block(jobs: list[tuple[str, str]], codec: Codec, pool: ThreadPoolExecu
 
 
 def missing_shards(texts: list[str], args: argparse.Namespace) -> list[tuple[Path, list]]:
-    """The shards that are not there yet, each with its jobs; those of the last block first."""
+    """The shards still to be made, each with its jobs; those of the last block first."""
     begins = list(range(0, len(texts), BLOCK))
     kinds = [kind for kind in KINDS if not (args.closed and kind == "open")]
     shards = [

@@ -3,9 +3,9 @@
 A stopped run goes on from its last checkpoint. The rate falls as a cosine over `--steps`, or over
 `--minutes` of training where that ends first.
 
-What takes a text-to-speech language model longest is to find out that it has to read: which letter
-a frame speaks. So one head of attention in two of its layers is taught to look at about the right
-letter, and the rest of the model finds there what to say next.
+A text-to-speech language model takes longest to learn the alignment: which letter a frame speaks.
+So a guided attention loss teaches one head in two of its layers to look at about the right letter,
+and the rest of the model finds there what to say next.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from tqdm import tqdm
 
 from fish_speech.conversation import IGNORE_INDEX
 from fish_speech.devices import keep_freed_memory, multiplies_bf16
-from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.llama import rotary_table
 from fish_speech.models.text2semantic.ops.torch_ops import rotate
+from fish_speech.models.weights import read_checkpoint, save_tensors
 from fish_speech.worker_processes import die_with_parent
-from recipes.tiny.batches import NOWHERE, Corpus, batches, token_durations
+from recipes.tiny.batches import UNALIGNED, Corpus, batches, token_durations
 from recipes.tiny.corpus import read_corpus
 from recipes.tiny.model import new_model, tiny_tokenizer
 from recipes.tiny.muon import Muon
 from recipes.tiny.texts import CACHE
 from recipes.tiny.voices import VOICES
-from recipes.tiny.words import is_closed
+from recipes.tiny.words import in_vocabulary
 
-ADAM_RATE, MUON_RATE = 1.5e-3, 0.02  # peaks
-WARM_UP, LAST_SHARE = 200, 0.01
-READING_LAYERS, READING_REACH = (2, 3), 4  # whose first head reads along; letters either way
-READING_WEIGHT = 0.2  # of its loss
+ADAM_LR, MUON_LR = 1.5e-3, 0.02  # peaks
+WARMUP_STEPS, FINAL_LR_SHARE = 200, 0.01
+GUIDED_LAYERS, GUIDED_REACH = (2, 3), 4  # whose first head is guided; letters either way
+GUIDED_WEIGHT = 0.2  # of the guided attention loss
 FAST_FRAMES = 120  # of about 460 in a batch: the fast transformer learns from a share of them
 CHECKPOINT = "train.ckpt"
 
 
 def hidden_states(model: DualARTransformer, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The model's `hidden_states` [B, T, D], and the attention logits [B, T, T] of the first head
-    of `READING_LAYERS` before the causal mask."""
+    of `GUIDED_LAYERS` before the causal mask."""
     c = model.config
     x, logits = model.embed(tokens), []
     rotary = rotary_table(tokens.shape[-1], c.head_dim, c.rope_base, tokens.device)
     for number, layer in enumerate(model.layers):
-        if number in READING_LAYERS:
+        if number in GUIDED_LAYERS:
             heads = layer.attention.wqkv(layer.attention_norm(x)).unflatten(-1, (-1, c.head_dim))
             # The first query head and the first key head behind the queries.
             q, k = rotate(heads[:, :, [0, c.n_head]], rotary).unbind(2)  # [B, T, d]
@@ -65,25 +65,25 @@ def hidden_states(model: DualARTransformer, tokens: Tensor) -> tuple[Tensor, lis
     return x, logits
 
 
-def reading_loss(logits: Tensor, places: Tensor) -> Tensor:
-    """Mean -log of the attention that falls within `READING_REACH` letters of the place.
+def guided_attention_loss(logits: Tensor, alignment: Tensor) -> Tensor:
+    """Mean -log of the attention within `GUIDED_REACH` letters of the aligned one.
 
-    `logits` [B, T, T] before the causal mask; `places` [B, T] of `batches.Item`.
+    `logits` [B, T, T] before the causal mask; `alignment` [B, T] of `batches.Item`.
     """
     columns = torch.arange(logits.shape[-1], device=logits.device)
     future = columns > columns[:, None]
-    near = (columns - places[..., None]).abs() <= READING_REACH  # [B, T, T]
-    reads = places != NOWHERE  # [B, T]
+    near = (columns - alignment[..., None]).abs() <= GUIDED_REACH  # [B, T, T]
+    aligned = alignment != UNALIGNED  # [B, T]
     logits = logits.float().masked_fill(future, -torch.inf)
     inside = logits.masked_fill(~near, -torch.inf).logsumexp(-1)
-    missing = torch.where(reads, logits.logsumexp(-1) - inside, 0.0)
-    return missing.sum() / reads.sum()
+    missing = torch.where(aligned, logits.logsumexp(-1) - inside, 0.0)
+    return missing.sum() / aligned.sum()
 
 
-def rate_share(step: int, progress: float) -> float:
-    """Share of the peak rate: linear warm-up, then a cosine to the last as progress goes to 1."""
+def lr_share(step: int, progress: float) -> float:
+    """Share of the peak rate: linear warm-up, then a cosine to the final one at progress 1."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return min(1.0, (step + 1) / WARM_UP) * (LAST_SHARE + (1 - LAST_SHARE) * cosine)
+    return min(1.0, (step + 1) / WARMUP_STEPS) * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * cosine)
 
 
 class Run:
@@ -111,7 +111,7 @@ class Run:
             self.model.load_state_dict(load_model(start).state_dict())
         parameters = list(self.model.parameters())
         sizes = [parameter.numel() for parameter in parameters]
-        # All gradients lie in one vector, so that one message carries them and four figures.
+        # All gradients lie in one vector, so that one all-reduce averages them and four figures.
         self.gradients = torch.zeros(sum(sizes) + 4, device=device)
         for parameter, piece in zip(parameters, self.gradients.split([*sizes, 4]), strict=False):
             parameter.grad = piece.view_as(parameter)
@@ -122,13 +122,13 @@ class Run:
         chosen = {id(matrix) for matrix in matrices}
         others = [p for p in parameters if id(p) not in chosen]
         self.shares = [matrices[owner :: world_size()] for owner in range(world_size())]
-        self.muon = Muon(self.shares[rank()], lr=MUON_RATE, weight_decay=0.01)
+        self.muon = Muon(self.shares[rank()], lr=MUON_LR, weight_decay=0.01)
         self.adam = torch.optim.AdamW(
-            others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+            others, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
         self.step, self.seconds = 0, 0.0
         if self.file.exists():
-            state = torch.load(self.file, map_location=device, weights_only=True)
+            state = read_checkpoint(self.file, mapped=False)
             self.model.load_state_dict(state["model"])
             self.adam.load_state_dict(state["adam"])
             self.step, self.seconds = state["step"], state["seconds"]
@@ -143,15 +143,15 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
         }
-        with atomic_path(self.file) as temporary:
-            torch.save(state, temporary)
+        save_tensors(state, self.file)
 
-    def losses(self, tokens: Tensor, labels: Tensor, places: Tensor) -> Tensor:
-        """Token loss of row 0, codebook loss of `FAST_FRAMES` random frames, reading loss: [3].
+    def losses(self, tokens: Tensor, labels: Tensor, alignment: Tensor) -> Tensor:
+        """Token loss of row 0, codebook loss of `FAST_FRAMES` random frames, guided attention loss:
+        [3].
 
         The first two are the package's `loss_sums` for batches whose every shape is known.
         """
-        tokens, labels, places = (part.to(self.device) for part in (tokens, labels, places))
+        tokens, labels, alignment = (part.to(self.device) for part in (tokens, labels, alignment))
         # Entered at every step: autocast keeps its copies of the weights until it is left.
         with self.autocast():
             hidden, attention = self.hidden_states(self.model, tokens)  # [B, T, D]
@@ -159,7 +159,7 @@ class Run:
         token_loss = F.cross_entropy(
             token_logits.flatten(0, 1), labels[:, 0].flatten(), ignore_index=IGNORE_INDEX
         )
-        reading = torch.stack([reading_loss(logits, places) for logits in attention]).mean()
+        guided = [guided_attention_loss(logits, alignment) for logits in attention]
         frames = (labels[:, 1] != IGNORE_INDEX).flatten().nonzero()[:, 0].cpu()
         # Some are drawn twice where there are too few, so that the shape never changes.
         draws = torch.rand(max(FAST_FRAMES, len(frames)), generator=self.generator).argsort()
@@ -169,7 +169,7 @@ class Run:
             hidden = hidden.flatten(0, 1)[chosen]
             logits = self.codebook_logits(self.model, hidden, codes).float()  # [N, K, C]
         codebook_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
-        return torch.stack([token_loss, codebook_loss, reading])
+        return torch.stack([token_loss, codebook_loss, torch.stack(guided).mean()])
 
     def validate(self, held_out: Corpus, durations: np.ndarray) -> list[float]:
         """Mean losses on batches that no step trains on, without noise.
@@ -184,18 +184,18 @@ class Run:
     def update(self, batch: tuple[Tensor, ...], share: float) -> tuple[Tensor, Tensor]:
         """One step at a share of the peak rates.
 
-        Returns losses [3] (token, codebook, reading) and the seconds trained, means over the
-        processes.
+        Returns losses [3] (token, codebook, guided attention) and the seconds trained, means over
+        the processes.
         """
-        self.adam.param_groups[0]["lr"] = ADAM_RATE * share
-        self.muon.param_groups[0]["lr"] = MUON_RATE * share
+        self.adam.param_groups[0]["lr"] = ADAM_LR * share
+        self.muon.param_groups[0]["lr"] = MUON_LR * share
         self.gradients.zero_()
         losses = self.losses(*batch)
-        (losses[:2].sum() + READING_WEIGHT * losses[2]).backward()
+        (losses[:2].sum() + GUIDED_WEIGHT * losses[2]).backward()
         self.gradients[-4:-1], self.gradients[-1] = losses.detach(), self.seconds
         if dist.is_initialized():
             dist.all_reduce(self.gradients)
-        figures = self.gradients[-4:].cpu() / world_size()
+        averages = self.gradients[-4:].cpu() / world_size()
         norm = self.gradients[:-4].norm() / world_size()
         self.gradients *= torch.clamp(1.0 / (norm + 1e-6), max=1.0) / world_size()
         self.adam.step()
@@ -209,7 +209,7 @@ class Run:
             for message in sent:
                 message.wait()
         self.step += 1
-        return figures[:3], figures[3]
+        return averages[:3], averages[3]
 
 
 def rank() -> int:
@@ -222,27 +222,27 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def closed_only(corpus: Corpus) -> Corpus:
+def in_vocabulary_only(corpus: Corpus) -> Corpus:
     """The utterances whose words are all of the templates' vocabulary."""
-    return [(speaker, spoken) for speaker, spoken in corpus if is_closed(spoken.text)]
+    return [(speaker, spoken) for speaker, spoken in corpus if in_vocabulary(spoken.text)]
 
 
 def train(run: Run, training: Corpus, held_out: Corpus, args: argparse.Namespace) -> None:
     """Train to the end of the schedule; save and validate every `save_minutes`."""
     durations = token_durations(training, tiny_tokenizer())
     if args.closed:
-        training, held_out = map(closed_only, (training, held_out))
+        training, held_out = map(in_vocabulary_only, (training, held_out))
     source = batches(training, tiny_tokenizer(), durations, run.generator)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=5, disable=rank() > 0)
     seconds = saved = run.seconds
     began, means = time.monotonic() - run.seconds, torch.zeros(3)
     while (progress := max(run.step / args.steps, seconds / (60 * args.minutes))) < 1:
-        share = args.peak * rate_share(run.step, progress)
+        share = args.peak * lr_share(run.step, progress)
         losses, mean_seconds = run.update(next(source), share)
         seconds, run.seconds = float(mean_seconds), time.monotonic() - began
         means = losses if not means.any() else 0.98 * means + 0.02 * losses
         bar.update()
-        figures = "{:.3f} + {:.3f}, reading {:.3f}".format(*means)
+        figures = "{:.3f} + {:.3f}, attention {:.3f}".format(*means)
         bar.set_postfix_str(f"loss {figures}, {progress:.1%} of the schedule", refresh=False)
         if rank() == 0 and seconds - saved >= 60 * args.save_minutes:
             saved = seconds

@@ -45,18 +45,18 @@ _SPEEDS = (0.8, 1.25)  # of a disguise
 
 
 @dataclass(frozen=True)
-class Sound:
-    """How a voice sounds: a filter's gains in dB, and the level of its peak against before."""
+class Filter:
+    """A filter's gains in dB, and the change of the peak's level in dB."""
 
     gains: tuple[float, ...]
     level: float
 
     @classmethod
-    def draw(cls, generator: random.Random) -> Sound:
+    def draw(cls, generator: random.Random) -> Filter:
         gains = tuple(generator.uniform(-_GAIN, _GAIN) for _ in range(_BANDS))
         return cls(gains, generator.uniform(*_LEVELS))
 
-    def of(self, samples: np.ndarray) -> np.ndarray:
+    def apply(self, samples: np.ndarray) -> np.ndarray:
         """Speech [N] at 16 kHz darker, brighter or hollow, louder or softer."""
         mels = np.log1p(np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE) / 700)
         bands = np.linspace(0, np.log1p(SAMPLE_RATE / 2 / 700), _BANDS)
@@ -69,22 +69,22 @@ class Sound:
 @dataclass(frozen=True)
 class Voice:
     """A voice of flite, and for one made of it: its mean pitch in Hz, how much higher its formants
-    lie (a shorter vocal tract), how much faster it speaks, and how it sounds."""
+    lie (a shorter vocal tract), how much faster it speaks, and its filter."""
 
     flite: str
     pitch: float | None = None
     tract: float = 1.0
     pace: float = 1.0
-    sound: Sound | None = None
+    filter: Filter | None = None
 
 
-def unnamed(number: int) -> str:
-    """What `speak` calls the unnamed voice of a number (0, 1, ...)."""
+def unnamed_speaker(number: int) -> str:
+    """The speaker that `speak` takes for an unnamed voice (0, 1, ...)."""
     return f"unnamed-{number:05d}"
 
 
-def disguised(number: int) -> str:
-    """What `speak` calls the disguised stranger of a number (0, 1, ...)."""
+def disguised_speaker(number: int) -> str:
+    """The speaker that `speak` takes for a disguised stranger (0, 1, ...)."""
     return f"disguised-{number:05d}"
 
 
@@ -96,7 +96,7 @@ def voice_of(speaker: str) -> Voice:
     flite = draw.choice(list(_RANGES))
     pitches, tracts = _RANGES[flite]
     tract, pace = round(draw.uniform(*tracts), 2), draw.uniform(*_PACES)
-    return Voice(flite, draw.uniform(*pitches), tract, pace, Sound.draw(draw))
+    return Voice(flite, draw.uniform(*pitches), tract, pace, Filter.draw(draw))
 
 
 def speak(text: str, speaker: str) -> np.ndarray:
@@ -118,7 +118,7 @@ def speak(text: str, speaker: str) -> np.ndarray:
         command += ["--setf", f"int_f0_target_mean={voice.pitch / voice.tract:.1f}"]
         command += ["--setf", f"duration_stretch={voice.tract / voice.pace:.3f}"]
     samples = trim(_spoken([*command, "-t", text, "-o"], speed=voice.tract))
-    return voice.sound.of(samples) if voice.sound else samples
+    return voice.filter.apply(samples) if voice.filter else samples
 
 
 def _spoken(command: list[str], text: str = "", *, speed: float = 1.0) -> np.ndarray:
@@ -142,7 +142,7 @@ def trim(samples: np.ndarray, threshold: float = 0.01) -> np.ndarray:
 
 def disguise(samples: np.ndarray, generator: random.Random) -> np.ndarray:
     """Speech [N] at 16 kHz as somebody else might have said it elsewhere: played at another speed,
-    which moves pitch and formants, and with another sound."""
+    which moves pitch and formants, and through another filter."""
     speed = generator.uniform(*_SPEEDS)
     moved = resample(samples, round(SAMPLE_RATE * speed), SAMPLE_RATE)
-    return Sound.draw(generator).of(moved)
+    return Filter.draw(generator).apply(moved)

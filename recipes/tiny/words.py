@@ -111,6 +111,6 @@ def words_of(text: str) -> set[str]:
 VOCABULARY = words_of(" ".join(value for values in TEMPLATES.values() for value in values))
 
 
-def is_closed(text: str) -> bool:
+def in_vocabulary(text: str) -> bool:
     """Whether every word of a text is one of the templates' vocabulary."""
     return words_of(text) <= VOCABULARY

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fish_speech.audio import load_audio
-from fish_speech.evaluation.scoring import Listener
+from fish_speech.evaluation.scoring import Scorer
 from fish_speech.evaluation.speaker import SpeakerEncoder
 from fish_speech.evaluation.synthesis import Candidate
 from fish_speech.inference import Piece
@@ -32,8 +32,8 @@ class Planted:
     sample_rate = RATE
     said = 0
 
-    def __init__(self, speak, runs_on=False):
-        self.speak, self.runs_on = speak, runs_on
+    def __init__(self, speak, runaway=False):
+        self.speak, self.runaway = speak, runaway
 
     def encode_reference(self, audio, text):
         return text
@@ -43,16 +43,15 @@ class Planted:
         waveform = self.speak(text, settings.seed)
         if waveform is not None:
             yield Piece(waveform, 0, 1, waveform.shape[1] // 160)
-        yield Piece(torch.zeros(1, 0), 0, 1, 0, True, ran_on=self.runs_on)
+        yield Piece(torch.zeros(1, 0), 0, 1, 0, True, ran_on=self.runaway)
         if waveform is None:
             raise ValueError("the model said nothing")
 
 
 def planted(name, speak, step=None, **more):
-    """A candidate that speaks as told; its `voice` counts what it said."""
-    voice = Planted(speak, **more)
-    candidate = Candidate(name, ROOT, name, lambda: voice, step)
-    return candidate, voice
+    """A candidate that speaks as told, and its model, which counts what it said."""
+    model = Planted(speak, **more)
+    return Candidate(name, ROOT, name, lambda: model, step), model
 
 
 class Hearing:
@@ -72,8 +71,8 @@ class Hearing:
 
 
 @pytest.fixture(scope="session")
-def listener():
-    return Listener(Hearing(), SpeakerEncoder.from_pretrained())
+def scorer():
+    return Scorer(Hearing(), SpeakerEncoder.from_pretrained())
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import pytest
 
 from fish_speech.audio import load_audio
-from fish_speech.evaluation.asr import PocketSphinx, at_hand, choose_recogniser
+from fish_speech.evaluation.asr import PocketSphinx, choose_recogniser, is_available_offline
 from fish_speech.preparation.error_rates import word_errors
 from tests.conftest import ROOT
 
@@ -58,7 +58,7 @@ def test_a_whisper_model_at_hand_is_preferred_and_one_asked_for_must_be_had(tmp_
         "fish_speech.evaluation.asr.load_recogniser",
         lambda model, device: asked.append(model),
     )
-    assert not at_hand("base")
+    assert not is_available_offline("base")
     (tmp_path / "whisper").mkdir()
     (tmp_path / "whisper/base.pt").touch()
     choose_recogniser([OTHERS["german"]])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import cli_tts
-from fish_speech.evaluation.leaderboard import Leaderboard, Row, Sample, Spoken
+from fish_speech.evaluation.leaderboard import EvalSample, Leaderboard, ModelRow, SampleResult
 from fish_speech.evaluation.recommend import Commands, prefer
 from tests.evaluation.conftest import CLIPS, Hearing
 from tests.random_voice import make_voice
@@ -44,7 +44,9 @@ def test_two_models_are_measured_and_shown(models, place, capsys):
     said = capsys.readouterr()
     folder = place / "output/me-against-me"
     assert said.out == "output/me-against-me/leaderboard.html\n"
-    assert "Keep A: me: neither is better than the other" in said.err  # they are alike
+    assert (
+        "Keep A: me: neither is significantly better than the other" in said.err
+    )  # they are alike
     board = Leaderboard.read(folder / "leaderboard.json")
     assert [row.name for row in board.rows] == ["A: me", "B: me"]
     assert [sample.text for sample in board.samples] == TEXTS
@@ -137,24 +139,24 @@ def test_the_flags_go_together(models, place, capsys):
 @pytest.mark.parametrize(
     ("a", "b", "chosen", "reason"),
     [
-        ((0.5, None), (0.1, None), "b", "b makes fewer word errors than a"),
-        ((0.1, None), (0.5, None), "a", "a makes fewer word errors than b"),
-        ((0.1, 0.6), (0.1, 0.8), "b", "b is more like the voice than a"),
-        ((0.9, 0.6), (0.1, 0.6), "b", "b makes fewer word errors than a"),
-        ((0.1, 0.6), (0.5, 0.8), None, "b is more like the voice, and makes more word errors"),
-        ((0.9, 0.8), (0.1, 0.6), None, "a is more like the voice, and makes more word errors"),
-        ((0.1, 0.6), (0.1, 0.6), None, "neither is better"),
+        ((0.5, None), (0.1, None), "b", "fewer word errors than a (significant at 95%)"),
+        ((0.1, None), (0.5, None), "a", "fewer word errors than b (significant at 95%)"),
+        ((0.1, 0.6), (0.1, 0.8), "b", "more like the voice than a (significant at 95%)"),
+        ((0.9, 0.6), (0.1, 0.6), "b", "fewer word errors than a (significant at 95%)"),
+        ((0.1, 0.6), (0.5, 0.8), None, "b is significantly more like the voice, but"),
+        ((0.9, 0.8), (0.1, 0.6), None, "a is significantly more like the voice, but"),
+        ((0.1, 0.6), (0.1, 0.6), None, "neither is significantly better"),
     ],
 )
 def test_the_better_of_two(a, b, chosen, reason):
     samples = [
-        Sample(str(i), f"one two three {i}", False, None, {
-            name: Spoken(None, wer + i / 100, None, similarity and similarity + i / 100)
+        EvalSample(str(i), f"one two three {i}", False, None, {
+            name: SampleResult(None, wer + i / 100, None, similarity and similarity + i / 100)
             for name, (wer, similarity) in {"a": a, "b": b}.items()
         })
         for i in range(6)
     ]  # fmt: skip
-    rows = Row("a", path="pa"), Row("b", path="pb")
+    rows = ModelRow("a", path="pa"), ModelRow("b", path="pb")
     found = prefer(*rows, samples, Commands("speak {path}", "", "keep"))
     assert found.reason.startswith(reason)
     assert (found.verdict, found.choice) == (("use", chosen) if chosen else ("keep the base", "a"))

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from fish_speech.evaluation.leaderboard import (
-    Figure,
+    Estimate,
+    EvalSample,
     Leaderboard,
+    ModelRow,
     Recommendation,
-    Row,
-    Sample,
-    Spoken,
+    SampleResult,
 )
 
 
@@ -23,11 +23,15 @@ def test_a_leaderboard_is_read_as_it_was_written(tmp_path):
         settings={"samples": 2},
         recommendation=Recommendation("base", 0, "keep the base", "why", "what next"),
         rows=[
-            Row("base", 0, "base", None, {"wer": Figure(0.1, 0.0, 0.2, 2), "cer": None}),
-            Row("step_000000100", 100, "x.ckpt", "damaged"),
+            ModelRow("base", 0, "base", None, {"wer": Estimate(0.1, 0.0, 0.2, 2), "cer": None}),
+            ModelRow("step_000000100", 100, "x.ckpt", "damaged"),
         ],
-        scale=[Row("recording", figures={"wer": Figure(0.05, 0.0, 0.1, 2)})],
-        samples=[Sample("0001", "Hé.", True, None, {"base": Spoken("audio/base/0001.wav", 0.5)})],
+        scale=[ModelRow("recording", figures={"wer": Estimate(0.05, 0.0, 0.1, 2)})],
+        samples=[
+            EvalSample(
+                "0001", "Hé.", True, None, {"base": SampleResult("audio/base/0001.wav", 0.5)}
+            )
+        ],
     )
     path = board.write(tmp_path)
     assert json.loads(path.read_text("utf-8"))["rows"][0]["figures"]["wer"]["high"] == 0.2

@@ -10,15 +10,15 @@ from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.measure import measure
 from fish_speech.evaluation.recommend import Commands
 from fish_speech.evaluation.resynthesis import Resynthesis
-from fish_speech.evaluation.scoring import Clip, Voice
-from fish_speech.evaluation.synthesis import Candidate, Line, Recording, plan_lines
+from fish_speech.evaluation.scoring import ClipScores, SpeakerProfile
+from fish_speech.evaluation.synthesis import Candidate, Line, RealClip, plan_lines
 from tests.conftest import ROOT
 from tests.evaluation.conftest import CLIPS, STRANGER, planted, text_of, waveform_of
 
 TINY = ROOT / "checkpoints" / "tiny"
 COMMANDS = Commands("merge", "more steps", "keep")
 HELD_OUT = {text_of(clip): clip for clip in CLIPS[:4]}
-REAL = [Recording(clip, text_of(clip)) for clip in CLIPS[4:8]]
+REAL = [RealClip(clip, text_of(clip)) for clip in CLIPS[4:8]]
 
 
 def good(text, seed):
@@ -37,10 +37,10 @@ def noise(text, seed):
 
 
 @pytest.fixture
-def run(tmp_path, listener):
+def run(tmp_path, scorer):
     """`run(candidates...)` measures them on four texts, said once without a reference."""
     texts = [
-        Line("", text, voice="rms", recording=Recording(clip, text))
+        Line("", text, voice="rms", recording=RealClip(clip, text))
         for text, clip in HELD_OUT.items()
     ]
 
@@ -51,7 +51,7 @@ def run(tmp_path, listener):
             {"rms": REAL},
             tmp_path,
             title="t",
-            listener=listener,
+            scorer=scorer,
             commands=COMMANDS,
             strangers=[STRANGER],
             **more,
@@ -97,7 +97,7 @@ def test_planted_models_get_the_figures_that_they_deserve(run, tmp_path):
 def test_silence_and_endless_speech_are_counted(run):
     base, _ = planted("base", good)
     mute, _ = planted("mute", lambda text, seed: None if "tide" in text else good(text, seed))
-    endless, _ = planted("endless", good, runs_on=True)
+    endless, _ = planted("endless", good, runaway=True)
     rows = run(base, mute, endless).rows
     assert [row.figures["empty"].mean for row in rows] == [0, 0.25, 0]
     assert [row.figures["runaways"].mean for row in rows] == [0, 0, 1]
@@ -169,15 +169,15 @@ def test_with_and_without_a_reference(run):
     assert figures["runaways"].n == 4  # a text with and without one is one sample
 
 
-def test_a_damaged_recording_is_left_out_and_named(tmp_path, listener):
+def test_a_damaged_recording_is_left_out_and_named(tmp_path, scorer):
     bad = tmp_path / "bad.wav"
     bad.write_bytes(b"RIFF....")
     said = []
     candidate, _ = planted("base", good)
     lines = plan_lines([Line("", next(iter(HELD_OUT)), voice="rms")], 1, {})
     board = measure(
-        [candidate], lines, {"rms": [*REAL[:2], Recording(bad, "x")]}, tmp_path, title="t",
-        listener=listener, commands=COMMANDS, say=said.append,
+        [candidate], lines, {"rms": [*REAL[:2], RealClip(bad, "x")]}, tmp_path, title="t",
+        scorer=scorer, commands=COMMANDS, say=said.append,
     )  # fmt: skip
     assert "bad.wav" in said[0]
     within = next(row for row in board.scale if row.name == "recording against recording")
@@ -185,7 +185,7 @@ def test_a_damaged_recording_is_left_out_and_named(tmp_path, listener):
 
 
 def test_what_the_codec_leaves_of_a_recording_is_on_the_scale(run, tmp_path):
-    made = Resynthesis(TINY, tmp_path, "cpu").of({"rms": [*REAL, Recording(tmp_path / "no", "x")]})
+    made = Resynthesis(TINY, tmp_path, "cpu").of({"rms": [*REAL, RealClip(tmp_path / "no", "x")]})
     assert [clip.text for clip in made["rms"]] == [clip.text for clip in REAL]
     for clip, real in zip(made["rms"], REAL, strict=True):
         seconds = [audio_info(each.audio).duration for each in (clip, real)]
@@ -208,7 +208,7 @@ def test_a_recording_goes_through_the_codec_once(tmp_path, monkeypatch):
 
 
 def test_a_real_clip_is_compared_with_the_others_only():
-    clips = [Clip(1.0, 1, vector=vector) for vector in np.eye(3, dtype=np.float32)]
-    assert Voice(clips).within() == [0, 0, 0]
-    assert Voice(clips).similarity(clips[0]) == pytest.approx(3**-0.5)
-    assert Voice(clips[:1]).within() == Voice([]).within() == []
+    clips = [ClipScores(1.0, 1, embedding=vector) for vector in np.eye(3, dtype=np.float32)]
+    assert SpeakerProfile(clips).leave_one_out() == [0, 0, 0]
+    assert SpeakerProfile(clips).similarity(clips[0]) == pytest.approx(3**-0.5)
+    assert SpeakerProfile(clips[:1]).leave_one_out() == SpeakerProfile([]).leave_one_out() == []

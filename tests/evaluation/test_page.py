@@ -8,12 +8,12 @@ import pytest
 
 from fish_speech.audio_decoding import audio_info
 from fish_speech.evaluation.leaderboard import (
-    Figure,
+    Estimate,
+    EvalSample,
     Leaderboard,
+    ModelRow,
     Recommendation,
-    Row,
-    Sample,
-    Spoken,
+    SampleResult,
 )
 from fish_speech.evaluation.page import write_markdown, write_page
 from fish_speech.preparation.report import write_report
@@ -26,11 +26,11 @@ EVIL = "</script><img src=x onerror='pwned=1'>\"'<script>pwned=1</script>"
 
 def figures(wer, similarity, loss=None):
     made = {
-        "wer": Figure(wer, wer / 2, wer + 0.1, 4),
-        "similarity": Figure(similarity, similarity - 0.02, similarity + 0.02, 4),
-        "runaways": Figure(0.0, 0.0, 0.0, 4),
+        "wer": Estimate(wer, wer / 2, wer + 0.1, 4),
+        "similarity": Estimate(similarity, similarity - 0.02, similarity + 0.02, 4),
+        "runaways": Estimate(0.0, 0.0, 0.0, 4),
     }
-    return made | ({"held_out_loss": Figure(loss, loss - 0.1, loss + 0.1, 4)} if loss else {})
+    return made | ({"held_out_loss": Estimate(loss, loss - 0.1, loss + 0.1, 4)} if loss else {})
 
 
 def planted(folder, models=None, clips=CLIPS[:2], texts=None, verdict="use", choice="step_2"):
@@ -38,9 +38,10 @@ def planted(folder, models=None, clips=CLIPS[:2], texts=None, verdict="use", cho
     models = models or {"base": figures(0.3, 0.6, 5.0), "step_1": figures(0.5, 0.7, 4.0),
                         "step_2": figures(0.2, 0.8, 3.0)}  # fmt: skip
     rows = [
-        Row(name, step, f"{name}.ckpt", figures=f) for step, (name, f) in enumerate(models.items())
+        ModelRow(name, step, f"{name}.ckpt", figures=f)
+        for step, (name, f) in enumerate(models.items())
     ]
-    rows.append(Row("step_3", 3, "step_3.ckpt", error="step_3.ckpt: damaged"))
+    rows.append(ModelRow("step_3", 3, "step_3.ckpt", error="step_3.ckpt: damaged"))
     samples = []
     for index, clip in enumerate(clips):
         for referenced in (False, True):
@@ -50,9 +51,9 @@ def planted(folder, models=None, clips=CLIPS[:2], texts=None, verdict="use", cho
                 audio = f"audio/{model}/{name}.flac"
                 (folder / audio).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(clip, folder / audio)
-                spoken[model] = Spoken(audio, 0.25, 0.1, 0.7, text_of(clip).lower())
+                spoken[model] = SampleResult(audio, 0.25, 0.1, 0.7, text_of(clip).lower())
             words = texts[index] if texts else text_of(clip)
-            samples.append(Sample(name, words, referenced, str(clip), spoken))
+            samples.append(EvalSample(name, words, referenced, str(clip), spoken))
     return Leaderboard(
         title="me",
         recogniser="ears 1.0",
@@ -61,8 +62,8 @@ def planted(folder, models=None, clips=CLIPS[:2], texts=None, verdict="use", cho
         settings={"samples": 2, "seed": 0},
         recommendation=Recommendation(choice, 2, verdict, f"{choice} is better than base", "do it"),
         rows=rows,
-        scale=[Row("recording", figures={"wer": Figure(0.05, 0.01, 0.1, 4)}),
-               Row("another speaker", figures={"similarity": Figure(0.5, 0.4, 0.6, 4)})],
+        scale=[ModelRow("recording", figures={"wer": Estimate(0.05, 0.01, 0.1, 4)}),
+               ModelRow("another speaker", figures={"similarity": Estimate(0.5, 0.4, 0.6, 4)})],
         samples=samples,
     )  # fmt: skip
 
@@ -145,12 +146,15 @@ def test_everything_is_escaped(tmp_path):
     board = planted(tmp_path, {"base": figures(0.3, 0.6)}, texts=[EVIL, "x\udcff"])
     harmless = {tag for tag, _ in page_of(board, tmp_path).tags}
     scripts = len(page_of(board, tmp_path).all("script"))
-    board.rows += [Row(EVIL, None, EVIL, figures=models[EVIL]), Row(EVIL, None, EVIL, error=EVIL)]
-    board.scale.append(Row(EVIL, figures=models[EVIL]))
+    board.rows += [
+        ModelRow(EVIL, None, EVIL, figures=models[EVIL]),
+        ModelRow(EVIL, None, EVIL, error=EVIL),
+    ]
+    board.scale.append(ModelRow(EVIL, figures=models[EVIL]))
     board.title = board.recogniser = board.normalisation = board.speaker_encoder = EVIL
     board.recommendation = Recommendation(EVIL, None, "use", EVIL, EVIL)
     for sample in board.samples:
-        sample.spoken[EVIL] = Spoken("audio/base/0000.flac", 0.1, heard=f"some {EVIL}")
+        sample.spoken[EVIL] = SampleResult("audio/base/0000.flac", 0.1, heard=f"some {EVIL}")
         sample.spoken["base"].heard = EVIL
     page = page_of(board, tmp_path)
     assert {tag for tag, _ in page.tags} <= harmless | {"ins", "del"}
@@ -165,7 +169,7 @@ def test_what_was_heard_shows_what_is_wrong(tmp_path):
     board = planted(tmp_path, texts=["The ferry leaves at ten past.", "Hello."])
     board.samples[0].spoken["base"].heard = "the fairy leaves ten past now"
     board.samples[1].spoken["base"].heard = ""
-    board.samples[2].spoken["base"] = Spoken(None, 1.0, heard="", empty=True)
+    board.samples[2].spoken["base"] = SampleResult(None, 1.0, heard="", empty=True)
     board.samples[3].spoken["base"].runaway = True
     html = write_page(board, tmp_path).read_text(encoding="utf-8")
     assert (
@@ -191,12 +195,12 @@ def test_a_page_that_would_be_too_large_links_to_the_files(tmp_path):
     board = planted(tmp_path)
     whole = page_of(board, tmp_path)
     sizes = [len(a["src"]) for a in whole.all("audio")]
-    page = page_of(board, tmp_path, most_sound=sum(sizes) * 10 // 14 + 100)
+    page = page_of(board, tmp_path, max_audio_bytes=sum(sizes) * 10 // 14 + 100)
     kept = [a["data-sound"] for a in page.all("button") if "data-sound" in a]
     assert len(kept) == 4 + 4 + 4  # recordings, base, recommended
     links = [a["href"] for a in page.all("a")]
     assert links == [f"audio/step_1/{sample.name}.flac" for sample in board.samples]
-    assert "4 takes are not in this page" in page.text
+    assert "4 samples are not in this page" in page.text
 
 
 def test_a_file_that_is_missing_or_damaged_is_not_the_end(tmp_path):
@@ -210,7 +214,7 @@ def test_a_file_that_is_missing_or_damaged_is_not_the_end(tmp_path):
 
 
 def test_a_single_sample_is_not_said_to_be_certain(tmp_path):
-    board = planted(tmp_path, {"base": {"wer": Figure(0.3, 0.3, 0.3, 1)}}, clips=[])
+    board = planted(tmp_path, {"base": {"wer": Estimate(0.3, 0.3, 0.3, 1)}}, clips=[])
     assert "<b>30%</b><small>one sample</small>" in write_page(board, tmp_path).read_text()
     assert "30% (one sample)" in write_markdown(board, tmp_path).read_text()
 
@@ -227,8 +231,8 @@ def test_the_curves_go_where_the_figures_are(tmp_path):
     assert y1 < y0 < y2  # 50%, 30%, 20%, downwards
     band = re.search("class='band' points='(.*?)'", charts[0])[1].split()
     assert float(band[0].split(",")[1]) < y0 < float(band[-1].split(",")[1])
-    scale = re.search(r"class='mark'><path d='M\d+ ([\d.]+)H", charts[0])[1]
-    assert float(scale) > y2  # recordings have fewer errors
+    anchor = re.search(r"class='anchor'><path d='M\d+ ([\d.]+)H", charts[0])[1]
+    assert float(anchor) > y2  # recordings have fewer errors
     assert "another speaker" in charts[1]
     assert "step 1: 0.70 (0.68 to 0.72)" in charts[1]
 
@@ -247,7 +251,7 @@ def test_without_steps_models_stand_side_by_side(tmp_path):
 
 def test_a_leaderboard_with_next_to_nothing_in_it_is_a_page_too(tmp_path):
     nothing = Recommendation(None, None, "keep the base", "", "")
-    board = Leaderboard("t", None, "", None, {}, nothing, [Row("base", 0, error="no memory")])
+    board = Leaderboard("t", None, "", None, {}, nothing, [ModelRow("base", 0, error="no memory")])
     page = page_of(board, tmp_path)
     assert "could not be measured: no memory" in page.text
     assert "No recogniser understands these texts" in page.text
@@ -356,7 +360,7 @@ def test_sorting_by_columns_with_what_has_no_figure_last(shown):
     assert click(2) == ["2", "1", "base", "3"]  # similarity, the most alike first
     assert shown.run(SORTED) == ["none", "none", "descending", "none", "none"]
     assert click(0) == ["base", "1", "2", "3"]
-    scale = "document.querySelector('.scale').innerText"
+    scale = "document.querySelector('.anchors').innerText"
     assert shown.run(f"{scale}.indexOf('recording') < {scale}.indexOf('another speaker')")
 
 
@@ -385,7 +389,7 @@ def test_the_keyboard_reaches_everything(shown):
 
 @pytest.mark.slow
 def test_rows_are_chosen_and_what_was_heard_is_opened(shown):
-    visible = "[...document.querySelectorAll('.takes tbody tr')].map(tr => +!!tr.offsetParent)"
+    visible = "[...document.querySelectorAll('.samples tbody tr')].map(tr => +!!tr.offsetParent)"
     for choice, rows in {"plain": [1, 0, 1, 0], "cloned": [0, 1, 0, 1], "all": [1] * 4}.items():
         shown.run(f"document.getElementById('{choice}').click()")
         assert shown.run(visible) == rows

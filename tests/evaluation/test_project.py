@@ -103,7 +103,7 @@ def test_the_base_and_every_checkpoint_are_measured(project, capsys):
         assert board.rows[0].figures[name].n == len(texts)
     assert "3 texts for 4 samples: --texts FILE gives more" in said.err
     assert said.out.splitlines()[0].split(":")[0] in ("train longer", "keep the base") or (
-        said.out.startswith("use step_")
+        said.out.startswith("use step ")
     )
     for sample in board.samples:
         spoken = [sample.spoken[row.name] for row in board.rows]
@@ -121,12 +121,12 @@ def test_the_training_that_costs_fewer_words_is_a_command_that_works(project, mo
 
     monkeypatch.setattr("fish_speech.evaluation.project._commands", remember)
     assert finetune("--evaluate", "--eval-samples", 1) == 0
-    program, *flags = shlex.split(made.pop().gentler)
+    program, *flags = shlex.split(made.pop().fewer_word_errors)
     assert program == "finetune_tts.py"
     short = ("--max-steps", "1", "--no-evaluate", "--precision", "fp32")
     assert finetune_tts.main([*flags, *short, "--override", "data.validation_share=0.34"]) == 0
     assert finetune_tts.main(["--project", "p-timbre", "--evaluate", "--eval-samples", "1"]) == 0
-    assert made.pop().gentler is None
+    assert made.pop().fewer_word_errors is None
 
 
 def test_again_and_with_one_more_step_only_what_is_new_is_spoken(project, monkeypatch):
@@ -207,9 +207,9 @@ def test_other_instruments_listen_where_they_are_named(project, monkeypatch, xve
     assert board.recogniser.startswith("openai ")
     assert board.speaker_encoder == "small-sv"
     told = [sample for sample in board.samples if sample.text == SENTENCE]
-    takes = [take for sample in told for take in sample.spoken.values()]
-    assert [(take.heard, take.wer) for take in takes] == [(SENTENCE, 0.0)] * 4
-    assert all(-1 <= row.figure("similarity").mean <= 1 for row in board.rows)
+    results = [result for sample in told for result in sample.spoken.values()]
+    assert [(result.heard, result.wer) for result in results] == [(SENTENCE, 0.0)] * 4
+    assert all(-1 <= row.estimate("similarity").mean <= 1 for row in board.rows)
 
 
 def test_where_nothing_is_recommended_nothing_is_merged_and_the_reason_is_said(project, capsys):
@@ -283,7 +283,9 @@ def test_steps_are_measured_in_their_order_whatever_the_flag_says(project):
 def test_speakers_of_the_data_take_the_place_of_the_bases(project, monkeypatch):
     config = json.loads(Path("base/config.json").read_text())
     Path("base/config.json").write_text(json.dumps({**config, "speakers": ["SLT", "KAL"]}))
-    monkeypatch.setattr("fish_speech.evaluation.held_out.HeldOut.named", True)  # as if of several
+    monkeypatch.setattr(
+        "fish_speech.evaluation.held_out.HeldOut.name_speakers", True
+    )  # as if of several
     assert finetune("--evaluate", "--eval-samples", 1) == 0
     board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
     assert [row.error for row in board.rows] == [None] * 3
@@ -370,21 +372,21 @@ def test_nothing_trained_yet(tmp_path, monkeypatch, capsys):
 def test_ctrl_c_is_clean_and_goes_on(project, monkeypatch, capsys):
     from fish_speech.evaluation import measure
 
-    take, taken = measure.take, []
+    speak_line, spoken = measure.speak_line, []
 
     def interrupted(*arguments):
-        if taken:
+        if spoken:
             raise KeyboardInterrupt
-        taken.append(take(*arguments))
-        return taken[-1]
+        spoken.append(speak_line(*arguments))
+        return spoken[-1]
 
-    monkeypatch.setattr(measure, "take", interrupted)
+    monkeypatch.setattr(measure, "speak_line", interrupted)
     flags = ("--evaluate", "--eval-samples", 1, "--checkpoint-step", 2)
     assert finetune(*flags) == 130
     assert "the same command goes on from there" in last_error(capsys)
     assert not (project / FOLDER / "leaderboard.json").exists()
     assert len(list((project / FOLDER / "audio/base").glob("*.wav"))) == 1
-    monkeypatch.setattr(measure, "take", take)
+    monkeypatch.setattr(measure, "speak_line", speak_line)
     assert finetune(*flags) == 0
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fish_speech.evaluation.intervals import figure
-from fish_speech.evaluation.leaderboard import Row, Sample, Spoken
+from fish_speech.evaluation.intervals import estimate
+from fish_speech.evaluation.leaderboard import EvalSample, ModelRow, SampleResult
 from fish_speech.evaluation.recommend import Commands, recommend
 
 TEXT = "one two three four five six seven eight nine ten"
@@ -20,13 +20,13 @@ def board(*models, samples=12, texts=12, loss=None):
     """
     rng = np.random.default_rng(0)
     hard, unlike = rng.uniform(0, 0.2, samples), rng.normal(0, 0.05, samples)
-    rows = [Row("base", 0, "base")]
-    rows += [Row(f"step_{step}", step, f"{step}.ckpt") for step in range(1, len(models))]
-    listed = [Sample(f"{i:04d}", f"{TEXT} {i % texts}", False) for i in range(samples)]
+    rows = [ModelRow("base", 0, "base")]
+    rows += [ModelRow(f"step_{step}", step, f"{step}.ckpt") for step in range(1, len(models))]
+    listed = [EvalSample(f"{i:04d}", f"{TEXT} {i % texts}", False) for i in range(samples)]
     for row, (wer, similarity) in zip(rows, models, strict=True):
         for i, sample in enumerate(listed):
             jitter = rng.normal(0, 0.005, 2)
-            sample.spoken[row.name] = Spoken(
+            sample.spoken[row.name] = SampleResult(
                 None,
                 wer and wer + hard[i] + jitter[0],
                 None,
@@ -34,9 +34,9 @@ def board(*models, samples=12, texts=12, loss=None):
             )
         spoken = [sample.spoken[row.name] for sample in listed]
         for name in ("wer", "similarity"):
-            row.figures[name] = figure([v for s in spoken if (v := getattr(s, name)) is not None])
+            row.figures[name] = estimate([v for s in spoken if (v := getattr(s, name)) is not None])
         if loss:
-            row.figures["held_out_loss"] = figure([loss[len(row.name) > 4 and row.step]])
+            row.figures["held_out_loss"] = estimate([loss[len(row.name) > 4 and row.step]])
     return rows, listed
 
 
@@ -92,14 +92,19 @@ def test_a_row_that_is_the_base_itself_is_never_better():
 @pytest.mark.parametrize(("texts", "steps"), [(3, 1), (3, 10), (12, 10)])
 def test_of_many_useless_checkpoints_none_is_taken_for_better(texts, steps):
     rng = np.random.default_rng(0)
-    rows = [Row("base", 0, "base"), *(Row(f"step_{s}", s, "ckpt") for s in range(1, steps + 1))]
+    rows = [
+        ModelRow("base", 0, "base"),
+        *(ModelRow(f"step_{s}", s, "ckpt") for s in range(1, steps + 1)),
+    ]
 
     def useless():
-        heard = [[Spoken(None, 0.1, None, each) for each in rng.normal(0.6, 0.03, len(rows))]
+        heard = [[SampleResult(None, 0.1, None, each) for each in rng.normal(0.6, 0.03, len(rows))]
                  for _ in range(texts)]  # fmt: skip
         names = [row.name for row in rows]
-        samples = [Sample(f"{i}", f"{TEXT} {i}", False, None, dict(zip(names, each, strict=True)))
-                   for i, each in enumerate(heard)]  # fmt: skip
+        samples = [
+            EvalSample(f"{i}", f"{TEXT} {i}", False, None, dict(zip(names, each, strict=True)))
+            for i, each in enumerate(heard)
+        ]
         return recommend(rows, samples, COMMANDS)
 
     assert sum(useless().verdict == "use" for _ in range(100)) <= 7  # 2.5 are to be expected
@@ -108,7 +113,7 @@ def test_of_many_useless_checkpoints_none_is_taken_for_better(texts, steps):
 def test_a_sure_gain_leaves_a_smaller_one_its_due():
     """As where later checkpoints are much more like the voice, and have lost words."""
     rows, samples = board(BASE, (0.1, 0.7), (0.9, 0.8), (0.9, 0.8))
-    for i, sample in enumerate(samples):  # what alone is beyond the interval, and one of three not
+    for i, sample in enumerate(samples):  # significant alone, and as one of three not
         gain = 0.02 + (0.028 if i % 2 else -0.028)
         sample.spoken["step_1"].similarity = sample.spoken["base"].similarity + gain
     assert recommend(rows, samples, COMMANDS).step == 1
@@ -120,17 +125,23 @@ def test_a_sure_gain_leaves_a_smaller_one_its_due():
 
 def test_the_reason_and_the_command_name_what_was_found():
     found = recommend(*board(BASE, (0.1, 0.8)), COMMANDS)
-    assert "step_1 is more like the voice than the base (0.79 against 0.59)" in found.reason
+    assert found.reason.startswith(
+        "more like the voice than the base (similarity 0.79 against 0.59, significant at 95%); "
+        "word error rate 21% against 21%, not significantly worse; "
+    )
     assert "only checkpoint" in found.reason
     assert found.next == "merge 1.ckpt"
-    assert str(found).startswith("use step_1: ")
+    assert str(found).startswith("use step 1: more like")
     rising = recommend(*board(BASE, (0.1, 0.7), (0.1, 0.8)), COMMANDS)
     assert "still getting better" in rising.reason
     bad = recommend(*board(BASE, (0.9, 0.8)), COMMANDS)
-    assert "more word errors than the base" in bad.reason
+    assert bad.reason == "every checkpoint makes significantly more word errors than the base"
     assert bad.next == "speak with the base"
     costly = recommend(*board(BASE, BASE, (0.9, 0.8)), COMMANDS)
-    assert "(except step_2: each makes more word errors than the base)" in costly.reason
+    assert costly.reason == (
+        "no checkpoint is significantly more like the voice than the base "
+        "(except step 2: each makes significantly more word errors)"
+    )
     assert "except" not in recommend(*board(BASE, BASE, (0.9, 0.6)), COMMANDS).reason
 
 
@@ -148,7 +159,9 @@ def test_what_comes_after_a_gain_is_not_hidden():
     lost = recommend(*board(BASE, (0.1, 0.7), (0.1, 0.8), (0.9, 0.9)), COMMANDS)
     assert lost.step == 2
     assert "still getting better" not in lost.reason
-    assert lost.reason.endswith("; each later one makes more word errors than the base")
+    assert lost.reason.endswith(
+        "; each later one makes significantly more word errors than the base"
+    )
 
 
 def test_too_few_samples_tell_nothing():
@@ -163,7 +176,7 @@ def test_silence_and_endless_speech_count_as_errors_where_nobody_listens():
         sample.spoken["step_1"].runaway = True
     found = recommend(rows, samples, COMMANDS)
     assert found.verdict == "keep the base"
-    assert "runs on or says nothing" in found.reason
+    assert "significantly more runaways and empty outputs" in found.reason
 
 
 def test_rows_that_failed_are_passed_over():
@@ -176,12 +189,12 @@ def test_rows_that_failed_are_passed_over():
     assert "the base could not be measured" in recommend(rows, samples, COMMANDS).reason
 
 
-def test_where_words_are_lost_a_gentler_training_is_named():
+def test_where_words_are_lost_the_training_with_fewer_errors_is_named():
     rows, samples = board(BASE, (0.9, 0.9))
-    found = recommend(rows, samples, replace(COMMANDS, gentler="train less of it"))
+    found = recommend(rows, samples, replace(COMMANDS, fewer_word_errors="train less of it"))
     assert (found.verdict, found.next) == ("keep the base", "train less of it")
     assert found.reason.endswith("; adapting the fast transformer alone costs fewer words")
     assert recommend(rows, samples, COMMANDS).next == "speak with the base"
-    rows, samples = board(BASE, BASE)  # nothing is lost: nothing gentler is needed
-    found = recommend(rows, samples, replace(COMMANDS, gentler="train less of it"))
+    rows, samples = board(BASE, BASE)  # nothing is lost: the command is not needed
+    found = recommend(rows, samples, replace(COMMANDS, fewer_word_errors="train less of it"))
     assert found.next == "speak with the base"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fish_speech.evaluation.synthesis import Line, Recording, plan_lines
+from fish_speech.evaluation.synthesis import Line, RealClip, plan_lines
 
-REFERENCE = Recording(Path("r.wav"), "Reference.")
+REFERENCE = RealClip(Path("r.wav"), "Reference.")
 
 
 def test_few_texts_are_spoken_again_with_other_seeds():

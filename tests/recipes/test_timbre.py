@@ -2,7 +2,7 @@
 
 import pytest
 
-from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Recommendation, Row
+from fish_speech.evaluation.leaderboard import Estimate, Leaderboard, ModelRow, Recommendation
 from fish_speech.training.config import compose_config
 from recipes import timbre
 
@@ -18,8 +18,8 @@ def test_settings_are_such_as_training_knows(name):
 
 def test_the_table_has_a_row_for_all_that_was_measured(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    figures = {"similarity": Figure(0.8, 0.75, 0.85, 12), "wer": Figure(0.5, 0.4, 0.6, 12)}
-    rows = [Row(name, step, figures=figures) for name, step in (("base", 0), ("b", 300))]
+    figures = {"similarity": Estimate(0.8, 0.75, 0.85, 12), "wer": Estimate(0.5, 0.4, 0.6, 12)}
+    rows = [ModelRow(name, step, figures=figures) for name, step in (("base", 0), ("b", 300))]
     advice = Recommendation("base", 0, "keep the base", "", "")
     board = Leaderboard("t", None, "", None, {}, advice, rows)
     folder = tmp_path / "results" / "timbre-guide" / "evaluation"

@@ -26,10 +26,10 @@ from recipes.tiny import speech, train
 from recipes.tiny.batches import (
     BUCKETS,
     COLUMNS,
-    NOWHERE,
+    UNALIGNED,
     add_noise,
     batches,
-    build,
+    build_aligned_item,
     token_durations,
 )
 from recipes.tiny.codec import Trainer, codec_to_train
@@ -39,20 +39,20 @@ from recipes.tiny.muon import Muon, orthogonal
 from recipes.tiny.speech import BLOCK, jobs_of
 from recipes.tiny.texts import clean_sentence, collect, from_templates, spell_number
 from recipes.tiny.train import (
-    READING_LAYERS,
-    READING_REACH,
+    GUIDED_LAYERS,
+    GUIDED_REACH,
+    guided_attention_loss,
     hidden_states,
-    rate_share,
-    reading_loss,
+    lr_share,
 )
 from recipes.tiny.voices import (
     STRANGERS,
     VOICES,
     disguise,
-    disguised,
+    disguised_speaker,
     speak,
     trim,
-    unnamed,
+    unnamed_speaker,
     voice_of,
 )
 
@@ -105,7 +105,7 @@ def test_speech_is_trimmed_to_50_ms_before_and_100_ms_after():
 @pytest.mark.skipif(not shutil.which("flite"), reason="Debian's flite is not installed")
 def test_unnamed_voices_have_the_pitch_and_the_pace_they_were_given():
     text = "The doctor found a silver key in the garden this morning."
-    for name in map(unnamed, range(3)):
+    for name in map(unnamed_speaker, range(3)):
         voice, spoken = voice_of(name), speak(text, name)
         median, _ = median_and_range(pitch(spoken, 16000))
         assert median == pytest.approx(voice.pitch, rel=0.1)
@@ -151,8 +151,8 @@ def test_a_disguise_is_another_voice_at_another_level():
 def test_a_disguised_stranger_stays_the_same_and_is_like_no_other():
     encoder = SpeakerEncoder.from_pretrained()
     texts = ["The doctor found a silver key in the garden.", "My sister has a house by the sea."]
-    first, again = (encoder.embed(speak(text, disguised(3))) for text in texts)
-    others = [encoder.embed(speak(texts[0], disguised(number))) for number in range(4, 8)]
+    first, again = (encoder.embed(speak(text, disguised_speaker(3))) for text in texts)
+    others = [encoder.embed(speak(texts[0], disguised_speaker(number))) for number in range(4, 8)]
     assert similarity(first, again) > 0.05 + max(similarity(first, other) for other in others)
 
 
@@ -270,16 +270,16 @@ def test_noise_changes_frames_only_and_row_0_follows():
     assert (labels[:, 1] != IGNORE_INDEX).sum() == frames.sum()
 
 
-def test_places_walk_through_the_last_text_in_the_time_that_its_letters_take():
+def test_the_alignment_walks_through_the_last_text_in_the_time_that_its_letters_take():
     tokenizer = tiny_tokenizer()
     durations = np.full(tokenizer.vocab_size, 1.0)
     durations[ord("z")] = 4.0  # as long as all the rest
     spoken = Utterance("abzcd", torch.zeros(8, 16, dtype=torch.long))
     before = Utterance("xyz", torch.zeros(8, 5, dtype=torch.long))
-    item = build(tokenizer, spoken, [before], "A", durations)
-    answer = item.places != NOWHERE
+    item = build_aligned_item(tokenizer, spoken, [before], "A", durations)
+    answer = item.alignment != UNALIGNED
     assert torch.equal(answer, item.labels[1] != IGNORE_INDEX)
-    letters = tokenizer.decode(item.tokens[0, item.places[answer]].tolist())
+    letters = tokenizer.decode(item.tokens[0, item.alignment[answer]].tolist())
     assert letters == "aabbzzzzzzzzccdd"
 
 
@@ -294,28 +294,28 @@ def test_durations_are_found_from_whole_utterances():
         assert durations[ord(letter)] == pytest.approx(frames, rel=0.01)
 
 
-def test_reading_loss_is_what_attention_misses_of_its_place():
-    far = 2 * READING_REACH
+def test_the_guided_attention_loss_is_what_attention_misses_of_its_letter():
+    far = 2 * GUIDED_REACH
     logits = torch.zeros(1, 4 + far, 4 + far)
-    places = torch.full((1, 4 + far), NOWHERE)
-    places[0, -1] = 0  # of all columns seen, those up to the reach are near
-    expected = np.log((4 + far) / (READING_REACH + 1))
-    assert reading_loss(logits, places).item() == pytest.approx(expected)
+    alignment = torch.full((1, 4 + far), UNALIGNED)
+    alignment[0, -1] = 0  # of all columns seen, those up to the reach are near
+    expected = np.log((4 + far) / (GUIDED_REACH + 1))
+    assert guided_attention_loss(logits, alignment).item() == pytest.approx(expected)
     logits[0, -1, 0] = 50.0
-    assert reading_loss(logits, places).item() == pytest.approx(0.0, abs=1e-5)
+    assert guided_attention_loss(logits, alignment).item() == pytest.approx(0.0, abs=1e-5)
 
 
-def test_reading_heads_are_those_of_the_model():
+def test_guided_heads_are_those_of_the_model():
     model = new_model(0).eval()
     tokens = next(batches(corpus(), tiny_tokenizer(), EVEN, torch.Generator()))[0]
     hidden, attention = hidden_states(model, tokens)
     assert torch.allclose(hidden, model.hidden_states(tokens), atol=1e-5)
-    assert len(attention) == len(READING_LAYERS)
+    assert len(attention) == len(GUIDED_LAYERS)
     assert attention[0].shape == (len(tokens), tokens.shape[2], tokens.shape[2])
 
 
 def test_losses_of_whole_batches_are_those_of_the_package(tmp_path, monkeypatch):
-    tokens, labels, places = next(
+    tokens, labels, alignment = next(
         batches(corpus(), tiny_tokenizer(), EVEN, torch.Generator().manual_seed(0))
     )
     frames = int((labels[:, 1] != IGNORE_INDEX).sum())
@@ -323,7 +323,7 @@ def test_losses_of_whole_batches_are_those_of_the_package(tmp_path, monkeypatch)
     run = train.Run(tmp_path, "cpu", seed=0, compiled=False)
     sums = loss_sums(run.model, tokens, labels)
     expected = torch.stack([sums.token / sums.tokens, sums.codebook / sums.codes])
-    assert torch.allclose(run.losses(tokens, labels, places)[:2], expected, rtol=2e-3)
+    assert torch.allclose(run.losses(tokens, labels, alignment)[:2], expected, rtol=2e-3)
 
 
 def test_muon_makes_updates_orthogonal_and_is_torch_s_in_fp32():
@@ -347,9 +347,9 @@ def test_muon_makes_updates_orthogonal_and_is_torch_s_in_fp32():
 
 
 def test_rate_rises_and_falls():
-    assert rate_share(0, 0.0) < 0.01
-    assert rate_share(1000, 0.0) == pytest.approx(1.0)
-    assert rate_share(1000, 1.0) == pytest.approx(0.01)
+    assert lr_share(0, 0.0) < 0.01
+    assert lr_share(1000, 0.0) == pytest.approx(1.0)
+    assert lr_share(1000, 1.0) == pytest.approx(0.01)
 
 
 def test_embedded_model_loads_and_is_small_enough_to_ship():

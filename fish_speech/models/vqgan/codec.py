@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,19 @@ class Codec(nn.Module):
         mels = channels_last(mels * mask)
         features = self.backbone(mels) * mask
         return self.quantizer.encode(features), mel_lengths // self._mels_per_frame
+
+    def encode_batch(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
+        """waveforms [1, N] of any lengths (at `sample_rate`) to codes [K, T] (int64) of each.
+
+        They are padded to the longest and encoded together. Whole frames only, on the CPU.
+        """
+        lengths = torch.tensor([waveform.shape[1] for waveform in waveforms])
+        padded = torch.zeros(len(waveforms), 1, int(lengths.max()))
+        for row, waveform in zip(padded, waveforms, strict=True):
+            row[:, : waveform.shape[1]] = waveform
+        codes, code_lengths = self.encode(padded.to(self.device), lengths)
+        codes = codes.cpu()
+        return [row[:, :n] for row, n in zip(codes, code_lengths.tolist(), strict=True)]
 
     @torch.no_grad()
     def decode(

@@ -54,6 +54,15 @@ def test_a_batch_gives_what_its_items_give_one_by_one(codec, golden):
         )
 
 
+def test_waveforms_of_several_lengths_are_padded_and_their_codes_trimmed(codec, golden):
+    lengths = golden["audio_lengths"].tolist()
+    waveforms = [row[:, :length] for row, length in zip(golden["audio"], lengths, strict=True)]
+    codes = codec.encode_batch([*waveforms, torch.zeros(1, 500)])
+    for found, row, length in zip(codes, golden["codes"], golden["code_lengths"], strict=False):
+        assert torch.equal(found, row[:, :length].long())
+    assert codes[-1].shape == (8, 0)  # less than a frame
+
+
 def test_a_decoder_in_bf16_sounds_the_same_and_leaves_the_codes_alone(codec_dir, golden):
     low = load_codec(codec_dir, dtype=torch.bfloat16)
     waveforms, _ = low.decode(golden["codes"], golden["code_lengths"])
