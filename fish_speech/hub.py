@@ -1,9 +1,10 @@
-"""Published weights: which there are, where they lie, and how they get there, whole."""
+"""Model directories: which there are on this machine, and how published ones are downloaded."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,6 +95,39 @@ def local_model(version: str, root: Path = REPOSITORY) -> Path | None:
     return None if _missing_files(entry, directory) else directory
 
 
+def local_model_dirs(root: Path = REPOSITORY) -> list[tuple[Path, str]]:
+    """The model directories on this machine and a description of each, the preferred first.
+
+    Trained voices (`checkpoints/*-merged` of the repository at `root` and of the working directory)
+    from the newest on, then the published model, then the embedded one. Raises `FileNotFoundError`
+    where there is none at all.
+    """
+    merged = sorted(
+        {
+            file
+            for folder in (root, Path.cwd())
+            for file in folder.resolve().glob("checkpoints/[!.]*-merged/model.pth")
+        },
+        key=lambda file: file.stat().st_mtime,
+        reverse=True,
+    )
+    found = [(file.parent, f"trained voice of {_date(file)}") for file in merged]
+    embedded_last = sorted(model_versions(root).values(), key=lambda entry: entry.repo_id is None)
+    for entry in embedded_last:
+        if (directory := local_model(entry.name, root)) is not None:
+            found.append((directory, f"{entry.description}, {entry.licence}"))
+    if not found:
+        raise FileNotFoundError(
+            f"{root / 'checkpoints'}: no model; 'git checkout -- checkpoints/tiny' brings back the"
+            " embedded one, '--model-path 1.5' downloads the published one"
+        )
+    return found
+
+
+def _date(file: Path) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
+
+
 def check_model_dir(path: str | Path) -> None:
     """Check that `path` is a complete model directory: the four model files and one codec.
 
@@ -157,11 +191,15 @@ def _refuse_unmerged(folder: Path) -> None:
 
 
 def _missing_files(entry: ModelVersion, directory: Path) -> list[str]:
-    return [name for name, least in entry.files.items() if not _has_bytes(directory / name, least)]
+    return [
+        name
+        for name, min_bytes in entry.files.items()
+        if not _has_bytes(directory / name, min_bytes)
+    ]
 
 
-def _has_bytes(path: Path, least: int) -> bool:
-    return path.is_file() and path.stat().st_size >= least
+def _has_bytes(path: Path, min_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size >= min_bytes
 
 
 def _download(entry: ModelVersion, directory: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fish_speech.devices import is_out_of_memory
 from fish_speech.evaluation.intervals import figure, share
 from fish_speech.evaluation.leaderboard import Figure, Leaderboard, Row, Sample, Spoken
 from fish_speech.evaluation.recommend import Commands, recommend
@@ -19,6 +18,7 @@ from fish_speech.evaluation.synthesis import Candidate, Line, Recording, Take, t
 from fish_speech.files import safe_name
 from fish_speech.inference import Settings, TextToSpeech
 from fish_speech.preparation.error_rates import NORMALISATION, Errors
+from fish_speech.resources import is_out_of_memory
 
 AUDIO = "audio"
 Say = Callable[[str], None]

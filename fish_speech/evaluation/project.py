@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fish_speech.devices import compile_problem, resolve_device, resolve_precision, suit_threads
+from fish_speech.devices import resolve_device, resolve_precision, triton_unavailable_reason
 from fish_speech.evaluation.asr import choose_recogniser
 from fish_speech.evaluation.held_out import HeldOut
 from fish_speech.evaluation.intervals import figure
@@ -40,7 +40,8 @@ from fish_speech.models.text2semantic.lora import add_lora, load_lora, merge_lor
 from fish_speech.models.vqgan.codec import find_codec
 from fish_speech.preparation.extract import codecs_of_codes
 from fish_speech.preparation.transcribe import Journal, load_recogniser
-from fish_speech.text import is_speakable, lines_of
+from fish_speech.resources import set_threads_for_model
+from fish_speech.text import is_speakable, split_lines
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.runs import Checkpoint, Run, recorded_lora
 from fish_speech.training.train import check_fits
@@ -114,7 +115,9 @@ class AdaptedBase:
 
     def candidates(self, checkpoints: Sequence[Checkpoint]) -> Iterator[Candidate]:
         """The base and its checkpoints."""
-        graphs = "" if compile_problem(self._device) else " graphs"  # which draw otherwise
+        graphs = (
+            "" if triton_unavailable_reason(self._device) else " graphs"
+        )  # which draw otherwise
         loaded_as = f"{self._device.type} {self._dtype} merged{graphs}"
         base = f"{self.model_digest} {file_digest(find_codec(self.directory))} {loaded_as}"
         yield Candidate("base", self.directory, base, self._voice, 0)
@@ -128,7 +131,7 @@ class AdaptedBase:
             )
 
     def _voice(self, adapt: Callable[[DualARTransformer], None] | None = None) -> TextToSpeech:
-        suit_threads(self.directory / MODEL_FILE)
+        set_threads_for_model(self.directory / MODEL_FILE)
         voice = TextToSpeech.from_pretrained(
             self.directory, device=self._device, dtype=self._dtype, adapt=adapt
         )
@@ -267,7 +270,7 @@ def read_texts(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"--texts {file}: no such file")
     try:
-        lines = lines_of(file.read_text(encoding="utf-8-sig"))
+        lines = split_lines(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"--texts {file}: not UTF-8 text ({error.reason})") from error
     texts = [line.strip() for line in lines if is_speakable(line)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fish_speech.models.vqgan import Codec
-from fish_speech.models.vqgan.firefly import Memory
+from fish_speech.models.vqgan.firefly import ConvState
 
 # Frames of a block: the first is heard soon, the later ones take fewer calls. Few lengths, for
 # every one that is new to a process is planned by what computes it: on a CPU that takes as long as
@@ -33,23 +33,23 @@ def decode_stream(
     """
     if times is None:
         times = _TIMES_ON_A_CARD if codec.device.type == "cuda" else _TIMES
-    memory: Memory = {}
+    state: ConvState = {}
     frames = iter(frames)
     for number in itertools.count():
         length = BLOCKS[min(number // times, len(BLOCKS) - 1)]
         block = list(itertools.islice(frames, length))
         if block:
-            yield _decode(codec, block, memory), len(block)
+            yield _decode(codec, block, state), len(block)
         if len(block) < length:
             return
 
 
-def _decode(codec: Codec, frames: list[Tensor], memory: Memory) -> Tensor:
+def _decode(codec: Codec, frames: list[Tensor], state: ConvState) -> Tensor:
     """Waveform [1, n] of the frames [K] that come next, float32 on the CPU; decoded as the shortest
     block that holds them, for what follows changes nothing in them."""
     length = min(length for length in BLOCKS if length >= len(frames))
     codes = torch.stack(frames + frames[-1:] * (length - len(frames)), dim=1)
-    waveforms, _ = codec.decode(codes[None].to(codec.device), memory=memory)
+    waveforms, _ = codec.decode(codes[None].to(codec.device), state=state)
     return waveforms[0, :, : len(frames) * codec.frame_length].float().cpu()
 
 

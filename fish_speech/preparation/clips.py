@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fish_speech.audio import level, resample, save_audio
-from fish_speech.audio_decoding import AudioInfo, audio_info, breaks_off
+from fish_speech.audio import normalize_loudness, resample, save_audio
+from fish_speech.audio_decoding import AudioInfo, audio_info, truncation
 from fish_speech.files import read_text, sidecar_of, write_text
 from fish_speech.preparation import align, quality, rates, segment, sources, transcribe
 from fish_speech.preparation.segment import Piece, Segment, Speech
@@ -160,7 +160,7 @@ def _missing(job: Job, speech: Speech) -> str | None:
     """
     limit = job.max_seconds
     if limit is None or speech.duration < limit - 0.01:
-        return breaks_off(job.recording.path, speech.duration)
+        return truncation(job.recording.path, speech.duration)
     length = audio_info(job.recording.path).duration
     if job.recording.transcript is not None and (length is None or length > limit + 1):
         raise ValueError(
@@ -249,7 +249,7 @@ def write_clips(job: Job, plan: Plan, speech: Speech) -> Iterator[dict[str, Any]
         clip = describe(file, recording, part, samples, info, speech)
         samples = resample(samples, info.sample_rate, SAMPLE_RATE)
         if options.normalize:
-            samples, leveling = level(samples, SAMPLE_RATE)
+            samples, leveling = normalize_loudness(samples, SAMPLE_RATE)
             clip["loudness"] = quality.finite(leveling.loudness)
             clip["gain"], clip["dc_offset"] = round(leveling.gain, 1), round(leveling.offset, 4)
         else:
@@ -284,7 +284,7 @@ def inspect(job: Job, recogniser: transcribe.Recogniser | None = None) -> Record
         file = sources.printable(recording.path.relative_to(job.options.input).as_posix())
         clip = describe(file, recording, whole, samples, info, speech)
         record.clips = [{**clip, "loudness": quality.loudness(samples, info.sample_rate)}]
-        if speech.duration < LONGEST_UNCUT and breaks_off(recording.path, speech.duration):
+        if speech.duration < LONGEST_UNCUT and truncation(recording.path, speech.duration):
             record.clips[0]["breaks_off"] = True
     except Exception as error:
         record.failure = _reason(error, recording)

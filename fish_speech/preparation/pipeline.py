@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fish_speech import resources
 from fish_speech.audio_decoding import audio_info
-from fish_speech.console import some_of
+from fish_speech.console import shorten_list
 from fish_speech.files import exclusive, list_audio, remove_temporaries
 from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.clips import Job, carry_out
@@ -114,7 +114,7 @@ def prepare(
         known = {output / clip["file"] for clip in summary.clips}
         clips = {file for file in list_audio(output) if file.with_suffix(".lab").is_file()}
         if others := sorted(map(str, clips - known)):
-            say(f"not made here, but clips to train on as well: {some_of(others)}")
+            say(f"not made here, but clips to train on as well: {shorten_list(others)}")
         return summary
 
 
@@ -124,7 +124,7 @@ def _say_what_is_odd(
     """Say which texts were read in a guessed encoding, and who else speaks the same recordings."""
     guessed = [r for r in recordings if r.encoding is not None]
     if guessed:
-        say(f"{some_of(r.source for r in guessed)}: the text is not UTF-8 and was read as "
+        say(f"{shorten_list(r.source for r in guessed)}: the text is not UTF-8 and was read as "
             f"{', '.join(sorted({r.encoding for r in guessed}))}; have a look at it")  # fmt: skip
     speakers = defaultdict(set)
     usable = [r for r in recordings if r.problem is None]
@@ -134,7 +134,7 @@ def _say_what_is_odd(
     if shared:
         names = " and by ".join(sorted(set().union(*(speakers[r.digest] for r in shared))))
         say(
-            f"{some_of(r.source for r in shared)}: in this data set as spoken by {names}; "
+            f"{shorten_list(r.source for r in shared)}: in this data set as spoken by {names}; "
             "if that is wrong, delete the clips of one of them"
         )
 
@@ -235,7 +235,7 @@ def in_processes(
 
     0 means as many as pay for their start. What a job yields doesn't depend on who does it.
     """
-    workers = min(len(work), num_workers or min(resources.cores(), 1 + len(work) // 16))
+    workers = min(len(work), num_workers or min(resources.available_cores(), 1 + len(work) // 16))
     if sys.platform == "win32":
         workers = min(workers, 61)  # which is all that Windows waits for at once
     with tqdm(total=len(work), desc="preparing", unit="file", disable=None) as progress:

@@ -13,9 +13,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from fish_speech.devices import peak_memory, read_later, seed_draws, sent
+from fish_speech.devices import seed_rng, to_device_async, to_host_async
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.lora import load_lora, lora_state_dict
+from fish_speech.resources import peak_memory
 from fish_speech.training.loss import Places, loss_figures, loss_sums
 from fish_speech.training.step_graphs import StepGraphs
 
@@ -117,9 +118,11 @@ class TextToSemantic(L.LightningModule):
         """What the model takes, on its device, and what Python reads, which would wait for one."""
         codes = batch["step_frames"] * self.model.config.num_codebooks
         return {
-            "tokens": sent(batch["tokens"], device),
-            "places": Places(*(sent(part, device) for part in Places.of(batch["labels"]))),
-            "step_labels": sent(torch.stack([batch["step_tokens"], codes]), device),
+            "tokens": to_device_async(batch["tokens"], device),
+            "places": Places(
+                *(to_device_async(part, device) for part in Places.of(batch["labels"]))
+            ),
+            "step_labels": to_device_async(torch.stack([batch["step_tokens"], codes]), device),
             "indices": batch["indices"].tolist(),
             "columns": int((~batch["key_padding_mask"]).sum()),
         }
@@ -148,7 +151,7 @@ class TextToSemantic(L.LightningModule):
         """Clip the norm, and note what the step has made."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
         totals = self.trainer.strategy.reduce(self._step, reduce_op="sum")
-        read = read_later(torch.cat([totals, norm.detach().float()[None]]))
+        read = to_host_async(torch.cat([totals, norm.detach().float()[None]]))
         rate = optimizer.param_groups[0]["lr"]
         self._taken.append(_Taken(self.global_step, self._clips, rate, self._columns, read))
         self.look(but=self._unseen())
@@ -290,4 +293,4 @@ class TextToSemantic(L.LightningModule):
 
     def _seed_step(self, micro: int) -> None:
         place = (self.global_step * 4096 + micro) * self.trainer.world_size + self.global_rank
-        seed_draws((self.seed * 1_000_003 + place) % (1 << 63), self.device)
+        seed_rng((self.seed * 1_000_003 + place) % (1 << 63), self.device)

@@ -27,12 +27,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from fish_speech.conversation import IGNORED
-from fish_speech.devices import keep_freed_memory, multiplies_bf16
+from fish_speech.devices import has_native_bf16
 from fish_speech.files import atomic_path
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.llama import rotary_table
 from fish_speech.models.text2semantic.ops.torch_ops import rotate
 from fish_speech.preparation.pipeline import die_with_parent
+from fish_speech.resources import tune_malloc
 from recipes.tiny.batches import NOWHERE, Corpus, batches, token_durations
 from recipes.tiny.corpus import read_corpus
 from recipes.tiny.model import new_model, tiny_tokenizer
@@ -98,7 +99,7 @@ class Run:
     ) -> None:
         self.file = cache / CHECKPOINT
         self.device = device
-        native = multiplies_bf16(torch.device(device))
+        native = has_native_bf16(torch.device(device))
         self.autocast = partial(
             torch.autocast, torch.device(device).type, torch.bfloat16, enabled=native
         )
@@ -266,7 +267,7 @@ def work(process: int, args: argparse.Namespace, rendezvous: str) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=process, world_size=args.processes
         )
-    keep_freed_memory()
+    tune_malloc()
     torch._dynamo.config.recompile_limit = 32  # one for every bucket
     compiled = not args.no_compile
     run = Run(args.cache, args.device, args.seed, compiled=compiled, start=args.start)

@@ -579,7 +579,7 @@ def test_no_worker_goes_on_when_the_summary_is_composed(folder, options, monkeyp
 
 
 def test_as_many_workers_as_there_are_cores_for_this_process(monkeypatch):
-    monkeypatch.setattr("fish_speech.resources.cores", lambda: 1)
+    monkeypatch.setattr("fish_speech.resources.available_cores", lambda: 1)
     done = in_processes(lambda job: os.getpid(), [None] * 64, 0)
     assert set(done) == {os.getpid()}
 
@@ -592,7 +592,7 @@ def test_no_more_workers_than_windows_can_wait_for(monkeypatch):
         raise Started(workers)
 
     monkeypatch.setattr("fish_speech.preparation.pipeline.ProcessPoolExecutor", started)
-    monkeypatch.setattr("fish_speech.resources.cores", lambda: 96)
+    monkeypatch.setattr("fish_speech.resources.available_cores", lambda: 96)
     for platform, most in (("win32", 61), ("linux", 96)):
         monkeypatch.setattr(sys, "platform", platform)
         for asked_for in (0, 96):
