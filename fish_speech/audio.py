@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SAVE_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
 _BLOCK_SECONDS = 30.0
+_TARGET_LUFS, _CEILING_DBTP = -23.0, -1.0
 _LARGEST_WAV = (1 << 32) - 4096  # bytes of samples, for its sizes have 32 bits
 _MIN_POWER_SHARE = 0.05  # of the channels' power; one of six channels alone leaves 0.17 in the mean
 
@@ -210,10 +211,8 @@ def true_peak(samples: np.ndarray, sample_rate: int) -> float:
     return 20 * float(np.log10(peak))
 
 
-def normalize_loudness(
-    samples: np.ndarray, sample_rate: int, *, target: float = -23.0, ceiling: float = -1.0
-) -> tuple[np.ndarray, LoudnessGain]:
-    """Remove DC and bring mono audio [N] to `target` LUFS with its true peak below `ceiling` dBTP.
+def normalize_loudness(samples: np.ndarray, sample_rate: int) -> tuple[np.ndarray, LoudnessGain]:
+    """Remove DC and bring mono audio [N] to -23 LUFS (EBU R 128) with its true peak below -1 dBTP.
 
     Only a gain is applied: peaks limit the gain, they are never compressed. Silence stays silence.
     """
@@ -222,7 +221,8 @@ def normalize_loudness(
     measured = loudness(samples, sample_rate)
     if not np.isfinite(measured):
         return samples, LoudnessGain(offset, 0.0, False, measured)
-    wanted, room = target - measured, ceiling - true_peak(samples, sample_rate)
+    wanted = _TARGET_LUFS - measured
+    room = _CEILING_DBTP - true_peak(samples, sample_rate)
     gain = min(wanted, room)
     applied = LoudnessGain(offset, gain, room < wanted, measured + gain)
     return samples * np.float32(10 ** (gain / 20)), applied

@@ -43,7 +43,7 @@ class SpeechJob:
 
 
 def default_output(text: str, batch: bool) -> Path:
-    """`output/<first words>`: a folder for a batch, else a WAV file; unique to the text."""
+    """`output/<first words>`: a folder for a batch, else a WAV file. Other words give another."""
     name = safe_name(text, max_length=40)
     if name != safe_name(text):
         name += f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

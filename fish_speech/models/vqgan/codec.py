@@ -164,7 +164,7 @@ class Codec(nn.Module):
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same [B, C, T] with a frame's channels side by side in memory."""
+    """x [B, C, T] in channels-last memory format: a frame's channels side by side."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -105,13 +105,13 @@ class ChannelsFirstLayerNorm(nn.LayerNorm):
 class ConvNeXtBlock(nn.Module):
     """Depthwise convolution, then a pointwise MLP, scaled and added to its input."""
 
-    def __init__(self, channels: int, kernel_size: int = 7, layer_scale: float = 1e-6) -> None:
+    def __init__(self, channels: int, kernel_size: int = 7) -> None:
         super().__init__()
         self.dwconv = CausalConv1d(channels, channels, kernel_size, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.pwconv2 = nn.Linear(4 * channels, channels)
-        self.gamma = nn.Parameter(torch.full((channels,), layer_scale))
+        self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
 
     def forward(self, x: Tensor, state: ConvState | None = None) -> Tensor:  # [B, C, T]
         h = self.norm(self.dwconv(x, state).transpose(1, 2))
