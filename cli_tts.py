@@ -179,11 +179,11 @@ def list_voices() -> int:
 
 def speak(args: argparse.Namespace) -> int:
     """Arguments are checked before anything is loaded, or even downloaded."""
+    jobs = plan_jobs(args, read_input_text(args))
     from fish_speech.inference.jobs import job_fingerprint, run_pending_jobs
     from fish_speech.inference.references import pair_references
     from fish_speech.inference.speakers import choose_speaker
 
-    jobs = plan_jobs(args, read_input_text(args))
     settings = synthesis_settings(args)
     references = pair_references(args.reference_audio, args.reference_text)
     resolve_device_and_dtype(args.device, args.precision, args.quantize)
