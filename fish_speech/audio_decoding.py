@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# What programs write to a pipe, in bytes; sox whole frames of at most 0x7FFFF000.
+# Sizes in bytes that programs write to a pipe; sox: whole frames of at most 0x7FFFF000.
 _UNKNOWN_SIZES = {0, *range(0x7FFFF000 - 64, 0x7FFFF001), 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF}
 _LARGEST_WAV = 8 + 0xFFFFFFFF  # bytes, for its sizes have 32 bits
 
@@ -54,9 +54,9 @@ def audio_info(path: str | Path) -> AudioInfo:
 def truncation(path: str | Path, seconds: float) -> str | None:
     """How a file that decoded to `seconds` of audio is truncated, in words; None if it is not."""
     path = _existing(path)
-    promised = max(audio_info(path).duration or 0.0, seconds / _data_share(path))
-    if seconds < 0.97 * promised:
-        return f"breaks off after {seconds:.1f} of {promised:.1f} s"
+    expected = max(audio_info(path).duration or 0.0, seconds / _data_share(path))
+    if seconds < 0.97 * expected:
+        return f"breaks off after {seconds:.1f} of {expected:.1f} s"
     return None if _ogg_is_complete(path) else f"breaks off after {seconds:.1f} s"
 
 
@@ -68,16 +68,16 @@ def channel_blocks(path: Path, seconds: float) -> Iterator[np.ndarray]:
 
 def _data_share(path: Path) -> float:
     """The share of its data chunk that a WAV or AIFF file really has; 1 for other files."""
-    size, there = _samples_chunk(path)
+    size, available = _data_chunk(path)
     # Programs that write to a pipe don't know the size.
-    unknown = size in _UNKNOWN_SIZES or 1 << 32 > size >= 0x7FFFF000 > there
-    return 1.0 if unknown else max(1e-3, min(1.0, there / size))
+    unknown = size in _UNKNOWN_SIZES or 1 << 32 > size >= 0x7FFFF000 > available
+    return 1.0 if unknown else max(1e-3, min(1.0, available / size))
 
 
-def _samples_chunk(path: Path) -> tuple[int, int]:
-    """The size of a WAV or AIFF file's data chunk by its header, and the bytes there are for it.
+def _data_chunk(path: Path) -> tuple[int, int]:
+    """The size of a WAV or AIFF file's data chunk by its header, and what follows in the file.
 
-    0 and 0 for other files.
+    In bytes; 0 and 0 for other files.
     """
     with path.open("rb") as file:
         form = file.read(4)
@@ -106,8 +106,8 @@ def _outgrew_its_header(path: Path) -> bool:
     with path.open("rb") as file:
         if file.read(4) != b"RIFF":
             return False
-    size, there = _samples_chunk(path)
-    return 0 < size < there and (size in _UNKNOWN_SIZES or path.stat().st_size > _LARGEST_WAV)
+    size, available = _data_chunk(path)
+    return 0 < size < available and (size in _UNKNOWN_SIZES or path.stat().st_size > _LARGEST_WAV)
 
 
 def _ogg_is_complete(path: Path) -> bool:

@@ -239,8 +239,8 @@ def _partial_path(file: RepoSibling, directory: Path) -> Path:
 
 def _check_space(wanted: list[RepoSibling], directory: Path) -> None:
     partials = [_partial_path(file, directory) for file in wanted]
-    there = sum(path.stat().st_size for path in partials if path.exists())
-    needed = sum(file.size for file in wanted) - there
+    downloaded = sum(path.stat().st_size for path in partials if path.exists())
+    needed = sum(file.size for file in wanted) - downloaded
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ValueError(

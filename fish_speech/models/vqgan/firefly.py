@@ -82,14 +82,14 @@ def _prepend_state(module: nn.Module, x: Tensor, size: int, state: ConvState | N
         return x
     # Not `torch.cat`: a single column looks the same in either order, and it would take the wrong.
     order = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-    whole = torch.empty(
+    joined = torch.empty(
         *x.shape[:-1], size + x.shape[-1], dtype=x.dtype, device=x.device, memory_format=order
     )
-    whole[..., :size] = 0 if state is None else state.get(module, 0)
-    whole[..., size:] = x
+    joined[..., :size] = 0 if state is None else state.get(module, 0)
+    joined[..., size:] = x
     if state is not None:
-        state[module] = whole[..., -size:].clone()
-    return whole
+        state[module] = joined[..., -size:].clone()
+    return joined
 
 
 class ChannelsFirstLayerNorm(nn.LayerNorm):
