@@ -5,38 +5,31 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
-from fish_speech.console import (
-    nobody_reads,
-    print_anything,
-    some_of,
-    stop_as_ctrl_c_does,
-    words_of,
-)
+from fish_speech.console import error_message, shorten_list, silence_stdout, tolerate_unencodable
 from fish_speech.devices import (
     PRECISIONS,
-    compile_problem,
-    is_out_of_memory,
     resolve_device,
-    resolve_precision,
-    set_threads,
+    resolve_device_and_dtype,
+    triton_unavailable_reason,
 )
-from fish_speech.files import atomic_path, decode_text, file_digest, read_text, shown_path
+from fish_speech.files import decode_text, read_text, shown_path
+from fish_speech.resources import is_out_of_memory, set_threads
+from fish_speech.signals import interrupt_on_termination
 
 if TYPE_CHECKING:
     from fish_speech.conversation import Utterance
     from fish_speech.inference import Piece, Settings, TextToSpeech
-    from fish_speech.inference.jobs import Job
+    from fish_speech.inference.jobs import SpeechJob
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 OUT_OF_MEMORY = {  # what to try, by the kind of device
@@ -77,16 +70,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="model directory, or a model version as '1.5' or 'tiny' (default: the newest "
         "checkpoints/*-merged, else the published model, else tiny)")
     add("--list-voices", action="store_true", help="list the models there are")
-    add("--speaker", metavar="NAME", help="a voice of a model with several")
+    add("--speaker", metavar="NAME", help="speaker name, for a model with several")
     add("--reference-audio", metavar="FILE", action="append", default=[],
         help="a recording whose voice is cloned; repeatable")
     add("--reference-text", metavar="TEXT", action="append", default=[],
         help="what it says, one for each recording (default: the .lab or .txt beside it)")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=float, default=0.7, help="(default: %(default)s)")
-    add("--top-p", type=float, default=0.7, help="(default: %(default)s)")
-    add("--repetition-penalty", type=float, default=1.2, help="(default: %(default)s)")
+    add("--temperature", type=float, default=0.7,
+        help="higher is more varied, 0 takes the most likely code (default: %(default)s)")
+    add("--top-p", type=float, default=0.7,
+        help="sample from the most likely codes of this total probability (default: %(default)s)")
+    add("--repetition-penalty", type=float, default=1.2,
+        help="above 1 makes codes of the last frames less likely (default: %(default)s)")
     add("--seed", type=int, default=0, help="the same seed gives the same speech (default: 0)")
     add("--num-samples", type=int, default=1, metavar="N", help="N takes: seed, seed+1, ...")
     add("--max-new-tokens", type=int, metavar="N",
@@ -100,9 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="measure two models on the same texts; -o is the folder of the page with figures and "
         "players (default: output/A-against-B)")
     add("--texts", metavar="FILE", type=Path, help="these texts, one a line")
-    add("--whisper-model", metavar="NAME", help="who listens to the words")
-    add("--speaker-encoder", metavar="NAME",
-        help="who tells voices apart, on the hub or a folder")
+    add("--whisper-model", metavar="NAME", help="Whisper model for word error rates")
+    add("--speaker-encoder", metavar="NAME", help="speaker embedding model (hub id or folder)")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto",
@@ -120,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    print_anything()
+    tolerate_unencodable()
     args = build_parser().parse_args(argv)
     try:
         if args.compare or args.texts or args.whisper_model or args.speaker_encoder:
@@ -130,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         say("\nInterrupted; what was not finished was not written.")
         return INTERRUPTED
     except BrokenPipeError:
-        nobody_reads()
+        silence_stdout()
         return FAILED
     except (ValueError, OSError) as error:
         return complain(error, args, BAD_INPUT)
@@ -145,7 +140,7 @@ def say(message: str) -> None:
 def complain(error: Exception, args: argparse.Namespace, status: int) -> int:
     if args.debug:
         traceback.print_exc()
-    what = words_of(error)
+    what = error_message(error)
     if not isinstance(error, ValueError | OSError) and is_out_of_memory(error):
         what = f"out of memory; try {OUT_OF_MEMORY[resolve_device(args.device).type]}"
     say(f"cli_tts.py: {what or type(error).__name__}")
@@ -164,55 +159,58 @@ def setup_fish_speech(model_path: str | None = None) -> tuple[Path, Path]:
 
     # A voice of your own can be preferred here: return fish_speech_dir, Path("its directory").
 
-    from fish_speech.inference.voices import local_voices
+    from fish_speech.hub import local_model_dirs
 
-    path, what = local_voices(fish_speech_dir)[0]
+    path, what = local_model_dirs(fish_speech_dir)[0]
     why = what if path.name.endswith("-merged") else f"{what}; no checkpoints/*-merged is there"
     say(f"Voice: {shown_path(path)} ({why})")
     return fish_speech_dir, path
 
 
 def list_voices() -> int:
-    from fish_speech.inference.voices import local_voices, speakers_of
+    from fish_speech.hub import local_model_dirs
+    from fish_speech.inference.speakers import list_speakers
 
-    for path, what in local_voices(Path(__file__).resolve().parent):
-        speakers = ", ".join(speakers_of(path))
+    for path, what in local_model_dirs(Path(__file__).resolve().parent):
+        speakers = ", ".join(list_speakers(path))
         print(shown_path(path), what, *([f"speakers: {speakers}"] if speakers else []), sep="\t")
     return OK
 
 
 def speak(args: argparse.Namespace) -> int:
-    """What is wrong with the arguments is said before anything is loaded, or even downloaded."""
-    from fish_speech.inference.voices import choose_speaker, pair_references
+    """Arguments are checked before anything is loaded, or even downloaded."""
+    jobs = plan_jobs(args, read_input_text(args))
+    from fish_speech.inference.jobs import job_fingerprint, run_pending_jobs
+    from fish_speech.inference.references import pair_references
+    from fish_speech.inference.speakers import choose_speaker
 
-    jobs = plan_jobs(args, wanted_text(args))
-    settings = settings_of(args)
+    settings = synthesis_settings(args)
     references = pair_references(args.reference_audio, args.reference_text)
-    machine_of(args)
+    resolve_device_and_dtype(args.device, args.precision, args.quantize)
     if args.threads is not None:
         set_threads(args.threads)
     _, model_dir = setup_fish_speech(args.model_path)
     args.speaker = choose_speaker(args.speaker, model_dir, say, cloned=bool(references))
     started = time.perf_counter()
     tts = load(args, model_dir)
-    voice = [tts.encode_reference(file, words) for file, words in references]
+    encoded = [tts.encode_reference(file, words) for file, words in references]
     say(f"Loaded in {time.perf_counter() - started:.1f} s")
-
-    def attempt_one(job: Job) -> bool:
-        return attempt(args, tts, job, voice, settings)
-
-    if args.batch and not jobs[0].only_heard:
-        from fish_speech.inference.jobs import do_the_rest
-
-        made_of = all_but_text_and_seed(args, tts, model_dir, references, settings)
-        done, there, failed, others = do_the_rest(jobs, made_of, attempt_one)
-        say(f"{done} spoken, {there} were there already, {failed} failed")
-        if others:
-            say(f"of earlier batches, and none of this one: {some_of(map(str, others))}")
+    run_job = partial(attempt, args, tts, encoded, settings)
+    if args.batch and not jobs[0].playback_only:
+        fingerprint = job_fingerprint(
+            *(model_dir, tts, references, settings),
+            speaker=args.speaker,
+            quantize=args.quantize,
+            trim_silence=args.trim_silence,
+        )
+        done, skipped, failed, leftovers = run_pending_jobs(jobs, fingerprint, run_job)
+        say(f"{done} synthesized, {skipped} skipped (already done), {failed} failed")
+        if leftovers:
+            say(f"left over from earlier batches: {shorten_list(map(str, leftovers))}")
     else:
         if not args.batch:
-            tts.check(jobs[0].text, voice, args.speaker, settings)
-        failed = sum(not attempt_one(job) for job in jobs)
+            tts.check(jobs[0].text, encoded, args.speaker, settings)
+        failed = sum(not run_job(job) for job in jobs)
     return FAILED if failed else OK
 
 
@@ -227,48 +225,38 @@ def compare_models(args: argparse.Namespace) -> int:
         raise ValueError("--compare speaks --texts FILE with its two models: give no other")
     if args.retries is not None or args.trim_silence:
         raise ValueError("--compare takes first tries as they are: no --retries, no --trim-silence")
-    from fish_speech.evaluation.compare import compare
-    from fish_speech.evaluation.page import HTML_NAME
-    from fish_speech.evaluation.project import read_texts
-    from fish_speech.hub import find_model
-    from fish_speech.inference.voices import choose_speaker, pair_references
+    from fish_speech.evaluation.compare import compare_named
 
-    device, _ = machine_of(args)
-    texts = read_texts(args.texts)
-    references = pair_references(args.reference_audio, args.reference_text)
-    models = [find_model(path, Path(__file__).resolve().parent) for path in args.compare]
-    for model_dir in models:
-        choose_speaker(args.speaker, model_dir, say, cloned=True)
-    folder = Path(args.output or Path("output", "-against-".join(path.name for path in models)))
+    device, _ = resolve_device_and_dtype(args.device, args.precision, args.quantize)
     if args.threads is not None:
         set_threads(args.threads)
-    board = compare(
-        *(models, texts, folder),
+    graphs = ["graphs"] if uses_cuda_graphs(args, device) else []
+    board, page = compare_named(
+        *(args.compare, args.texts, args.output),
+        root=Path(__file__).resolve().parent,
+        reference_audio=args.reference_audio,
+        reference_text=args.reference_text,
         load=lambda model_dir: load(args, model_dir),
-        loaded_as=[
-            *(args.device, args.precision, args.quantize),
-            *(["graphs"] if compiles(args, device) else []),
-        ],
-        settings=settings_of(args),
+        loaded_as=[args.device, args.precision, args.quantize, *graphs],
+        settings=synthesis_settings(args),
         takes=args.num_samples,
         speaker=args.speaker,
-        references=references,
         whisper_model=args.whisper_model,
         speaker_encoder=args.speaker_encoder,
         device=args.device,
         say=say,
     )
-    print(folder / HTML_NAME)
+    print(page)
     return FAILED if any(row.error for row in board.rows) else OK
 
 
-def plan_jobs(args: argparse.Namespace, text: str) -> list[Job]:
+def plan_jobs(args: argparse.Namespace, text: str) -> list[SpeechJob]:
     from fish_speech.inference.jobs import default_output, plan
-    from fish_speech.text import lines_of
+    from fish_speech.text import split_lines
 
-    only_heard = args.play and args.output is None
+    takes, playback_only = args.num_samples, args.play and args.output is None
     if args.output == "-":
-        if args.batch or args.num_samples > 1:
+        if args.batch or takes > 1:
             raise ValueError("'-o -' takes one speech: no --batch and no --num-samples")
         if sys.stdout is None:
             raise ValueError("standard output is closed; give -o FILE")
@@ -277,37 +265,15 @@ def plan_jobs(args: argparse.Namespace, text: str) -> list[Job]:
         default = default_output(text, args.batch)
         output = default if args.output is None else Path(args.output)
     jobs = plan(
-        text,
-        output,
-        batch=args.batch,
-        seed=args.seed,
-        takes=args.num_samples,
-        only_heard=only_heard,
+        text, output, batch=args.batch, seed=args.seed, takes=takes, playback_only=playback_only
     )
-    lines = len(lines_of(text))
-    if args.batch and len(jobs) < lines * args.num_samples:
-        say(f"{lines - len(jobs) // args.num_samples} of {lines} lines have no words: left out")
+    lines = len(split_lines(text))
+    if args.batch and len(jobs) < lines * takes:
+        say(f"{lines - len(jobs) // takes} of {lines} lines have no words: left out")
     return jobs
 
 
-def all_but_text_and_seed(
-    args: argparse.Namespace,
-    tts: TextToSpeech,
-    model_dir: Path,
-    references: list[tuple[str, str]],
-    settings: Settings,
-) -> list[Any]:
-    """What else decides how a line sounds, the defaults of this machine included."""
-    from fish_speech.inference.jobs import model_digests
-
-    machine = [tts.model.device.type, str(tts.model.stored_dtype), args.quantize]
-    machine += ["graphs"] if tts.compiled else []
-    cloned = [(file_digest(file), words) for file, words in references]
-    voice = [args.speaker, cloned, args.trim_silence]
-    return [model_digests(model_dir), machine, voice, asdict(replace(settings, seed=0))]
-
-
-def wanted_text(args: argparse.Namespace) -> str:
+def read_input_text(args: argparse.Namespace) -> str:
     if (args.text is None) == (args.text_file is None):
         raise ValueError('give either a text (as in: cli_tts.py "Hello.") or --text-file FILE')
     if "-" in (args.text, args.text_file):
@@ -320,39 +286,30 @@ def wanted_text(args: argparse.Namespace) -> str:
 
 
 def load(args: argparse.Namespace, model_dir: Path) -> TextToSpeech:
-    from fish_speech.devices import keep_freed_memory, suit_threads
     from fish_speech.inference import TextToSpeech
+    from fish_speech.resources import set_threads_for_model, tune_malloc
 
     if args.threads is None:
-        suit_threads(model_dir / "model.pth")
-    device, dtype = machine_of(args)
+        set_threads_for_model(model_dir / "model.pth")
+    device, dtype = resolve_device_and_dtype(args.device, args.precision, args.quantize)
     wanted = args.compile if device.type == "cuda" else None
     if args.compile and not wanted:
         say("--compile is for CUDA: left out")
-    elif compiles(args, device):
+    elif uses_cuda_graphs(args, device):
         say("Compiling (some seconds, the first time)")
-    voice = TextToSpeech.from_pretrained(
+    tts = TextToSpeech.from_pretrained(
         model_dir, device=device, dtype=dtype, quantize=args.quantize, compile=wanted
     )
-    keep_freed_memory()
-    return voice
+    tune_malloc()
+    return tts
 
 
-def compiles(args: argparse.Namespace, device: Any) -> bool:
-    """Whether each frame will be one CUDA graph, which draws otherwise."""
-    return args.compile is not False and compile_problem(device) is None
+def uses_cuda_graphs(args: argparse.Namespace, device: Any) -> bool:
+    """Whether each frame will be one CUDA graph, which samples otherwise."""
+    return args.compile is not False and triton_unavailable_reason(device) is None
 
 
-def machine_of(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Device, and dtype where one is wanted. Raises `ValueError` for what this machine can't do."""
-    device = resolve_device(args.device)
-    if args.quantize and device.type != "cpu":
-        raise ValueError(f"--quantize {args.quantize} is for the CPU, not for {device.type}")
-    dtype = None if args.precision == "auto" else resolve_precision(args.precision, device)
-    return device, dtype
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
+def synthesis_settings(args: argparse.Namespace) -> Settings:
     from fish_speech.inference import Sampling, Settings
 
     retries = Settings.retries if args.retries is None else args.retries
@@ -363,35 +320,21 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def attempt(
     args: argparse.Namespace,
     tts: TextToSpeech,
-    job: Job,
-    voice: list[Utterance],
+    references: list[Utterance],
     settings: Settings,
+    job: SpeechJob,
 ) -> bool:
-    """Speak one job; what is wrong with it is said, not raised, so that the others go on."""
-    from fish_speech.inference.jobs import check_output
-    from fish_speech.inference.record import record
+    """Speak one job; an error is printed, not raised, so that the others go on."""
+    from fish_speech.inference.record import record_job
 
     def pieces(played: bool) -> Iterator[Piece]:
-        if job.only_heard and not played:
-            check_output(job.output)
         retries = 0 if played and args.retries is None else settings.retries
         chosen = replace(settings, seed=job.seed, retries=retries)
-        return tts.pieces(job.text, voice, args.speaker, chosen)
+        return tts.pieces(job.text, references, args.speaker, chosen)
 
     options = {"play": args.play, "trim_silence": args.trim_silence, "say": say}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            aside = job.output is None or job.only_heard
-            file = Path(folder, "speech.wav") if aside else job.output
-            recorded = record(pieces, file, tts.sample_rate, **options)
-            if job.output is None:
-                sys.stdout.buffer.write(file.read_bytes())
-                sys.stdout.buffer.flush()
-            elif not (job.only_heard and recorded.heard):
-                if aside:
-                    with atomic_path(job.output) as temporary:
-                        shutil.copyfile(file, temporary)
-                print(job.output, flush=True)
+        return record_job(job, pieces, tts.sample_rate, **options).complete
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -399,9 +342,8 @@ def attempt(
             raise
         complain(error, args, FAILED)
         return False
-    return recorded.whole
 
 
 if __name__ == "__main__":
-    stop_as_ctrl_c_does()
+    interrupt_on_termination()
     sys.exit(main())

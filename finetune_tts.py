@@ -10,13 +10,10 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fish_speech.console import nobody_reads, print_anything, stop_as_ctrl_c_does, words_of
-from fish_speech.devices import (
-    keep_freed_memory,
-    limit_threads,
-    resolve_device,
-    resolve_precision,
-)
+from fish_speech.console import error_message, silence_stdout, tolerate_unencodable
+from fish_speech.devices import resolve_device, resolve_precision
+from fish_speech.resources import limit_threads, tune_malloc
+from fish_speech.signals import interrupt_on_termination
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -227,9 +224,9 @@ def extract_stage(
 ) -> set[str]:
     """Clips -> codes beside them; of several processes each encodes its share. Returns the names of
     those that failed."""
-    from fish_speech.devices import is_out_of_memory
     from fish_speech.models.vqgan import load_codec
     from fish_speech.preparation.extract import extract_codes
+    from fish_speech.resources import is_out_of_memory
     from fish_speech.training.distributed import gather, local_rank
 
     device = resolve_device(config.device)
@@ -485,18 +482,18 @@ def say(message: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    print_anything()
+    tolerate_unencodable()
     args = build_parser().parse_args(argv)
     args.failures = 0
     try:
         check_arguments(args)
-        keep_freed_memory()
+        tune_malloc()
         limit_threads()
         code = run_stages(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        nobody_reads()
+        silence_stdout()
         return FAILED
     except KeyboardInterrupt:
         say("interrupted; what is finished stays, the same command goes on from there")
@@ -505,12 +502,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             raise
         expected = isinstance(error, ValueError | OSError | MemoryError)
-        what = words_of(error)
+        what = error_message(error)
         what = what if expected else f"{type(error).__name__}: {what} (--debug shows where)"
         print(f"error: {what}", file=sys.stderr)  # of every process, not only the first
         return BAD_INPUT
 
 
 if __name__ == "__main__":
-    stop_as_ctrl_c_does()
+    interrupt_on_termination()
     sys.exit(main())

@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from fish_speech.console import nobody_reads, print_anything, stop_as_ctrl_c_does, words_of
+from fish_speech.console import error_message, silence_stdout, tolerate_unencodable
 from fish_speech.preparation.options import WHISPER_BACKENDS, Options, Thresholds
+from fish_speech.signals import interrupt_on_termination
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,7 +138,7 @@ def say(message: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    print_anything()
+    tolerate_unencodable()
     arguments = build_parser().parse_args(argv)
     try:
         code = run(arguments)
@@ -147,12 +148,12 @@ def main(argv: list[str] | None = None) -> int:
         say("interrupted; the same command goes on from here")
         return 130
     except BrokenPipeError:
-        nobody_reads()
+        silence_stdout()
         return 1
     except Exception as error:
         if arguments.debug:
             raise
-        what = words_of(error)
+        what = error_message(error)
         if isinstance(error, ValueError | FileNotFoundError | PermissionError):
             say(f"error: {what}")
             return 2
@@ -163,5 +164,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    stop_as_ctrl_c_does()
+    interrupt_on_termination()
     sys.exit(main())

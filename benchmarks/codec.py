@@ -52,10 +52,10 @@ def _row(name: str, direction: str, dtype: str, device: str) -> BenchmarkRow:
 
 
 def _time(directory: Path, direction: str, dtype: str, device: str) -> list[float]:
-    from fish_speech.devices import keep_freed_memory
+    from fish_speech.resources import tune_malloc
 
     _, call = _prepare(directory, direction, dtype, device)
-    keep_freed_memory()  # as the programs do
+    tune_malloc()  # as the programs do
     return time_calls(call, device)
 
 

@@ -51,11 +51,11 @@ def pack_row(device: str) -> BenchmarkRow:
 
 def _extract(directory: Path, device: str) -> tuple[float, float]:
     from fish_speech.audio_decoding import audio_info
-    from fish_speech.devices import keep_freed_memory
     from fish_speech.models.vqgan import load_codec
     from fish_speech.preparation.extract import extract_codes
+    from fish_speech.resources import tune_malloc
 
-    keep_freed_memory()  # as finetune_tts.py does
+    tune_malloc()  # as finetune_tts.py does
     codec = load_codec(directory, device)
     with tempfile.TemporaryDirectory() as folder:
         clips = Path(folder, "Ann")

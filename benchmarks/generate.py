@@ -77,18 +77,23 @@ def _generate(directory: Path, precision: str, device: str, columns: int) -> flo
     """Median seconds a frame after a prompt, without the first frame, which reads the prompt."""
     import torch
 
-    from fish_speech.devices import compile_problem, keep_freed_memory
-    from fish_speech.inference.generate import generate, graphs_of
+    from fish_speech.devices import triton_unavailable_reason
+    from fish_speech.inference.generate import capture_frame_graphs, generate
     from fish_speech.inference.sampling import Sampling
     from fish_speech.models.text2semantic import load_model
     from fish_speech.models.text2semantic.decode.packed import pack
+    from fish_speech.resources import tune_malloc
     from fish_speech.tokenizer import FishTokenizer
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     model = pack(load_model(directory, device, dtype), "int8" if precision == "int8" else None)
-    keep_freed_memory()  # as cli_tts.py does
+    tune_malloc()  # as cli_tts.py does
     tokenizer = FishTokenizer.from_pretrained(directory)
-    graphs = None if compile_problem(model.device) else graphs_of(model, tokenizer.im_end_id)
+    graphs = (
+        None
+        if triton_unavailable_reason(model.device)
+        else capture_frame_graphs(model, tokenizer.im_end_id)
+    )
     random = torch.Generator().manual_seed(0)
     prompt = torch.zeros(model.config.num_codebooks + 1, columns, dtype=torch.long)
     prompt[0] = torch.randint(0, 256, (columns,), generator=random)

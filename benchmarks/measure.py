@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fish_speech.devices import peak_memory
+from fish_speech.resources import peak_memory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = REPOSITORY / ".cache" / "bench"  # what is made once, for all runs

@@ -73,12 +73,12 @@ def _find_seed(directory: Path, device: str, tts: TextToSpeech | None = None) ->
 
 
 def _load(directory: Path, device: str) -> TextToSpeech:
-    from fish_speech.devices import keep_freed_memory
     from fish_speech.inference import TextToSpeech
+    from fish_speech.resources import tune_malloc
 
     quantize = "int8" if fastest_precision(device) == "int8" else None
     tts = TextToSpeech.from_pretrained(directory, device=device, quantize=quantize)
-    keep_freed_memory()  # as cli_tts.py does
+    tune_malloc()  # as cli_tts.py does
     return tts
 
 

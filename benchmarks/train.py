@@ -82,13 +82,13 @@ def _train(
     import lightning as L
 
     from fish_speech.datasets.shards import build_shards
-    from fish_speech.devices import keep_freed_memory
+    from fish_speech.resources import tune_malloc
     from fish_speech.training.config import compose_config
     from fish_speech.training.resume import choose_start
     from fish_speech.training.runs import Run
     from fish_speech.training.train import train
 
-    keep_freed_memory()  # as finetune_tts.py does
+    tune_malloc()  # as finetune_tts.py does
 
     class StepTimer(L.Callback):
         def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 SAVE_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
 _BLOCK_SECONDS = 30.0
-_LARGEST_WAV = (1 << 32) - 4096  # bytes of samples that its 32-bit sizes can tell
-_CANCELLED = 0.05  # share of the channels' power in their mean; one of six that sounds has 0.17
+_TARGET_LUFS, _CEILING_DBTP = -23.0, -1.0
+_LARGEST_WAV = (1 << 32) - 4096  # bytes of samples, for its sizes have 32 bits
+_MIN_POWER_SHARE = 0.05  # of the channels' power; one of six channels alone leaves 0.17 in the mean
 
 
 def decode_blocks(
@@ -33,13 +34,13 @@ def decode_blocks(
 
     Yields float32 arrays [n] at `sample_rate` (Hz; the file's own where None), at most
     `max_seconds` of them. What libsndfile can't read, or not to its end, goes through PyAV, whose
-    wheel carries its decoders. Where channels cancel each other, as with a wire's poles swapped,
-    the loudest is taken instead of their mean. Raises `FileNotFoundError`, or `ValueError` that
+    wheel carries its decoders. Where channels cancel each other, as with opposite polarity, the
+    loudest is taken instead of their mean. Raises `FileNotFoundError`, or `ValueError` that
     names the file where it is no audio or damaged.
     """
     path = Path(path)
     native = audio_info(path).sample_rate
-    blocks = _finite(path, _mono_blocks(path, block_seconds))
+    blocks = _check_finite(path, _mono_blocks(path, block_seconds))
     if max_seconds is not None:
         blocks = _limit(blocks, round(max_seconds * native))
     if sample_rate is None or sample_rate == native:
@@ -110,9 +111,9 @@ def audio_writer(
         for start in range(0, len(samples), 1 << 16):
             part = samples[start : start + (1 << 16)].clip(-1, 1)
             if file.format == "WAV" and (file.frames + len(part)) * bits // 8 > _LARGEST_WAV:
-                # From here on RF64, its like with sizes of 64 bits, which not every player knows.
+                # Go on as RF64: WAV with 64-bit sizes, which not every player knows.
                 file.close()
-                with _moved_aside(temporary) as full, soundfile.SoundFile(full) as so_far:
+                with _set_aside(temporary) as full, soundfile.SoundFile(full) as so_far:
                     file = new_file("RF64")
                     for block in so_far.blocks(1 << 20, dtype="int32"):
                         file.write(block)
@@ -130,8 +131,8 @@ def audio_writer(
 
 
 @contextmanager
-def _moved_aside(path: Path) -> Iterator[Path]:
-    """Yield where the file at `path` is meanwhile, which is removed in the end."""
+def _set_aside(path: Path) -> Iterator[Path]:
+    """Rename the file at `path` out of the way; yield its new path, and remove it at the end."""
     aside = path.with_suffix(".full")
     path.rename(aside)
     try:
@@ -173,11 +174,11 @@ def resample(samples: np.ndarray, source_rate: int, target_rate: int) -> np.ndar
 
 
 @dataclass(frozen=True)
-class Leveling:
-    """What `level` did.
+class LoudnessGain:
+    """What `normalize_loudness` did.
 
-    It removed an `offset` of that mean and gave a `gain` in dB (`limited`: less than wanted, for
-    the peaks), which made a `loudness` in LUFS (-inf for silence).
+    `offset` is the mean that was removed, `gain` was applied in dB (`limited`: less than wanted,
+    because of the peaks), `loudness` is the result in LUFS (-inf for silence).
     """
 
     offset: float
@@ -193,7 +194,7 @@ def loudness(samples: np.ndarray, sample_rate: int) -> float:
     meter = pyloudnorm.Meter(sample_rate)
     shortest = int(np.ceil(meter.block_size * sample_rate)) + 1  # one gating block
     if 0 < len(samples) < shortest:
-        samples = np.resize(samples, shortest)  # repeats it, so that a very short clip has a level
+        samples = np.resize(samples, shortest)  # repeats it: a very short clip has a level too
     if not np.any(samples):
         return float("-inf")
     return float(meter.integrated_loudness(samples.astype(np.float64)))
@@ -210,29 +211,27 @@ def true_peak(samples: np.ndarray, sample_rate: int) -> float:
     return 20 * float(np.log10(peak))
 
 
-def level(
-    samples: np.ndarray, sample_rate: int, *, target: float = -23.0, ceiling: float = -1.0
-) -> tuple[np.ndarray, Leveling]:
-    """Remove DC and bring mono audio [N] to `target` LUFS with its true peak below `ceiling` dBTP.
+def normalize_loudness(samples: np.ndarray, sample_rate: int) -> tuple[np.ndarray, LoudnessGain]:
+    """Remove DC and bring mono audio [N] to -23 LUFS (EBU R 128) with its true peak below -1 dBTP.
 
-    Only a gain is applied: where peaks are in the way it is held back, never the wave bent.
-    Silence stays silence.
+    Only a gain is applied: peaks limit the gain, they are never compressed. Silence stays silence.
     """
     offset = float(samples.mean(dtype=np.float64)) if len(samples) else 0.0
     samples = _without_offset(samples, sample_rate)
     measured = loudness(samples, sample_rate)
     if not np.isfinite(measured):
-        return samples, Leveling(offset, 0.0, False, measured)
-    wanted, room = target - measured, ceiling - true_peak(samples, sample_rate)
+        return samples, LoudnessGain(offset, 0.0, False, measured)
+    wanted = _TARGET_LUFS - measured
+    room = _CEILING_DBTP - true_peak(samples, sample_rate)
     gain = min(wanted, room)
-    done = Leveling(offset, gain, room < wanted, measured + gain)
-    return samples * np.float32(10 ** (gain / 20)), done
+    applied = LoudnessGain(offset, gain, room < wanted, measured + gain)
+    return samples * np.float32(10 ** (gain / 20)), applied
 
 
 def _without_offset(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     """`samples` [N] without what is below 20 Hz.
 
-    A voice may have an offset where silence has none; subtracting the mean would give silence one.
+    Not by subtracting the mean: a voice may have an offset that the silence around it hasn't.
     """
     from scipy.signal import butter, sosfiltfilt
 
@@ -243,7 +242,7 @@ def _without_offset(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     return sosfiltfilt(filters, samples.astype(np.float64), padlen=reach).astype(np.float32)
 
 
-def _finite(path: Path, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _check_finite(path: Path, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     for block in blocks:
         if not np.isfinite(block).all():
             raise ValueError(f"{path}: damaged audio (it holds samples that are no numbers)")
@@ -261,14 +260,15 @@ def _limit(blocks: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
 def _mono_blocks(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
     """The mean [n] of the channels; where they cancel each other, the loudest of them.
 
-    That one for as long as it sounds: another's poles may be swapped, in mid-word.
+    That channel is kept as long as it sounds: another may have the opposite polarity, and a change
+    would be heard in the middle of a word.
     """
     loudest = -1
     for block in channel_blocks(path, block_seconds):
         mono = block.mean(axis=1)
         powers = np.square(block).mean(axis=0)
-        if np.square(mono).mean() < _CANCELLED * powers.mean():
-            if loudest not in np.flatnonzero(powers > _CANCELLED * powers.max()):
+        if np.square(mono).mean() < _MIN_POWER_SHARE * powers.mean():
+            if loudest not in np.flatnonzero(powers > _MIN_POWER_SHARE * powers.max()):
                 loudest = int(powers.argmax())
             mono = block[:, loudest].copy()
         yield mono

@@ -1,5 +1,4 @@
-"""Sound files as they are: what they say of themselves, their channels block by block, and whether
-they are whole."""
+"""Reading audio files as they are: headers, channels block by block, signs of truncation."""
 
 from __future__ import annotations
 
@@ -12,21 +11,19 @@ from typing import Any
 
 import numpy as np
 
-# What programs write to a pipe, in bytes; sox whole frames of at most 0x7FFFF000.
+# Sizes in bytes that programs write to a pipe; sox: whole frames of at most 0x7FFFF000.
 _UNKNOWN_SIZES = {0, *range(0x7FFFF000 - 64, 0x7FFFF001), 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF}
-_LARGEST_WAV = 8 + 0xFFFFFFFF  # bytes that its sizes can tell
+_LARGEST_WAV = 8 + 0xFFFFFFFF  # bytes, for its sizes have 32 bits
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a file holds: `sample_rate` in Hz, `channels`, `duration` in seconds where known.
+    """What a file holds: `sample_rate` in Hz and `duration` in seconds, where known.
 
-    `floating`: its samples are floats as they were saved, which may be above 1 without being
-    clipped.
+    `floating`: its samples are saved as floats, which may be above 1 without being clipped.
     """
 
     sample_rate: int
-    channels: int
     duration: float | None
     floating: bool = False
 
@@ -36,7 +33,7 @@ def audio_info(path: str | Path) -> AudioInfo:
     path = _existing(path)
     if (info := _sndfile_info(path)) is not None:
         floating = info.subtype in ("FLOAT", "DOUBLE")
-        return AudioInfo(info.samplerate, info.channels, info.frames / info.samplerate, floating)
+        return AudioInfo(info.samplerate, info.frames / info.samplerate, floating)
     with _open_av(path) as container:
         stream = container.streams.audio[0]
         guessed = container.format.name == "mp3" and not _mp3_states_its_length(path)
@@ -51,16 +48,16 @@ def audio_info(path: str | Path) -> AudioInfo:
         if not stream.rate:
             raise ValueError(f"{path}: not an audio file that can be decoded (no sample rate)")
         floating = stream.codec.name.startswith("pcm_f")
-        return AudioInfo(stream.rate, stream.channels, duration, floating)
+        return AudioInfo(stream.rate, duration, floating)
 
 
-def breaks_off(path: str | Path, seconds: float) -> str | None:
-    """How a file that gave `seconds` of audio is not whole, as words for people; None if it is."""
+def truncation(path: str | Path, seconds: float) -> str | None:
+    """How a file that decoded to `seconds` of audio is truncated, in words; None if it is not."""
     path = _existing(path)
-    promised = max(audio_info(path).duration or 0.0, seconds / _share_of_chunk(path))
-    if seconds < 0.97 * promised:
-        return f"breaks off after {seconds:.1f} of {promised:.1f} s"
-    return None if _ogg_has_an_end(path) else f"breaks off after {seconds:.1f} s"
+    expected = max(audio_info(path).duration or 0.0, seconds / _data_share(path))
+    if seconds < 0.97 * expected:
+        return f"breaks off after {seconds:.1f} of {expected:.1f} s"
+    return None if _ogg_is_complete(path) else f"breaks off after {seconds:.1f} s"
 
 
 def channel_blocks(path: Path, seconds: float) -> Iterator[np.ndarray]:
@@ -69,16 +66,16 @@ def channel_blocks(path: Path, seconds: float) -> Iterator[np.ndarray]:
     return (_blocks_av if _sndfile_info(path) is None else _blocks_sndfile)(path, seconds)
 
 
-def _share_of_chunk(path: Path) -> float:
-    """How much of its samples' chunk a WAV or AIFF file has; 1 for other files."""
-    size, there = _samples_chunk(path)
+def _data_share(path: Path) -> float:
+    """The share of its data chunk that a WAV or AIFF file really has; 1 for other files."""
+    size, available = _data_chunk(path)
     # Programs that write to a pipe don't know the size.
-    unknown = size in _UNKNOWN_SIZES or 1 << 32 > size >= 0x7FFFF000 > there
-    return 1.0 if unknown else max(1e-3, min(1.0, there / size))
+    unknown = size in _UNKNOWN_SIZES or 1 << 32 > size >= 0x7FFFF000 > available
+    return 1.0 if unknown else max(1e-3, min(1.0, available / size))
 
 
-def _samples_chunk(path: Path) -> tuple[int, int]:
-    """What a WAV or AIFF file says of its samples' size, and what follows to the end of the file.
+def _data_chunk(path: Path) -> tuple[int, int]:
+    """The size of a WAV or AIFF file's data chunk by its header, and what follows in the file.
 
     In bytes; 0 and 0 for other files.
     """
@@ -102,19 +99,19 @@ def _samples_chunk(path: Path) -> tuple[int, int]:
 
 
 def _outgrew_its_header(path: Path) -> bool:
-    """Whether a WAV file goes on where, by its header, its samples end.
+    """Whether a WAV file has more samples than its header says.
 
-    Sizes have 32 bits. Of a longer file they are the last 32, the largest there are, or unknown.
+    Sizes have 32 bits. Those of a longer file overflow, are the largest possible, or unknown.
     """
     with path.open("rb") as file:
         if file.read(4) != b"RIFF":
             return False
-    size, there = _samples_chunk(path)
-    return 0 < size < there and (size in _UNKNOWN_SIZES or path.stat().st_size > _LARGEST_WAV)
+    size, available = _data_chunk(path)
+    return 0 < size < available and (size in _UNKNOWN_SIZES or path.stat().st_size > _LARGEST_WAV)
 
 
-def _ogg_has_an_end(path: Path) -> bool:
-    """Whether a file is no Ogg, or has the page that says that it is the last."""
+def _ogg_is_complete(path: Path) -> bool:
+    """Whether a file has the page that is marked as the last one, or is not Ogg."""
     with path.open("rb") as file:
         if file.read(4) != b"OggS":
             return True
@@ -139,10 +136,10 @@ def _native(path: Path) -> str | bytes:
 
 
 def _sndfile_info(path: Path) -> Any:
-    """What libsndfile reads of a header; None where PyAV has to read the file.
+    """libsndfile's view of the header; None where PyAV has to read the file.
 
-    libsndfile stops where the length that it read or estimated ends: after the first of several
-    MP3 or Ogg streams in a file, somewhere in an MP3 that states none, or at 4 GiB of a WAV file.
+    libsndfile stops at the length that it read or estimated: after the first of several MP3 or Ogg
+    streams in a file, somewhere in an MP3 that states none, or at 4 GiB of a WAV file.
     """
     import soundfile
 
@@ -193,7 +190,7 @@ def _open_av(path: Path):
         container = av.open(str(path.absolute()), options=options)
     except (av.error.FFmpegError, ValueError) as error:
         raise ValueError(
-            f"{path}: not an audio file that can be decoded ({_said(error)})"
+            f"{path}: not an audio file that can be decoded ({_ffmpeg_message(error)})"
         ) from error
     if not container.streams.audio:
         container.close()
@@ -211,19 +208,19 @@ def _blocks_av(path: Path, block_seconds: float) -> Iterator[np.ndarray]:
         parts: list[np.ndarray] = []
         count = 0
         try:
-            for part in _floats_av(container, stream):
+            for part in _samples_av(container, stream):
                 if parts and (count >= enough or part.shape[1] != parts[0].shape[1]):
                     yield np.concatenate(parts)
                     parts, count = [], 0
                 parts.append(part)
                 count += len(part)
         except av.error.FFmpegError as error:
-            raise ValueError(f"{path}: damaged audio ({_said(error)})") from error
+            raise ValueError(f"{path}: damaged audio ({_ffmpeg_message(error)})") from error
         if parts:
             yield np.concatenate(parts)
 
 
-def _floats_av(container: Any, stream: Any) -> Iterator[np.ndarray]:
+def _samples_av(container: Any, stream: Any) -> Iterator[np.ndarray]:
     """The decoded audio [n, C] at the rate that the stream begins with.
 
     Where files were joined, a part may have another rate and other channels.
@@ -244,7 +241,7 @@ def _floats_av(container: Any, stream: Any) -> Iterator[np.ndarray]:
 
 
 def _frames_av(container: Any, stream: Any) -> Iterator[Any]:
-    """The decoded frames. Between two MP3 or Ogg streams there may be what is none of either."""
+    """The decoded frames. Between two MP3 or Ogg streams there may be bytes that are neither's."""
     import av
 
     if container.format.name not in ("mp3", "ogg"):
@@ -262,6 +259,6 @@ def _frames_av(container: Any, stream: Any) -> Iterator[Any]:
         raise failure
 
 
-def _said(error: Exception) -> str:
-    """What FFmpeg says, without its number and the path."""
+def _ffmpeg_message(error: Exception) -> str:
+    """FFmpeg's message, without the error number and the path."""
     return getattr(error, "strerror", None) or str(error)

@@ -49,7 +49,7 @@ def build_prompt(
 ) -> Tensor:
     """The prompt that synthesis continues: tokens [K+1, T] (int64), up to `<|voice|>`."""
     parts = [
-        build_past(tokenizer, references, num_codebooks=num_codebooks, speaker=speaker),
+        build_prefix(tokenizer, references, num_codebooks=num_codebooks, speaker=speaker),
         _message(tokenizer, "user", with_speaker(text, speaker), num_codebooks),
         _assistant_header(tokenizer, num_codebooks),
         _control(tokenizer, "<|voice|>", num_codebooks),
@@ -57,17 +57,17 @@ def build_prompt(
     return torch.cat(parts, dim=1)
 
 
-def build_past(
+def build_prefix(
     tokenizer: FishTokenizer,
     utterances: Sequence[Utterance],
     *,
     num_codebooks: int,
     speaker: str | None = None,
 ) -> Tensor:
-    """What every prompt with these utterances before its text begins with: tokens [K+1, T]."""
+    """The prefix of every prompt that has these utterances before its text: tokens [K+1, T]."""
     parts = [_system(tokenizer, num_codebooks)]
     for utterance in utterances:
-        parts += _pair(tokenizer, utterance, num_codebooks, speaker)
+        parts += _turn(tokenizer, utterance, num_codebooks, speaker)
     return torch.cat(parts, dim=1)
 
 
@@ -133,7 +133,7 @@ def _system(tokenizer: FishTokenizer, num_codebooks: int) -> Tensor:
     return _message(tokenizer, "system", SYSTEM_TEXT, num_codebooks)
 
 
-def _pair(
+def _turn(
     tokenizer: FishTokenizer, utterance: Utterance, num_codebooks: int, speaker: str | None
 ) -> list[Tensor]:
     return [

@@ -1,25 +1,19 @@
-"""Which device and which number format a piece of work runs in."""
+"""Devices: which one, in which number format, what it supports, and transfers to and from it."""
 
 from __future__ import annotations
 
-import os
-import sys
 from functools import cache
-from typing import TYPE_CHECKING, Any
-
-from fish_speech import resources
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
-_SMALL_MODEL = 100_000_000  # bytes of weights
-_LEAST_CAPABILITY = (7, 0)  # of a CUDA card, for Triton
-_FLASH_CAPABILITY = (8, 0)
+_MIN_TRITON_CAPABILITY = (7, 0)  # compute capability of a CUDA card
+_MIN_FLASH_CAPABILITY = (8, 0)
 
 
 def resolve_device(name: str = "auto", cards: int = 1) -> torch.device:
@@ -64,14 +58,27 @@ def resolve_precision(name: str, device: torch.device, *, training: bool = False
         raise ValueError(f"--precision {name}: unknown; use one of {', '.join(PRECISIONS)}")
     if name == "auto":
         wanted = training or device.type != "cpu"
-        return torch.bfloat16 if wanted and multiplies_bf16(device) else torch.float32
+        return torch.bfloat16 if wanted and has_native_bf16(device) else torch.float32
     if name == "bf16" and device.type == "mps":
         raise ValueError("--precision bf16: MPS computes this model in fp32 only; use fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether products of bf16 matrices run on instructions made for them.
+def resolve_device_and_dtype(
+    device: str, precision: str, quantize: str | None = None
+) -> tuple[torch.device, torch.dtype | None]:
+    """The device, and the dtype unless `precision` is `auto`, from these flags.
+
+    Raises `ValueError` for a combination that this machine can't do.
+    """
+    resolved = resolve_device(device)
+    if quantize and resolved.type != "cpu":
+        raise ValueError(f"--quantize {quantize} is for the CPU, not for {resolved.type}")
+    return resolved, None if precision == "auto" else resolve_precision(precision, resolved)
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bf16 matrices.
 
     Elsewhere they are emulated, and slower than fp32.
     """
@@ -80,15 +87,17 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device):  # the card that is asked
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and _has_any("avx512_bf16", "amx_bf16", "bf16")  # the last on ARM
+    return device.type == "cpu" and _has_any_instruction(
+        "avx512_bf16", "amx_bf16", "bf16"
+    )  # the last on ARM
 
 
-def multiplies_int8(device: torch.device) -> bool:
-    """The same of int8, whose sums are not exact either without such instructions."""
-    return device.type == "cpu" and _has_any("avx512_vnni", "avx_vnni", "amx_int8")
+def has_native_int8(device: torch.device) -> bool:
+    """Whether a CPU has them for int8; without them the sums are not exact either."""
+    return device.type == "cpu" and _has_any_instruction("avx512_vnni", "avx_vnni", "amx_int8")
 
 
-def _has_any(*instructions: str) -> bool:
+def _has_any_instruction(*instructions: str) -> bool:
     """Whether the CPU has one of these, and torch the library that uses them."""
     import torch
 
@@ -97,22 +106,22 @@ def _has_any(*instructions: str) -> bool:
 
 
 @cache
-def shares_keys(device: torch.device, dtype: torch.dtype, masked: bool) -> bool:
-    """Whether fused attention takes keys that several heads share.
+def supports_gqa(device: torch.device, dtype: torch.dtype, masked: bool) -> bool:
+    """Whether fused attention supports grouped-query attention (heads that share keys).
 
-    On CUDA flash attention alone does, which has no mask and is for 16 bits and cards from Ampere
-    on. What torch takes in its place for such keys keeps a weight of every pair of columns.
+    On CUDA only flash attention does, which takes no mask and needs 16 bits and a card from Ampere
+    on. torch's fallback for shared keys keeps the whole matrix of attention weights.
     """
     import torch
 
     if device.type != "cuda":
         return True
-    recent = torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
+    recent = torch.cuda.get_device_capability(device) >= _MIN_FLASH_CAPABILITY
     return recent and dtype.itemsize == 2 and not masked
 
 
 @cache
-def compile_problem(device: torch.device) -> str | None:
+def triton_unavailable_reason(device: torch.device) -> str | None:
     """Why Triton can't compile kernels for a device, in a line; None where it can."""
     import torch
 
@@ -120,7 +129,7 @@ def compile_problem(device: torch.device) -> str | None:
         return f"Triton is not for {device.type}"
     if torch.version.hip:
         return "these kernels are for NVIDIA's cards"
-    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+    if torch.cuda.get_device_capability(device) < _MIN_TRITON_CAPABILITY:
         return "the card is too old for Triton"
     try:
         from triton.runtime import driver
@@ -134,132 +143,42 @@ def compile_problem(device: torch.device) -> str | None:
     return None
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on a device; a CUDA card is not waited for."""
+def to_device_async(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a CPU tensor to a device, without waiting for a CUDA card."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def read_later(values: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Values on the CPU, when they are asked for: a CUDA card is waited for only then, and only
-    until it has made them."""
+def to_host_async(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start copying values to the CPU; the function returned waits for them and returns them.
+
+    It waits only until the copy is done, not for later work of a CUDA card.
+    """
     if values.device.type != "cuda":
         return values.clone
     import torch
 
     copy = torch.empty_like(values, device="cpu", pin_memory=True)
     copy.copy_(values, non_blocking=True)
-    made = torch.cuda.Event()
-    made.record(torch.cuda.current_stream(values.device))
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(values.device))
 
     def read() -> torch.Tensor:
-        made.synchronize()
+        copied.synchronize()
         return copy
 
     return read
 
 
-def seed_draws(seed: int, device: torch.device) -> None:
-    """What is drawn on the CPU and on a device from here on follows from a seed.
+def seed_rng(seed: int, device: torch.device) -> None:
+    """Seed the random number generators of the CPU and of a device.
 
-    `torch.manual_seed` asks every kind of device, and for one that isn't there keeps a stack trace:
-    a millisecond, and ten kilobytes, of each step.
+    `torch.manual_seed` seeds every kind of device, and for one that isn't there keeps a stack
+    trace: a millisecond, and ten kilobytes, in each training step.
     """
     import torch
 
     torch.default_generator.manual_seed(seed)
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).manual_seed(seed)
-
-
-def set_threads(count: int) -> None:
-    """Threads that one operation may use on the CPU, as far as there are cores for them: with more
-    they wait for each other. Raises `ValueError` below 1."""
-    import torch
-
-    if count < 1:
-        raise ValueError(f"--threads {count}: must be at least 1")
-    torch.set_num_threads(min(count, resources.cores()))
-
-
-def limit_threads() -> None:
-    """No more threads than cores, where a container allows fewer of them than torch counts."""
-    import torch
-
-    if torch.get_num_threads() > resources.cores():
-        set_threads(resources.cores())
-
-
-def suit_threads(weights: Path) -> None:
-    """One thread for a model of so few bytes that more would only wait for each other; for others
-    as many as there are cores."""
-    limit_threads()
-    if weights.stat().st_size < _SMALL_MODEL:
-        set_threads(1)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, for the whole process; does nothing but on glibc.
-
-    Large blocks otherwise go back to the kernel, which gives them again page by page, zeroed: a
-    tenth of a training step or of decoding on a CPU.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # of malloc.h
-    if library := _glibc():
-        library.mallopt(mmap_threshold, 1 << 30)
-        library.mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def give_back_freed_memory() -> None:
-    """Return to the kernel what is free by now, where the C library is glibc."""
-    if library := _glibc():
-        library.malloc_trim(0)
-
-
-def _glibc() -> Any:
-    import ctypes
-
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    return library if hasattr(library, "gnu_get_libc_version") else None
-
-
-def peak_memory(device: torch.device | None, *, children: bool = False) -> int:
-    """Bytes: the most that was allocated on a CUDA card, else (None is a CPU) the most resident
-    memory that the process has had; or one of its ended `children`, where that was more."""
-    if device is not None and device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)[: 1 + children]
-    return max(resource.getrusage(each).ru_maxrss for each in who) * unit
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device (for the CPU: of main memory)."""
-    import torch
-
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    import psutil
-
-    available, allowed = psutil.virtual_memory().available, resources.memory()
-    return available if allowed is None else min(available, allowed)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of a device or of the allocator means that memory ran out."""
-    import torch
-
-    signs = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        sign in str(error) for sign in signs
-    )

@@ -26,8 +26,8 @@ AUDIO_SUFFIXES = frozenset(
     )
 )
 SIDECAR_SUFFIXES = (".lab", ".txt", ".LAB", ".TXT")  # of the transcript beside a recording
-_TEMPORARY = ".tmp-"
-_DEVICE = re.compile(r"^(?:con|prn|aux|nul|(?:com|lpt)[0-9¹²³])(?=\.|$)", re.IGNORECASE)
+_TEMPORARY_PREFIX = ".tmp-"
+_WINDOWS_DEVICE = re.compile(r"^(?:con|prn|aux|nul|(?:com|lpt)[0-9¹²³])(?=\.|$)", re.IGNORECASE)
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the name itself: a long one leaves no room for more.
-    name = f"{_TEMPORARY}{os.getpid()}-{_short_digest(path.name)}{path.suffix}"
+    name = f"{_TEMPORARY_PREFIX}{os.getpid()}-{_short_digest(path.name)}{path.suffix}"
     temporary = path.with_name(name)
     try:
         yield temporary
@@ -73,12 +73,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"{path}: a file is in the place of this folder; move it away")
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    ours = re.compile(rf"{re.escape(_TEMPORARY)}\d+-(old-)?{re.escape(path.name)}")
+    ours = re.compile(rf"{re.escape(_TEMPORARY_PREFIX)}\d+-(old-)?{re.escape(path.name)}")
     for left in path.parent.iterdir():  # by a killed run
         if ours.fullmatch(left.name):
             shutil.rmtree(left, ignore_errors=True)
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
-    old = path.with_name(f"{_TEMPORARY}{os.getpid()}-old-{path.name}")
+    temporary = path.with_name(f"{_TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    old = path.with_name(f"{_TEMPORARY_PREFIX}{os.getpid()}-old-{path.name}")
     temporary.mkdir()
     try:
         yield temporary
@@ -100,7 +100,7 @@ def remove_temporaries(folder: str | Path, names: Iterable[str] | None = None) -
     """
     folder = Path(folder)
     digests = {_short_digest(name) for name in names} if names is not None else set()
-    for path in list((folder.rglob if names is None else folder.glob)(f"{_TEMPORARY}*")):
+    for path in list((folder.rglob if names is None else folder.glob)(f"{_TEMPORARY_PREFIX}*")):
         if names is not None and path.stem.rpartition("-")[2] not in digests:
             continue
         if path.is_dir():
@@ -190,28 +190,28 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def shown_path(path: str | Path) -> str:
-    """A path as a user would type it: relative where it lies below the working directory."""
+    """A path as a user would type it: relative if it is below the working directory."""
     path, here = Path(os.path.abspath(path)), Path.cwd()
     return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
 
 
 def safe_name(text: str, *, max_length: int = 80) -> str:
-    """A file name made of `text`: letters with their marks, digits, `_ . -` only, never hidden,
-    empty, a path or what Windows keeps for a device.
+    """A file name made of `text`: only letters with their marks, digits and `_ . -`; never hidden,
+    empty, a path, or a device name of Windows.
 
     >>> safe_name("../../My  voice: take 1")
     'My_voice_take_1'
     """
     kept, spelled = [], False
     for character in unicodedata.normalize("NFC", text):
-        # Vowels of many scripts are marks. What modifies a digit or a picture is none of a name.
+        # In many scripts vowels are marks. Marks on a digit or an emoji are left out.
         is_mark = spelled and unicodedata.category(character) in ("Mn", "Mc")
         spelled = is_mark or character.isalpha()
         kept.append(character if is_mark or character.isalnum() or character in "_.-" else " ")
     name = "_".join("".join(kept).split()).strip("._-")[:max_length].rstrip("._-")
     while len(name.encode()) > 200:  # file systems count bytes
         name = name[:-1]
-    return _DEVICE.sub(r"\g<0>_", name) or "unnamed"
+    return _WINDOWS_DEVICE.sub(r"\g<0>_", name) or "unnamed"
 
 
 def file_digest(path: str | Path) -> str:
@@ -224,16 +224,16 @@ def file_digest(path: str | Path) -> str:
 
 
 class InUseError(ValueError):
-    """Another process has the right to write; the text says which."""
+    """Another process holds the lock; the message says which."""
 
 
 @contextmanager
 def exclusive(folder: str | Path, what: str) -> Iterator[None]:
-    """Hold the only right to write under `folder`. Raises `InUseError` that says who holds it, and
-    `ValueError` where nobody may write there, or a file is in the way.
+    """Hold the lock for writing under `folder`; messages call it `what`.
 
-    Where the file system has locks, the operating system frees it when its holder dies, however it
-    dies.
+    Raises `InUseError` that says who holds it, and `ValueError` where the folder is not writable or
+    a file is in its place. Where the file system has locks, the operating system frees it when its
+    holder dies, however it dies.
     """
     folder = Path(folder)
     lock, holder = FileLock(folder / ".lock"), folder / ".lock-holder"

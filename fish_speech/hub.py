@@ -1,9 +1,10 @@
-"""Published weights: which there are, where they lie, and how they get there, whole."""
+"""Model directories: which there are on this machine, and how published ones are downloaded."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,6 +95,39 @@ def local_model(version: str, root: Path = REPOSITORY) -> Path | None:
     return None if _missing_files(entry, directory) else directory
 
 
+def local_model_dirs(root: Path = REPOSITORY) -> list[tuple[Path, str]]:
+    """The model directories on this machine and a description of each, the preferred first.
+
+    Trained voices (`checkpoints/*-merged` of the repository at `root` and of the working directory)
+    from the newest on, then the published model, then the embedded one. Raises `FileNotFoundError`
+    where there is none at all.
+    """
+    merged = sorted(
+        {
+            file
+            for folder in (root, Path.cwd())
+            for file in folder.resolve().glob("checkpoints/[!.]*-merged/model.pth")
+        },
+        key=lambda file: file.stat().st_mtime,
+        reverse=True,
+    )
+    found = [(file.parent, f"trained voice of {_modified_at(file)}") for file in merged]
+    embedded_last = sorted(model_versions(root).values(), key=lambda entry: entry.repo_id is None)
+    for entry in embedded_last:
+        if (directory := local_model(entry.name, root)) is not None:
+            found.append((directory, f"{entry.description}, {entry.licence}"))
+    if not found:
+        raise FileNotFoundError(
+            f"{root / 'checkpoints'}: no model; 'git checkout -- checkpoints/tiny' brings back the"
+            " embedded one, '--model-path 1.5' downloads the published one"
+        )
+    return found
+
+
+def _modified_at(file: Path) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
+
+
 def check_model_dir(path: str | Path) -> None:
     """Check that `path` is a complete model directory: the four model files and one codec.
 
@@ -104,12 +138,12 @@ def check_model_dir(path: str | Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such model directory")
     if path.is_file():
-        _refuse_file(path)
+        _raise_for_file(path)
     missing = [name for name in MODEL_FILES if not _has_bytes(path / name, 1)]
     if not _codecs(path):
         missing.append(f"the codec {CODEC_PATTERN}")
     if missing:
-        _refuse_unmerged(path)
+        _raise_if_unmerged(path)
         raise FileNotFoundError(
             f"{path}: not a complete model directory, it lacks {', '.join(missing)}; copy that from"
             " the model that this one was made of, or give 1.5 in its place: that downloads it all"
@@ -135,14 +169,14 @@ def _codecs(model_dir: Path) -> list[Path]:
     return [codec for codec in sorted(model_dir.glob(CODEC_PATTERN)) if _has_bytes(codec, 1)]
 
 
-def _refuse_file(path: Path) -> None:
+def _raise_for_file(path: Path) -> None:
     if path.suffix == ".ckpt":
-        _refuse_unmerged(path.parent)
+        _raise_if_unmerged(path.parent)
     what = "the codec alone" if path.match(CODEC_PATTERN) else "a file"
     raise ValueError(f"{path}: {what}, not a model directory; give the folder, {path.parent}")
 
 
-def _refuse_unmerged(folder: Path) -> None:
+def _raise_if_unmerged(folder: Path) -> None:
     """Raise where `folder` is a run, or the checkpoints of one: adapters without their base."""
     inner = folder / "checkpoints"
     checkpoints = inner if any(inner.glob("*.ckpt")) else folder
@@ -157,18 +191,22 @@ def _refuse_unmerged(folder: Path) -> None:
 
 
 def _missing_files(entry: ModelVersion, directory: Path) -> list[str]:
-    return [name for name, least in entry.files.items() if not _has_bytes(directory / name, least)]
+    return [
+        name
+        for name, min_bytes in entry.files.items()
+        if not _has_bytes(directory / name, min_bytes)
+    ]
 
 
-def _has_bytes(path: Path, least: int) -> bool:
-    return path.is_file() and path.stat().st_size >= least
+def _has_bytes(path: Path, min_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size >= min_bytes
 
 
 def _download(entry: ModelVersion, directory: Path) -> None:
-    """Bring every file of `entry` that is not whole yet into `directory`, sizes verified."""
+    """Download every file of `entry` that is not complete yet to `directory`, and verify it."""
     from huggingface_hub import HfApi, constants
 
-    with _errors_explained(entry, directory):
+    with _errors_translated(entry, directory):
         info = HfApi().model_info(
             entry.repo_id,
             revision=entry.revision,
@@ -189,20 +227,20 @@ def _download(entry: ModelVersion, directory: Path) -> None:
     _check_space(wanted, directory)
     for file in wanted:
         # All files come from one commit, even when the hub moves on in the middle.
-        with _errors_explained(entry, directory):
+        with _errors_translated(entry, directory):
             _fetch(entry.repo_id, info.sha, file, directory)
 
 
 def _partial_path(file: RepoSibling, directory: Path) -> Path:
-    """Where the first bytes of a file wait for the rest; bound to its content, not to its name."""
+    """The path of an incomplete download; it depends on the file's content, not only its name."""
     content = file.lfs.sha256 if file.lfs else file.blob_id
     return directory / f"{file.rfilename}.{content[:16]}.incomplete"
 
 
 def _check_space(wanted: list[RepoSibling], directory: Path) -> None:
     partials = [_partial_path(file, directory) for file in wanted]
-    there = sum(path.stat().st_size for path in partials if path.exists())
-    needed = sum(file.size for file in wanted) - there
+    downloaded = sum(path.stat().st_size for path in partials if path.exists())
+    needed = sum(file.size for file in wanted) - downloaded
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ValueError(
@@ -251,19 +289,21 @@ def _fetch(repo_id: str, commit: str, file: RepoSibling, directory: Path) -> Non
 
 
 @contextmanager
-def _errors_explained(entry: ModelVersion, directory: Path) -> Iterator[None]:
-    """Turn what the hub and the network raise into errors that say what to do."""
+def _errors_translated(entry: ModelVersion, directory: Path) -> Iterator[None]:
+    """Translate errors of the hub and the network to ones that say what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     try:
         yield
     except HfHubHTTPError as error:
-        raise ValueError(_refusal(entry, error)) from error
+        raise ValueError(_http_error_message(entry, error)) from error
     except OfflineModeIsEnabled as error:
-        raise FileNotFoundError(_offline(entry, directory, "HF_HUB_OFFLINE is set")) from error
+        raise FileNotFoundError(
+            _offline_message(entry, directory, "HF_HUB_OFFLINE is set")
+        ) from error
     except HTTPError as error:  # the client's own: no connection, timeout, broken off for good
-        raise FileNotFoundError(_offline(entry, directory, str(error))) from error
+        raise FileNotFoundError(_offline_message(entry, directory, str(error))) from error
     except JSONDecodeError as error:
         raise ValueError(
             f"{constants.ENDPOINT} does not answer like a hub; is HF_ENDPOINT right, and does the"
@@ -271,8 +311,8 @@ def _errors_explained(entry: ModelVersion, directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _refusal(entry: ModelVersion, error: HfHubHTTPError) -> str:
-    """One line for an answer of the hub that is not the file."""
+def _http_error_message(entry: ModelVersion, error: HfHubHTTPError) -> str:
+    """A line for an HTTP error of the hub, with what to do about it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError
 
@@ -290,7 +330,7 @@ def _refusal(entry: ModelVersion, error: HfHubHTTPError) -> str:
     return f"{page} answered with status {status}; start again later, what is there is kept"
 
 
-def _offline(entry: ModelVersion, directory: Path, reason: str) -> str:
+def _offline_message(entry: ModelVersion, directory: Path, reason: str) -> str:
     from huggingface_hub import constants
 
     missing, where = _missing_files(entry, directory), shown_path(directory)

@@ -95,10 +95,10 @@ def clean_text(text: str) -> str:
     return _REPEATED_MARK.sub(r"\1", text).strip()
 
 
-def lines_of(text: str) -> list[str]:
-    """Its lines as editors count them: a form feed, or whatever else separates, begins none.
+def split_lines(text: str) -> list[str]:
+    """The lines as editors count them: form feeds and Unicode separators begin none.
 
-    >>> lines_of("One.\\r\\nStill\\fthe second.\\n")
+    >>> split_lines("One.\\r\\nStill\\fthe second.\\n")
     ['One.', 'Still\\x0cthe second.']
     """
     return [line.rstrip("\n") for line in StringIO(text, newline=None)]
@@ -143,21 +143,21 @@ def split_text(text: str, *, min_bytes: int = 100, max_bytes: int = 150) -> list
     return split
 
 
-def longest_speech(text: str) -> float:
-    """Seconds that no reading of `text` exceeds, about twice an unhurried one."""
-    letters, wide = _letters(text)
+def max_speech_seconds(text: str) -> float:
+    """Upper bound, in seconds, of the speech of `text`: about twice an unhurried reading."""
+    letters, wide = _count_letters(text)
     digits = sum(map(str.isnumeric, text))  # each may be a word of its own: "1984" is four
     others = len(text) - letters - wide - digits
     return 1.5 + 0.15 * letters + 0.5 * wide + 0.6 * digits + 0.1 * others
 
 
-def shortest_speech(text: str) -> float:
-    """Seconds below which words of `text` must be missing: faster than anybody reads."""
-    letters, wide = _letters(text)
+def min_speech_seconds(text: str) -> float:
+    """Lower bound, in seconds, of the speech of `text`: nobody reads faster."""
+    letters, wide = _count_letters(text)
     return letters / 40 + wide / 12
 
 
-def _letters(text: str) -> tuple[int, int]:
+def _count_letters(text: str) -> tuple[int, int]:
     """How many letters there are, and how many that are a syllable each."""
     wide = len(regex.findall(_SYLLABLE, text))
     return sum(map(str.isalpha, text)) - wide, wide
@@ -166,7 +166,7 @@ def _letters(text: str) -> tuple[int, int]:
 def _find_cuts(
     text: str, span: tuple[int, int], level: int, limit: int, sizes: list[int], cuts: dict
 ) -> None:
-    """Add to `cuts` {place: cost} one level's; what stays over the limit is cut at the next."""
+    """Add one level's cuts to `cuts` {place: cost}; parts over the limit go to the next level."""
     start, end = span
     if level == len(_CUTS):
         cost = _CHARACTER_COST
@@ -183,7 +183,7 @@ def _find_cuts(
 
 
 def _abbreviated(text: str, cut: regex.Match) -> bool:
-    """Whether a cut would tear apart what a full stop joins: "Dr. Who", "No. 5", "1. Item"."""
+    """Whether a cut follows a full stop that ends no sentence: "Dr. Who", "No. 5", "1. Item"."""
     if cut.group().count("\n") > 1:  # no abbreviation outlives its paragraph
         return False
     window = max(0, cut.start() - 24)
@@ -199,10 +199,10 @@ def _abbreviated(text: str, cut: regex.Match) -> bool:
 
 
 def _character_cuts(text: str, limit: int) -> Iterator[int]:
-    """Cuts between atoms, as few as the limit allows; in one only if it takes too long to say."""
+    """Cuts between atoms, as few as the limit allows; inside one only if it is too long to say."""
     size = 0
     for atom in _ATOM.finditer(text):
-        whole = longest_speech(atom.group()) <= _LONGEST_ATOM
+        whole = max_speech_seconds(atom.group()) <= _LONGEST_ATOM
         for part in [atom] if whole else _GRAPHEME.finditer(text, atom.start(), atom.end()):
             width = len(part.group().encode())
             if size and size + width > limit:
@@ -214,7 +214,7 @@ def _character_cuts(text: str, limit: int) -> Iterator[int]:
 def _cheapest_ends(
     cuts: list[tuple[int, float]], sizes: list[int], min_bytes: int, max_bytes: int
 ) -> list[int]:
-    """Choose the chunks' ends: the least sum of what the cuts cost and of shortfalls squared."""
+    """Choose the chunks' ends that minimise the cuts' costs plus the squared shortfalls."""
     offsets = [sizes[place] for place, _ in cuts]
     best, came_from = [0.0], [0]
     for index in range(1, len(cuts)):

@@ -64,7 +64,6 @@ class FishTokenizer:
             if self.special_tokens.get(f"<|semantic:{code}|>") != self.semantic_begin_id + code:
                 raise ValueError(f"<|semantic:{code}|> is not id {self.semantic_begin_id + code}")
         self.im_end_id = self.special_tokens["<|im_end|>"]
-        self.pad_id = self.special_tokens["<|pad|>"]
         self.end_of_text_id = self.special_tokens["<|end_of_text|>"]
 
     @classmethod

@@ -31,7 +31,7 @@ def in_processes(
 
     0 means as many as are worth their start. `desc` names the progress bar.
     """
-    workers = min(len(jobs), num_workers or min(resources.cores(), 1 + len(jobs) // 16))
+    workers = min(len(jobs), num_workers or min(resources.available_cores(), 1 + len(jobs) // 16))
     if sys.platform == "win32":
         workers = min(workers, 61)  # which is all that Windows waits for at once
     with tqdm(total=len(jobs), desc=desc, unit="file", disable=None) as progress:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from fish_speech import audio, decoding
+from fish_speech import audio, audio_decoding
 
 SECOND = 16_000
 
@@ -64,7 +64,7 @@ def test_what_libsndfile_cannot_read_is_decoded_all_the_same(tmp_path, name, cod
     samples = audio.load_audio(tmp_path / name, SECOND)[0][0].numpy()
     assert len(samples) == pytest.approx(SECOND, abs=1000)
     assert pitch(samples, SECOND) == pytest.approx(440, abs=2)
-    assert decoding.audio_info(tmp_path / name).duration == pytest.approx(1.0, abs=0.06)
+    assert audio_decoding.audio_info(tmp_path / name).duration == pytest.approx(1.0, abs=0.06)
 
 
 def test_blocks_add_up_to_the_whole(tmp_path):
@@ -137,11 +137,11 @@ def test_files_that_break_off_are_told_from_whole_ones(tmp_path, name, options):
     def seconds():
         return sum(map(len, audio.decode_blocks(path))) / 48_000
 
-    assert decoding.breaks_off(path, seconds()) is None
+    assert audio_decoding.truncation(path, seconds()) is None
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     assert seconds() < 4
-    assert decoding.breaks_off(path, seconds()).startswith("breaks off after ")
+    assert audio_decoding.truncation(path, seconds()).startswith("breaks off after ")
 
 
 def test_a_picture_that_outlasts_the_sound_breaks_nothing_off(tmp_path):
@@ -163,7 +163,7 @@ def test_a_picture_that_outlasts_the_sound_breaks_nothing_off(tmp_path):
     waveform, sample_rate = audio.load_audio(tmp_path / "film.mp4")
     seconds = waveform.shape[1] / sample_rate
     assert seconds == pytest.approx(2.0, abs=0.1)
-    assert decoding.breaks_off(tmp_path / "film.mp4", seconds) is None
+    assert audio_decoding.truncation(tmp_path / "film.mp4", seconds) is None
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_files_that_were_joined_are_read_to_their_end(tmp_path, name, options):
     assert len(samples) / rate == pytest.approx(4.0, abs=0.1)
     assert pitch(samples[:rate], rate) == pytest.approx(300, abs=2)
     assert pitch(samples[-rate:], rate) == pytest.approx(600, abs=2)
-    assert decoding.breaks_off(tmp_path / name, len(samples) / rate) is None
+    assert audio_decoding.truncation(tmp_path / name, len(samples) / rate) is None
 
 
 @pytest.mark.parametrize("name", ["a.mp3", "a.aac"])
@@ -214,7 +214,7 @@ def test_an_mp3_that_does_not_state_its_length_is_read_to_its_end(tmp_path):
     (tmp_path / "a.mp3").write_bytes(data)
     waveform, rate = audio.load_audio(tmp_path / "a.mp3")
     assert waveform.shape[1] / rate == pytest.approx(6.0, abs=0.15)
-    assert decoding.breaks_off(tmp_path / "a.mp3", waveform.shape[1] / rate) is None
+    assert audio_decoding.truncation(tmp_path / "a.mp3", waveform.shape[1] / rate) is None
 
 
 def test_flac_and_wave_files_from_a_pipe_state_no_length_and_are_read(tmp_path):
@@ -231,7 +231,7 @@ def test_flac_and_wave_files_from_a_pipe_state_no_length_and_are_read(tmp_path):
     for name in ("a.flac", "a.wav"):
         waveform, rate = audio.load_audio(tmp_path / name)
         assert (waveform.shape[1], rate) == (SECOND, SECOND)
-        assert (decoding.audio_info(tmp_path / name).duration or 1.0) == pytest.approx(
+        assert (audio_decoding.audio_info(tmp_path / name).duration or 1.0) == pytest.approx(
             1.0, abs=0.01
         )
 
@@ -242,7 +242,7 @@ def test_a_wave_file_from_a_pipe_does_not_know_its_size_and_is_whole(tmp_path, s
     data = (tmp_path / "a.wav").read_bytes()
     at = data.index(b"data") + 4
     (tmp_path / "a.wav").write_bytes(data[:at] + size.to_bytes(4, "little") + data[at + 4 :])
-    assert decoding.breaks_off(tmp_path / "a.wav", 1.0) is None
+    assert audio_decoding.truncation(tmp_path / "a.wav", 1.0) is None
 
 
 def stated(path, size: int) -> None:
@@ -257,23 +257,23 @@ def test_a_wave_file_from_a_pipe_may_be_of_gigabytes(tmp_path, size):
     soundfile.write(tmp_path / "a.wav", sine(440, 1.0, SECOND), SECOND)
     stated(tmp_path / "a.wav", size)
     os.truncate(tmp_path / "a.wav", 44 + 0x7FFFF000)
-    duration = decoding.audio_info(tmp_path / "a.wav").duration
+    duration = audio_decoding.audio_info(tmp_path / "a.wav").duration
     assert duration == pytest.approx(0x7FFFF000 / 2 / SECOND)
-    assert decoding.breaks_off(tmp_path / "a.wav", duration) is None
+    assert audio_decoding.truncation(tmp_path / "a.wav", duration) is None
 
 
 @pytest.mark.parametrize("size", [6 * SECOND - 2**16, 50_000])  # its last bits, or unknown
 def test_a_wave_file_longer_than_it_can_say_is_read_to_its_end(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(decoding, "_LARGEST_WAV", 2**16)
-    monkeypatch.setattr(decoding, "_UNKNOWN_SIZES", {50_000})
+    monkeypatch.setattr(audio_decoding, "_LARGEST_WAV", 2**16)
+    monkeypatch.setattr(audio_decoding, "_UNKNOWN_SIZES", {50_000})
     noise = np.random.default_rng(0).normal(0, 0.1, 3 * SECOND).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", noise, SECOND)
     stated(tmp_path / "a.wav", size)
     waveform, rate = audio.load_audio(tmp_path / "a.wav")
     assert rate == SECOND
     assert waveform[0].numpy() == pytest.approx(noise, abs=1e-4)
-    assert decoding.breaks_off(tmp_path / "a.wav", 3.0) is None
-    assert decoding.audio_info(tmp_path / "a.wav").duration in (None, 3.0)
+    assert audio_decoding.truncation(tmp_path / "a.wav", 3.0) is None
+    assert audio_decoding.audio_info(tmp_path / "a.wav").duration in (None, 3.0)
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.mkv"])
@@ -360,7 +360,7 @@ def test_loudness_and_true_peak_agree_with_the_standard():
 @pytest.mark.parametrize("seconds", [0.2, 3.0])
 @pytest.mark.parametrize("amplitude", [0.002, 0.9])
 def test_levelled_speech_has_the_target_loudness(seconds, amplitude):
-    samples, done = audio.level(sine(300, seconds, 44_100, amplitude), 44_100)
+    samples, done = audio.normalize_loudness(sine(300, seconds, 44_100, amplitude), 44_100)
     assert audio.loudness(samples, 44_100) == pytest.approx(-23, abs=0.15)
     assert done.loudness == pytest.approx(-23, abs=0.01)
     assert not done.limited
@@ -370,22 +370,22 @@ def test_levelled_speech_has_the_target_loudness(seconds, amplitude):
 def test_gain_is_held_back_where_peaks_would_pass_the_ceiling():
     clicks = np.zeros(88_200, np.float32)
     clicks[::22_050] = 0.5
-    samples, done = audio.level(clicks, 44_100)
+    samples, done = audio.normalize_loudness(clicks, 44_100)
     assert done.limited
     assert audio.true_peak(samples, 44_100) <= -0.99
-    again, _ = audio.level(clicks / 4, 44_100)
+    again, _ = audio.normalize_loudness(clicks / 4, 44_100)
     assert samples == pytest.approx(again, abs=1e-4)  # the shape is untouched
 
 
 def test_an_offset_goes_and_silence_stays_silent():
     tone = sine(300, 3, 44_100, 0.2)
-    assert abs(audio.level(tone + 0.1, 44_100)[0].mean()) < 1e-4
+    assert abs(audio.normalize_loudness(tone + 0.1, 44_100)[0].mean()) < 1e-4
     # Offset in the voice only, as synthesisers make it: the silence must not inherit it.
     voice = np.concatenate([np.zeros(44_100, np.float32), tone + 0.02 * (tone != 0)])
-    samples, done = audio.level(voice, 44_100)
+    samples, done = audio.normalize_loudness(voice, 44_100)
     assert done.offset == pytest.approx(0.015, abs=1e-3)
     assert np.abs(samples[:33_000]).max() < 1e-4
-    silence, done = audio.level(np.zeros(100, np.float32), 44_100)
+    silence, done = audio.normalize_loudness(np.zeros(100, np.float32), 44_100)
     assert not silence.any()
     assert done.gain == 0
 
@@ -413,7 +413,7 @@ def test_a_wav_file_grows_beyond_what_its_sizes_can_tell(tmp_path, monkeypatch, 
         assert soundfile.info(tmp_path / "a.wav").subtype == f"PCM_{bits}"
         waveform, _ = audio.load_audio(tmp_path / "a.wav")
         assert waveform[0].numpy() == pytest.approx(parts[:count].reshape(-1), abs=2 ** (1 - bits))
-        assert decoding.breaks_off(tmp_path / "a.wav", count * 4_000 / SECOND) is None
+        assert audio_decoding.truncation(tmp_path / "a.wav", count * 4_000 / SECOND) is None
     assert len(list(tmp_path.iterdir())) == 1
 
 

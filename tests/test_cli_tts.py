@@ -131,7 +131,7 @@ def test_a_batch_goes_on_where_it_was_and_remakes_what_has_changed(run, takes, c
     assert "1 of 3 lines have no words: left out" in capsys.readouterr().err
     assert run(*batch) == 0
     assert len(takes) == 2
-    assert "0 spoken, 2 were there already, 0 failed" in capsys.readouterr().err
+    assert "0 synthesized, 2 skipped (already done), 0 failed" in capsys.readouterr().err
     write_text("lines.txt", "One.\n\nThree!\n")
     assert run(*batch) == 0
     assert len(takes) == 3
@@ -183,7 +183,7 @@ def test_a_line_whose_speech_has_a_gap_is_kept_but_not_done(run, monkeypatch, ca
     assert "the model said nothing" in err
     assert Path("takes/0001.wav").exists()
     assert run(*batch) == 0
-    assert "1 spoken, 0 were there already, 0 failed" in capsys.readouterr().err
+    assert "1 synthesized, 0 skipped (already done), 0 failed" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_a_line_that_needs_too_much_memory_is_told_what_to_do(run, capsys, bad_l
     write_text("lines.txt", "bad\nTwo.")
     assert run("--text-file", "lines.txt", "--batch", "-o", "takes") == 1
     assert "out of memory; try --quantize int8" in (err := capsys.readouterr().err)
-    assert "1 spoken, 0 were there already, 1 failed" in err
+    assert "1 synthesized, 0 skipped (already done), 1 failed" in err
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_line_that_fails_is_counted_and_the_others_are_spoken(run, capsys, bad
     write_text("lines.txt", "One.\nbad\nThree.")
     assert run("--text-file", "lines.txt", "--batch", "-o", "takes") == 1
     assert "no such speech" in (err := capsys.readouterr().err)
-    assert "2 spoken, 0 were there already, 1 failed" in err
+    assert "2 synthesized, 0 skipped (already done), 1 failed" in err
     assert not Path("takes/0002.wav").exists()
 
 
@@ -556,7 +556,7 @@ def test_a_line_beyond_the_context_fails_and_the_others_are_spoken(run, takes, c
     write_text("lines.txt", "One.\na" + "\u0301" * 3000 + "\nThree.")
     assert run("--text-file", "lines.txt", "--batch", "-o", "takes") == 1
     assert "the model's context has 2048" in (err := capsys.readouterr().err)
-    assert "2 spoken, 0 were there already, 1 failed" in err
+    assert "2 synthesized, 0 skipped (already done), 1 failed" in err
 
 
 def test_closed_streams_are_named(run, monkeypatch, capsys):

@@ -33,13 +33,13 @@ def test_ctrl_c_in_a_destructor_is_not_lost(tmp_path):
     """Python only prints that it ignored it, there and in what a library in C calls."""
     program = """
         import os, signal, threading
-        from fish_speech.console import stop_as_ctrl_c_does
+        from fish_speech.signals import interrupt_on_termination
 
         class Interrupted:
             def __del__(self):
                 os.kill(os.getpid(), signal.SIGINT)
 
-        stop_as_ctrl_c_does()
+        interrupt_on_termination()
         Interrupted()
         try:
             threading.Event().wait(20)

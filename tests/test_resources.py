@@ -1,8 +1,12 @@
-"""What a container or a batch system allows, read from control groups as the kernel writes them."""
+"""What a container or a batch system allows, as control groups say it; threads and freed memory."""
 
+import ctypes
 import os
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from fish_speech import devices, resources
 
@@ -18,12 +22,12 @@ def groups(tmp_path, monkeypatch):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
 
-    monkeypatch.setattr(resources, "_MEMBERSHIP", tmp_path / "membership")
-    monkeypatch.setattr(resources, "_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(resources, "_CGROUP_MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(resources, "_CGROUP_ROOT", tmp_path / "cgroup")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    resources.cores.cache_clear()
+    resources.available_cores.cache_clear()
     yield lay_out
-    resources.cores.cache_clear()
+    resources.available_cores.cache_clear()
 
 
 STAT = "anon 900\nfile 300\nactive_file 50\ninactive_file 150\n"
@@ -71,9 +75,9 @@ STAT = "anon 900\nfile 300\nactive_file 50\ninactive_file 150\n"
 )
 def test_a_limit_is_known_however_it_is_written(groups, membership, files):
     groups(membership, files)
-    assert resources.cores() == 2
-    assert resources.memory() == 1000
-    assert devices.free_memory(devices.resolve_device("cpu")) == 1000
+    assert resources.available_cores() == 2
+    assert resources.cgroup_memory_left() == 1000
+    assert resources.free_memory(devices.resolve_device("cpu")) == 1000
 
 
 def test_where_nothing_is_limited_the_machine_is_what_counts(groups):
@@ -86,6 +90,30 @@ def test_where_nothing_is_limited_the_machine_is_what_counts(groups):
             "memory/memory.usage_in_bytes": "1200\n",
         },
     )
-    assert resources.cores() == 64
-    assert resources.memory() is None
-    assert devices.free_memory(devices.resolve_device("cpu")) > 1 << 20
+    assert resources.available_cores() == 64
+    assert resources.cgroup_memory_left() is None
+    assert resources.free_memory(devices.resolve_device("cpu")) > 1 << 20
+
+
+def test_no_more_threads_than_cores():
+    before = torch.get_num_threads()
+    try:
+        resources.set_threads(10_000)
+        assert torch.get_num_threads() == resources.available_cores()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_freed_memory_is_not_asked_of_the_kernel_again():
+    if not hasattr(ctypes.CDLL(None) if os.name == "posix" else None, "gnu_get_libc_version"):
+        pytest.skip("not glibc")
+    script = """
+import resource, sys
+from fish_speech.resources import tune_malloc
+tune_malloc()
+bytearray(1 << 26)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+bytearray(1 << 26)
+sys.exit(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before > 1000)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fish_speech.console import stop_signals
 from fish_speech.conversation import IGNORE_INDEX, Utterance, build_item, with_speaker
 from fish_speech.datasets.shards import Sample
+from fish_speech.signals import stop_signals
 from fish_speech.tokenizer import FishTokenizer
 
 _POOL_BATCHES = 16  # batches whose items are sorted by length together

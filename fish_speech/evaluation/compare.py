@@ -12,14 +12,18 @@ from typing import Any
 from fish_speech.evaluation.leaderboard import Leaderboard
 from fish_speech.evaluation.measure import Say, measure
 from fish_speech.evaluation.metric_columns import verdict
-from fish_speech.evaluation.project import JOURNAL_NAME, build_scorer, write
+from fish_speech.evaluation.page import HTML_NAME
+from fish_speech.evaluation.project import JOURNAL_NAME, build_scorer, read_texts, write
 from fish_speech.evaluation.recommend import Commands, literal, prefer
 from fish_speech.evaluation.resynthesis import Resynthesis
 from fish_speech.evaluation.speaker import stranger_clips
 from fish_speech.evaluation.synthesis import Candidate, Line, RealClip, plan_lines
 from fish_speech.files import exclusive, file_digest, safe_name, shown_path
+from fish_speech.hub import find_model
 from fish_speech.inference import Settings, TextToSpeech
 from fish_speech.inference.jobs import model_digests
+from fish_speech.inference.references import pair_references
+from fish_speech.inference.speakers import choose_speaker
 from fish_speech.models.vqgan.codec import find_codec
 
 _VOICE = "reference"  # the key of the one voice that both are compared with
@@ -87,6 +91,35 @@ def compare(
         write(board, folder)
     say(f"{verdict(board.recommendation)}: {board.recommendation.reason}")
     return board
+
+
+def compare_named(
+    models: Sequence[str],
+    texts: Path,
+    folder: str | Path | None,
+    *,
+    root: Path,
+    reference_audio: Sequence[str] = (),
+    reference_text: Sequence[str] = (),
+    speaker: str | None = None,
+    say: Say = lambda message: None,
+    **options: Any,
+) -> tuple[Leaderboard, Path]:
+    """`compare` with models and references as the command line names them, and a file of texts.
+
+    Models are as `find_model` takes them in the repository at `root`; `folder` None is
+    `output/A-against-B`. Returns the page's path too. Raises as `find_model` and `compare` do.
+    """
+    lines = read_texts(texts)
+    references = pair_references(reference_audio, reference_text)
+    directories = [find_model(model, root) for model in models]
+    for directory in directories:
+        choose_speaker(speaker, directory, say, cloned=True)
+    folder = Path(folder or Path("output", "-against-".join(path.name for path in directories)))
+    board = compare(
+        directories, lines, folder, references=references, speaker=speaker, say=say, **options
+    )
+    return board, folder / HTML_NAME
 
 
 def _check(a: Path, b: Path, folder: Path) -> None:

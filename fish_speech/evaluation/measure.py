@@ -11,7 +11,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fish_speech.devices import is_out_of_memory
 from fish_speech.evaluation.intervals import estimate, proportion
 from fish_speech.evaluation.leaderboard import (
     Estimate,
@@ -26,6 +25,7 @@ from fish_speech.evaluation.synthesis import Candidate, Line, RealClip, speak_li
 from fish_speech.files import safe_name
 from fish_speech.inference import Settings, TextToSpeech
 from fish_speech.preparation.error_rates import NORMALISATION, Errors
+from fish_speech.resources import is_out_of_memory
 
 AUDIO_FOLDER = "audio"
 Say = Callable[[str], None]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fish_speech.devices import compile_problem, resolve_device, resolve_precision, suit_threads
+from fish_speech.devices import resolve_device, resolve_precision, triton_unavailable_reason
 from fish_speech.evaluation.asr import choose_recogniser
 from fish_speech.evaluation.held_out import HeldOut
 from fish_speech.evaluation.intervals import estimate
@@ -41,7 +41,8 @@ from fish_speech.models.text2semantic.lora import add_lora, load_lora, merge_lor
 from fish_speech.models.vqgan.codec import find_codec
 from fish_speech.preparation.extract import codecs_of_codes
 from fish_speech.preparation.transcribe import CachedRecogniser, load_recogniser
-from fish_speech.text import is_speakable, lines_of
+from fish_speech.resources import set_threads_for_model
+from fish_speech.text import is_speakable, split_lines
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.runs import Checkpoint, Run, recorded_lora
 from fish_speech.training.train import check_fits
@@ -116,7 +117,9 @@ class AdaptedBase:
 
     def candidates(self, checkpoints: Sequence[Checkpoint]) -> Iterator[Candidate]:
         """The base and its checkpoints."""
-        graphs = "" if compile_problem(self._device) else " graphs"  # which draw otherwise
+        graphs = (
+            "" if triton_unavailable_reason(self._device) else " graphs"
+        )  # which draw otherwise
         loaded_as = f"{self._device.type} {self._dtype} merged{graphs}"
         base = f"{self.model_digest} {file_digest(find_codec(self.directory))} {loaded_as}"
         yield Candidate("base", self.directory, base, self._load_tts, 0)
@@ -130,7 +133,7 @@ class AdaptedBase:
             )
 
     def _load_tts(self, adapt: Callable[[DualARTransformer], None] | None = None) -> TextToSpeech:
-        suit_threads(self.directory / MODEL_FILE)
+        set_threads_for_model(self.directory / MODEL_FILE)
         tts = TextToSpeech.from_pretrained(
             self.directory, device=self._device, dtype=self._dtype, adapt=adapt
         )
@@ -269,7 +272,7 @@ def read_texts(file: Path) -> list[str]:
     """The lines of a file that have words. Raises `FileNotFoundError` or `ValueError`."""
     if not file.is_file():
         raise FileNotFoundError(f"--texts {file}: no such file")
-    lines = lines_of(decode_text(file.read_bytes(), f"--texts {file}"))
+    lines = split_lines(decode_text(file.read_bytes(), f"--texts {file}"))
     texts = [line.strip() for line in lines if is_speakable(line)]
     if not texts:
         raise ValueError(f"--texts {file}: no line has a letter or a number")

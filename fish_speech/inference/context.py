@@ -1,4 +1,4 @@
-"""What a prompt holds of the speech before it: reference voices and chunks already spoken."""
+"""The utterances in a prompt before its text: references and chunks already spoken."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fish_speech.conversation import Utterance, build_past, build_prompt
+from fish_speech.conversation import Utterance, build_prefix, build_prompt
 from fish_speech.models.text2semantic import ModelConfig
 from fish_speech.tokenizer import FishTokenizer
 
@@ -14,10 +14,10 @@ from fish_speech.tokenizer import FishTokenizer
 class Context:
     """The utterances that come before the next chunk, as many as there is room for.
 
-    The references and the first chunk keep the voice from drifting, so they stay. Where there is no
-    more room the oldest of the others go, until half of it is free or only the newest is left: what
-    comes behind has to be read again, and not for every chunk. `max_tokens` is the room for chunks
-    already spoken, `frame_rate` the codec's.
+    The references and the first chunk stay: they keep the voice from drifting. When the room is
+    used up, the oldest of the others are dropped until half of it is free or only the newest is
+    left. Dropping many at once matters: it invalidates the KV cache of all that comes after them.
+    `max_tokens` is the room for chunks already spoken, `frame_rate` the codec's.
     """
 
     def __init__(
@@ -39,44 +39,43 @@ class Context:
         """Remember a chunk that was spoken."""
         self._spoken.append(utterance)
 
-    def least(self, text: str, usual: int) -> int:
-        """Columns of the prompt for `text` when no chunk that was spoken is kept.
+    def min_prompt_length(self, text: str, expected_frames: int) -> int:
+        """Columns of the prompt for `text` without any chunk already spoken.
 
-        `usual` is the number of frames that the speech may well have. Raises `ValueError` where
-        there is no room for that.
+        Raises `ValueError` where the model's context has no room for `expected_frames` more.
         """
-        bare = self._build(text, []).shape[1]
-        if bare + usual > self._config.max_seq_len:
-            raise ValueError(self._no_room(text, bare + usual))
-        return bare
+        length = self._build(text, []).shape[1]
+        if length + expected_frames > self._config.max_seq_len:
+            raise ValueError(self._no_room_message(text, length + expected_frames))
+        return length
 
-    def prompt(self, text: str, usual: int) -> tuple[Tensor, int]:
+    def prompt(self, text: str, expected_frames: int) -> tuple[Tensor, int]:
         """The prompt [K+1, T] for `text`, and how many frames the model's context leaves for it.
 
-        Raises as `least`.
+        Raises as `min_prompt_length` does.
         """
-        config, bare = self._config, self.least(text, usual)
+        config, min_length = self._config, self.min_prompt_length(text, expected_frames)
         # A model may say that it was trained on shorter sequences than its context could hold.
         longest = min(config.max_seq_len, config.extra.get("trained_seq_len", config.max_seq_len))
-        room = min(longest - usual, bare + self._max_tokens)
+        limit = min(longest - expected_frames, min_length + self._max_tokens)
         kept = list(self._spoken)
         prompt = self._build(text, kept)
-        if prompt.shape[1] > room:
-            while len(kept) > 2 and prompt.shape[1] > (bare + room) // 2:
+        if prompt.shape[1] > limit:
+            while len(kept) > 2 and prompt.shape[1] > (min_length + limit) // 2:
                 del kept[1]
                 prompt = self._build(text, kept)
-            while kept and prompt.shape[1] > room:
+            while kept and prompt.shape[1] > limit:
                 del kept[-1]
                 prompt = self._build(text, kept)
             self._spoken[1:] = kept[1:]
         return prompt, config.max_seq_len - prompt.shape[1]
 
-    def voice(self) -> Tensor | None:
-        """What all prompts with the references begin with: [K+1, T]; None without references."""
+    def reference_prefix(self) -> Tensor | None:
+        """The prefix [K+1, T] of all prompts with the references; None without references."""
         if not self._references:
             return None
         codebooks = self._config.num_codebooks
-        return build_past(
+        return build_prefix(
             self._tokenizer, self._references, num_codebooks=codebooks, speaker=self._speaker
         )
 
@@ -89,7 +88,7 @@ class Context:
             speaker=self._speaker,
         )
 
-    def _no_room(self, text: str, needed: int) -> str:
+    def _no_room_message(self, text: str, needed: int) -> str:
         limit = self._config.max_seq_len
         if not self._references:
             return f"{text[:40]!r} needs {needed} tokens, but the model's context has {limit}"

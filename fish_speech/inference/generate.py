@@ -16,61 +16,61 @@ if TYPE_CHECKING:
     from fish_speech.inference.frame_graphs import FrameGraphs
 
 
-class Past:
-    """The columns that a model has read and made, with their keys and values.
+class PrefixCache:
+    """KV cache of the positions seen so far. A new prompt that shares a prefix reuses it.
 
-    A prompt that begins like them goes on from there: the chunks of a text, and further tries of a
-    chunk, differ at their ends only. Serves one continuation at a time.
+    The chunks of a text, and the retries of a chunk, differ only at their ends. One generation at a
+    time.
     """
 
     def __init__(self, model: DualARTransformer) -> None:
         self._model = model
         self.cache = model.new_cache(0)
         self._columns = torch.zeros(model.config.num_codebooks + 1, 0, dtype=torch.long)
-        self._made: list[Tensor] = []  # [K+1] each, behind those
+        self._generated: list[Tensor] = []  # [K+1] each, after those
 
     @torch.inference_mode()
-    def read(self, prompt: Tensor, room: int = 0) -> Tensor:
+    def prefill(self, prompt: Tensor, room: int = 0) -> Tensor:
         """Hidden state [D] of the last column of prompt [K+1, T]; `room` columns may follow it."""
-        known = min(self._alike(prompt), prompt.shape[1] - 1)
+        known = min(self._common_prefix_length(prompt), prompt.shape[1] - 1)
         if self.cache.size < prompt.shape[1] + room:
             before = self.cache
             self.cache = self._model.new_cache(prompt.shape[1] + room)
             self.cache.copy_prefix(before, known)
         self.cache.length = known
-        self._columns, self._made = prompt, []
+        self._columns, self._generated = prompt, []
         rest = prompt[None, :, known:].to(self._model.device)
         return self._model.hidden_states(rest, cache=self.cache)[0, -1]
 
-    def make(self, column: Tensor) -> Tensor:
+    def decode_step(self, column: Tensor) -> Tensor:
         """Hidden state [D] of one more column [K+1], on the model's device."""
-        self._made.append(column)
+        self._generated.append(column)
         return self._model.hidden_states(column[None, :, None], cache=self.cache)[0, -1]
 
-    def add(self, column: Tensor) -> None:
-        """Count one more column [K+1] that was written into the cache."""
-        self._made.append(column)
+    def advance(self, column: Tensor) -> None:
+        """Count one more column [K+1] whose keys and values are already in the cache."""
+        self._generated.append(column)
         self.cache.length += 1
 
-    def holds(self, prompt: Tensor) -> bool:
-        """Whether it is of this prompt [K+1, T] and nothing else."""
-        return torch.equal(self._columns, prompt) and not self._made
+    def matches(self, prompt: Tensor) -> bool:
+        """Whether it holds exactly this prompt [K+1, T]."""
+        return torch.equal(self._columns, prompt) and not self._generated
 
     @torch.inference_mode()
-    def copy(self) -> Past:
-        past = Past(self._model)
-        past.cache = self._model.new_cache(self.cache.length)
-        past.cache.copy_prefix(self.cache, self.cache.length)
-        past._columns, past._made = self._columns, list(self._made)
-        return past
+    def copy(self) -> PrefixCache:
+        copy = PrefixCache(self._model)
+        copy.cache = self._model.new_cache(self.cache.length)
+        copy.cache.copy_prefix(self.cache, self.cache.length)
+        copy._columns, copy._generated = self._columns, list(self._generated)
+        return copy
 
-    def _alike(self, prompt: Tensor) -> int:
-        """With how many of its columns a prompt [K+1, T] begins."""
-        mine = self._columns
-        if self._made:
-            mine = torch.cat([mine, torch.stack(self._made, dim=1).cpu()], dim=1)
-        size = min(mine.shape[1], prompt.shape[1])
-        same = (mine[:, :size] == prompt[:, :size]).all(0)
+    def _common_prefix_length(self, prompt: Tensor) -> int:
+        """How many leading columns a prompt [K+1, T] shares with the cached ones."""
+        cached = self._columns
+        if self._generated:
+            cached = torch.cat([cached, torch.stack(self._generated, dim=1).cpu()], dim=1)
+        size = min(cached.shape[1], prompt.shape[1])
+        same = (cached[:, :size] == prompt[:, :size]).all(0)
         return int(same.long().cumprod(0).sum())
 
 
@@ -83,15 +83,15 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     generator: torch.Generator | None = None,
-    past: Past | None = None,
+    prefix_cache: PrefixCache | None = None,
     graphs: FrameGraphs | None = None,
 ) -> Generator[Tensor, None, bool]:
     """Continue prompt [K+1, T] (int64, on the CPU). Yields the codes [K] of one frame at a time.
 
     The return value is True where the model ended its speech with `<|im_end|>`, False where
     `max_new_tokens` or the context cut it. Raises `ValueError` where the prompt leaves no room.
-    `generator` must live on the model's device. What `past` holds of the prompt isn't read again.
-    `graphs` are those of the model, with which a GPU makes frames many times faster.
+    `generator` must live on the model's device. What `prefix_cache` holds of the prompt is not
+    computed again. `graphs` are those of the model; with them a GPU is many times faster.
     """
     context = model.config.max_seq_len
     room = context - prompt.shape[1]
@@ -101,33 +101,36 @@ def generate(
             "use a shorter text or reference"
         )
     frames = min(max_new_tokens, room)
-    past = past or Past(model)
-    hidden = past.read(prompt, frames)
+    prefix_cache = prefix_cache or PrefixCache(model)
+    hidden = prefix_cache.prefill(prompt, frames)
     if graphs is None:
-        made = _FrameDecoder(model, im_end_id, sampling, generator).frames(past, hidden, frames)
+        decoder = _FrameDecoder(model, im_end_id, sampling, generator)
+        generated = decoder.frames(prefix_cache, hidden, frames)
     else:
-        made = _by_graph(model, graphs, past, hidden, frames, sampling, generator)
-    for codes in made:
+        generated = _generate_with_graphs(
+            model, graphs, prefix_cache, hidden, frames, sampling, generator
+        )
+    for codes in generated:
         if codes is None:
             return True
         yield codes
     return False
 
 
-def _by_graph(
+def _generate_with_graphs(
     model: DualARTransformer,
     graphs: FrameGraphs,
-    past: Past,
+    prefix_cache: PrefixCache,
     hidden: Tensor,
     frames: int,
     sampling: Sampling,
     generator: torch.Generator | None,
 ) -> Iterator[Tensor | None]:
-    """As `_FrameDecoder.frames`, on the CPU: each frame while the next is being made."""
-    with graphs.one(sampling.window) as graph:
-        for codes in graph.frames(past.cache, hidden, frames, sampling, generator):
+    """Like `_FrameDecoder.frames`, on the CPU; a frame is yielded while the next is computed."""
+    with graphs.acquire(sampling.window) as graph:
+        for codes in graph.frames(prefix_cache.cache, hidden, frames, sampling, generator):
             if codes is not None:
-                past.add(_column(model, codes))
+                prefix_cache.advance(_column(model, codes))
             yield codes
 
 
@@ -136,9 +139,11 @@ def _column(model: DualARTransformer, codes: Tensor) -> Tensor:
     return torch.cat([codes[:1] + model.semantic_begin_id, codes])
 
 
-def row_0_head(model: DualARTransformer, im_end_id: int) -> nn.Module:
-    """Row 0's logits, [D] -> [1 + C]: only `<|im_end|>` or a semantic token may be drawn there, so
-    only those rows of the output layer are ever computed."""
+def semantic_head(model: DualARTransformer, im_end_id: int) -> nn.Module:
+    """Logits of row 0, [D] -> [1 + C]: `<|im_end|>`, then the semantic tokens.
+
+    Nothing else may be sampled there, so the other rows of the output layer are never computed.
+    """
     begin = model.semantic_begin_id
     rows = torch.arange(begin - 1, begin + model.config.codebook_size, device=model.device)
     rows[0] = im_end_id
@@ -146,8 +151,8 @@ def row_0_head(model: DualARTransformer, im_end_id: int) -> nn.Module:
 
 
 @torch.inference_mode()
-def graphs_of(model: DualARTransformer, im_end_id: int) -> FrameGraphs:
-    """What makes every frame one CUDA graph, compiled here (see `devices.compile_problem`).
+def capture_frame_graphs(model: DualARTransformer, im_end_id: int) -> FrameGraphs:
+    """Compile the model's frames to CUDA graphs (see `devices.triton_unavailable_reason`).
 
     The model may not be changed any more. Raises `ValueError` where it has adapters.
     """
@@ -156,13 +161,13 @@ def graphs_of(model: DualARTransformer, im_end_id: int) -> FrameGraphs:
     if any(lora_modules(model)):
         raise ValueError("a graph knows no adapters: merge them first (`merge_lora`)")
 
-    graphs = FrameGraphs(model, row_0_head(model, im_end_id))
-    with graphs.one(Sampling.window):
+    graphs = FrameGraphs(model, semantic_head(model, im_end_id))
+    with graphs.acquire(Sampling.window):
         return graphs
 
 
-class Take:
-    """One try at a continuation: frames [K] as they are made, all of them again if asked again."""
+class GenerationAttempt:
+    """One run of `generate`: iterates over its frames [K], as often as wanted."""
 
     def __init__(self, source: Generator[Tensor, None, bool]) -> None:
         self._source = source
@@ -181,7 +186,7 @@ class Take:
                 yield self.frames[-1]
 
     def finish(self) -> None:
-        """Make all frames."""
+        """Generate all frames."""
         for _ in self:
             pass
 
@@ -193,7 +198,7 @@ class Take:
 
 
 class _FrameDecoder:
-    """Samples the frame that follows a hidden state of the slow transformer."""
+    """Samples the frame that follows a hidden state of the slow transformer, without graphs."""
 
     def __init__(
         self,
@@ -203,21 +208,24 @@ class _FrameDecoder:
         generator: torch.Generator | None,
     ) -> None:
         self.model, self.sampling, self.generator = model, sampling, generator
-        self.head = row_0_head(model, im_end_id)
+        self.head = semantic_head(model, im_end_id)
         self.cache = model.new_fast_cache()
-        # Of the last frames: row 0's sampled row, then the codes. None before the first frame,
-        # which the reference never remembers; its penalty, and so its speech, depends on that.
+        # [K+1] of each of the last frames: the index sampled from row 0's logits, then the codes.
+        # None before the first frame, which the reference implementation leaves out of its
+        # repetition penalty; its speech depends on that.
         self.history: list[Tensor] | None = None
 
-    def frames(self, past: Past, hidden: Tensor, count: int) -> Iterator[Tensor | None]:
-        """Codes [K] of at most `count` frames behind a hidden state [D]; None at the end."""
-        for made in range(1, count + 1):
+    def frames(
+        self, prefix_cache: PrefixCache, hidden: Tensor, count: int
+    ) -> Iterator[Tensor | None]:
+        """Codes [K] of at most `count` frames after a hidden state [D]; None at the end."""
+        for step in range(1, count + 1):
             codes = self.decode(hidden)
             yield codes
             if codes is None:
                 return
-            if made < count:
-                hidden = past.make(_column(self.model, codes))
+            if step < count:
+                hidden = prefix_cache.decode_step(_column(self.model, codes))
 
     def decode(self, hidden: Tensor) -> Tensor | None:
         """hidden [D] -> codes [K] (int64), or None at the end of speech."""

@@ -1,14 +1,14 @@
-"""What is to be spoken into which file, and what of it is done already."""
+"""Which text is to be spoken into which file, and which of a batch are done already."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import save_format
 from fish_speech.files import (
@@ -20,26 +20,30 @@ from fish_speech.files import (
     safe_name,
     write_json,
 )
-from fish_speech.text import is_speakable, lines_of
+from fish_speech.text import is_speakable, split_lines
+
+if TYPE_CHECKING:
+    from fish_speech.inference.speech import Settings
+    from fish_speech.inference.synthesize import TextToSpeech
 
 _MODEL_SUFFIXES = (".pth", ".json", ".tiktoken")
 
 
 @dataclass(frozen=True)
-class Job:
+class SpeechJob:
     """One text to speak: with which seed, and to which file (None: standard output).
 
-    `only_heard`: the file is for a machine where the speech can't be played.
+    `playback_only`: the file is written only where the speech can't be played.
     """
 
     text: str
     seed: int
     output: Path | None
-    only_heard: bool = False
+    playback_only: bool = False
 
 
 def default_output(text: str, batch: bool) -> Path:
-    """`output/<first words>`: a folder for a batch, else a WAV file. Other words have another."""
+    """`output/<first words>`: a folder for a batch, else a WAV file. Other words give another."""
     name = safe_name(text, max_length=40)
     if name != safe_name(text):
         name += f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
@@ -53,8 +57,8 @@ def plan(
     batch: bool = False,
     seed: int = 0,
     takes: int = 1,
-    only_heard: bool = False,
-) -> list[Job]:
+    playback_only: bool = False,
+) -> list[SpeechJob]:
     """The jobs in order: the text, or with `batch` every line of it that has words.
 
     Each is spoken `takes` times, with `seed`, `seed + 1`, ... Files are `out.wav`, with several
@@ -62,7 +66,7 @@ def plan(
     the folder `output`, or `out_0007.wav`. Raises `ValueError` where there is nothing to speak or
     `output` can't be written, before anything is made.
     """
-    lines = list(enumerate(lines_of(text), 1)) if batch else [(None, text)]
+    lines = list(enumerate(split_lines(text), 1)) if batch else [(None, text)]
     spoken = [(number, line) for number, line in lines if is_speakable(line)]
     if not spoken:
         raise ValueError("there is nothing to speak: the text has no letter and no number")
@@ -71,10 +75,15 @@ def plan(
     if output is not None:
         if batch and output.suffix.lower() not in AUDIO_SUFFIXES:
             output = output / "_.wav"
-        if not only_heard:
+        if not playback_only:
             check_output(output)
     return [
-        Job(line, seed + take, output and _numbered(output, number, take + 1, takes), only_heard)
+        SpeechJob(
+            line,
+            seed + take,
+            output and _numbered_path(output, number, take + 1, takes),
+            playback_only,
+        )
         for number, line in spoken
         for take in range(takes)
     ]
@@ -94,7 +103,7 @@ def check_output(output: Path) -> None:
         raise ValueError(f"{output}: can't be written; {folder} is no folder that you may write to")
 
 
-def _numbered(output: Path, number: int | None, take: int, takes: int) -> Path:
+def _numbered_path(output: Path, number: int | None, take: int, takes: int) -> Path:
     if number is None and takes == 1:
         return output
     stem = "" if output.stem == "_" else output.stem
@@ -102,54 +111,74 @@ def _numbered(output: Path, number: int | None, take: int, takes: int) -> Path:
     return output.with_name("_".join(mark for mark in marks if mark) + output.suffix)
 
 
-def do_the_rest(
-    jobs: list[Job], made_of: Any, attempt: Callable[[Job], bool]
+def run_pending_jobs(
+    jobs: list[SpeechJob], fingerprint: Any, run: Callable[[SpeechJob], bool]
 ) -> tuple[int, int, int, list[Path]]:
-    """Do the jobs of a batch that are not done yet; `attempt` says whether it succeeded.
+    """Run the jobs of a batch that are not done yet; `run` returns whether one succeeded.
 
-    Returns how many were done, were done already, and failed, and the files of earlier batches
-    there that are none of this one's. `made_of` as in `Ledger`.
+    Returns how many were run, skipped and failed, and the files there that are left over from
+    earlier batches. `fingerprint` as in `BatchState`.
     """
     folder = jobs[0].output.parent
     with exclusive(folder, str(folder)):
-        ledger = Ledger(folder, made_of)
-        remove_temporaries(folder, [ledger.file.name, *(job.output.name for job in jobs)])
-        waiting = [job for job in jobs if not ledger.has(job)]
+        state = BatchState(folder, fingerprint)
+        remove_temporaries(folder, [state.file.name, *(job.output.name for job in jobs)])
+        pending = [job for job in jobs if not state.is_done(job)]
         done = 0
-        for job in waiting:
-            if attempt(job):
-                ledger.add(job)
+        for job in pending:
+            if run(job):
+                state.mark_done(job)
                 done += 1
-    return done, len(jobs) - len(waiting), len(waiting) - done, ledger.others(jobs)
+    return done, len(jobs) - len(pending), len(pending) - done, state.leftovers(jobs)
 
 
 def model_digests(model_dir: Path) -> dict[str, str]:
-    """What a model directory's files hold, by name: any of them decides how it sounds."""
+    """The digest of each file of a model directory that decides how it sounds, by name."""
     files = [file for file in sorted(model_dir.iterdir()) if file.suffix in _MODEL_SUFFIXES]
     return {file.name: file_digest(file) for file in files}
 
 
-class Ledger:
-    """What each file in a folder was made of, in `batch.json` there, so that a batch can go on.
+def job_fingerprint(
+    model_dir: Path,
+    tts: TextToSpeech,
+    references: Sequence[tuple[str, str]],
+    settings: Settings,
+    *,
+    speaker: str | None,
+    quantize: str | None,
+    trim_silence: bool,
+) -> list[Any]:
+    """All that decides how a job sounds but its text and seed, defaults of the machine included.
 
-    `made_of` is what all files have in common (model, voice, sampling), as JSON can hold it. A file
-    counts as done only where that, its text and its seed are still the same. Raises `ValueError`
-    for a `batch.json` of another kind.
+    As JSON can hold it. `references` are recordings and their texts.
+    """
+    machine = [tts.model.device.type, str(tts.model.stored_dtype), quantize]
+    machine += ["graphs"] if tts.compiled else []
+    voice = [speaker, [(file_digest(file), text) for file, text in references], trim_silence]
+    return [model_digests(model_dir), machine, voice, asdict(replace(settings, seed=0))]
+
+
+class BatchState:
+    """A digest of each file's inputs, in `batch.json` in its folder, so that a batch can resume.
+
+    `fingerprint` is what all files have in common (see `job_fingerprint`). A file counts as done
+    only where that, its text and its seed are still the same. Raises
+    `ValueError` for a `batch.json` that is no such record.
     """
 
-    def __init__(self, folder: Path, made_of: Any) -> None:
-        self.file, self._made_of = folder / "batch.json", made_of
+    def __init__(self, folder: Path, fingerprint: Any) -> None:
+        self.file, self._fingerprint = folder / "batch.json", fingerprint
         self._digests = self._read() if self.file.exists() else {}
 
-    def has(self, job: Job) -> bool:
+    def is_done(self, job: SpeechJob) -> bool:
         return job.output.exists() and self._digests.get(job.output.name) == self._digest(job)
 
-    def others(self, jobs: list[Job]) -> list[Path]:
-        """The files it knows that are none of these jobs'."""
+    def leftovers(self, jobs: list[SpeechJob]) -> list[Path]:
+        """Files of earlier batches that none of these jobs writes."""
         names = self._digests.keys() - {job.output.name for job in jobs}
         return [file for name in sorted(names) if (file := self.file.with_name(name)).exists()]
 
-    def add(self, job: Job) -> None:
+    def mark_done(self, job: SpeechJob) -> None:
         self._digests[job.output.name] = self._digest(job)
         write_json(self.file, self._digests)
 
@@ -165,6 +194,6 @@ class Ledger:
             )
         return digests
 
-    def _digest(self, job: Job) -> str:
-        content = json.dumps([self._made_of, job.text, job.seed], sort_keys=True)
+    def _digest(self, job: SpeechJob) -> str:
+        content = json.dumps([self._fingerprint, job.text, job.seed], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()

@@ -21,7 +21,7 @@ PLAYERS = (
     "play -q -t raw -e signed -b 16 -c 1 -r {rate} -",
     "pw-play --format=s16 --channels=1 --rate={rate} --raw -",  # older ones know no --raw
 )
-_PATIENCE = 0.2  # seconds in which a program that finds no device has ended
+_STARTUP_SECONDS = 0.2  # a program that finds no device has ended by then
 
 
 class NoPlayback(Exception):
@@ -31,28 +31,28 @@ class NoPlayback(Exception):
 class Player(AbstractContextManager):
     """Plays the waveforms given to `write`, in order, in a thread of its own.
 
-    `write` returns at once. Leaving the `with` block waits until all has been heard; leaving it
-    with an exception falls silent at once. Raises `NoPlayback` when built on a machine without
-    audio; a device that fails later makes `failure` a text, and the rest is not played.
+    `write` returns at once. Leaving the `with` block waits until all has been played; leaving it
+    with an exception stops at once. The constructor raises `NoPlayback` on a machine without audio;
+    a device that fails later sets `failure` to a message, and the rest is not played.
     """
 
     def __init__(self, sample_rate: int) -> None:
         self.failure: str | None = None
         self._play, self._finish, self._abort = _open_output(sample_rate)
-        self._waiting: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="player", daemon=True)
         self._thread.start()
 
     def write(self, waveform: torch.Tensor) -> None:
         """Append a waveform [1, n] (float, -1..1) to what is played."""
-        self._waiting.put(waveform.detach().reshape(-1).float().cpu().numpy())
+        self._queue.put(waveform.detach().reshape(-1).float().cpu().numpy())
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._stopped.set()
             self._abort()
-        self._waiting.put(None)
+        self._queue.put(None)
         try:
             self._thread.join()
         except BaseException:  # Ctrl+C while the rest is being heard
@@ -62,7 +62,7 @@ class Player(AbstractContextManager):
 
     def _run(self) -> None:
         try:
-            while (samples := self._waiting.get()) is not None and not self._stopped.is_set():
+            while (samples := self._queue.get()) is not None and not self._stopped.is_set():
                 self._play(samples)
             if not self._stopped.is_set():
                 self._finish()
@@ -75,7 +75,7 @@ Output = tuple[Callable[[np.ndarray], object], Callable[[], object], Callable[[]
 
 
 def _open_output(sample_rate: int) -> Output:
-    """What plays samples [n] float32, waits for the end, and stops at once."""
+    """Functions that play samples [n] (float32), wait for the end, and stop at once."""
     try:
         return _open_device(sample_rate)
     except Exception as error:  # PortAudio missing, no device, or a rate that it can't do
@@ -122,8 +122,8 @@ def _open_program(command: list[str]) -> Output:
         process.communicate()
         messages.seek(0)
         with messages:
-            said = messages.read()
-        last = said.decode(errors="replace").strip().splitlines()[-1:]
+            output = messages.read()
+        last = output.decode(errors="replace").strip().splitlines()[-1:]
         if process.returncode:
             raise OSError(f"{command[0]}: {(last or ['no reason given'])[0]}")
 
@@ -134,6 +134,6 @@ def _open_program(command: list[str]) -> Output:
         messages.close()
 
     with suppress(subprocess.TimeoutExpired):
-        process.wait(_PATIENCE)
+        process.wait(_STARTUP_SECONDS)
         finish()
     return play, finish, abort

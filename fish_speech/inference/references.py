@@ -1,10 +1,11 @@
-"""Recordings to be cloned, as a prompt takes them: codes with their words."""
+"""Reference recordings, whose voice is cloned: checked, paired with their texts, and encoded."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,25 +13,68 @@ from torch import Tensor
 
 from fish_speech.audio import load_audio
 from fish_speech.conversation import Utterance
-from fish_speech.files import file_digest
+from fish_speech.files import file_digest, read_text, sidecar_of
 from fish_speech.inference.streaming import SILENCE
-from fish_speech.inference.voices import check_reference
 from fish_speech.models.text2semantic import ModelConfig
 from fish_speech.models.vqgan import Codec
-from fish_speech.text import longest_speech, shortest_speech, spoken_text
+from fish_speech.text import is_speakable, max_speech_seconds, min_speech_seconds, spoken_text
 
 logger = logging.getLogger(__name__)
 
-_MOST = 16  # recordings whose codes are kept
+_CACHE_SIZE = 16  # recordings
 
 
-class References:
-    """Recordings as utterances of a model with this config, encoded once for the same content;
-    several threads may ask."""
+def check_reference(audio: str | Path, text: str) -> None:
+    """Raise `FileNotFoundError` for a missing recording, `ValueError` for a text without words."""
+    _check_file(audio)
+    if not is_speakable(text):
+        raise ValueError(f"{audio}: the reference needs its text, the words that are spoken")
+
+
+def _check_file(audio: str | Path) -> None:
+    if not Path(audio).is_file():
+        what = "a folder, not a recording" if Path(audio).is_dir() else "no such audio file"
+        raise FileNotFoundError(f"{audio}: {what}")
+
+
+def pair_references(audio: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Each recording with its text, read from the file beside it where no `texts` are given.
+
+    Raises `FileNotFoundError` or `ValueError` where something is missing.
+    """
+    if texts and len(texts) != len(audio):
+        raise ValueError(
+            f"{len(audio)} --reference-audio, but {len(texts)} --reference-text: give one for each,"
+            " or none where a .lab or .txt file lies beside the recording"
+        )
+    pairs = list(zip(audio, texts or map(read_transcript, audio), strict=True))
+    for file, text in pairs:
+        check_reference(file, text)
+    return pairs
+
+
+def read_transcript(audio: str | Path) -> str:
+    """The text of a recording, from the `.lab` or `.txt` file beside it.
+
+    Raises `FileNotFoundError` where the recording is missing, `ValueError` where its text is.
+    """
+    if (file := sidecar_of(audio)) is not None:
+        return read_text(file)
+    _check_file(audio)
+    raise ValueError(
+        f"{audio}: what does it say? Give --reference-text, or a .lab or .txt beside it"
+    )
+
+
+class ReferenceEncoder:
+    """Encodes recordings as utterances for a model with this config.
+
+    The last few are cached by their content. Safe to use from several threads.
+    """
 
     def __init__(self, codec: Codec, config: ModelConfig) -> None:
         self._codec, self._config = codec, config
-        self._known: OrderedDict[str, Utterance] = OrderedDict()  # by the file's digest
+        self._cache: OrderedDict[str, Utterance] = OrderedDict()  # by the file's digest
         self._lock = threading.Lock()
 
     def encode(self, audio: str | Path, text: str) -> Utterance:
@@ -38,24 +82,24 @@ class References:
         check_reference(audio, text)
         digest, text = file_digest(audio), spoken_text(text)
         with self._lock:
-            known = self._known.get(digest)
-            if known is None or known.text != text:
-                codes = self._encode(audio) if known is None else known.codes
+            cached = self._cache.get(digest)
+            if cached is None or cached.text != text:
+                codes = self._encode(audio) if cached is None else cached.codes
                 if problem := self._mismatch(text, codes.shape[1]):
                     logger.warning(f"{audio}: {problem}; it may be cloned badly")
-                known = self._known[digest] = Utterance(text, codes)
-            self._known.move_to_end(digest)
-            while len(self._known) > _MOST:
-                self._known.popitem(last=False)
-            return known
+                cached = self._cache[digest] = Utterance(text, codes)
+            self._cache.move_to_end(digest)
+            while len(self._cache) > _CACHE_SIZE:
+                self._cache.popitem(last=False)
+            return cached
 
     def _mismatch(self, text: str, frames: int) -> str | None:
-        """Why a reference of so many frames isn't a good one for its text, or for this model."""
+        """Why a reference of so many frames suits its text or model badly; None if it suits."""
         seconds = frames / self._codec.frame_rate
-        if not shortest_speech(text) <= seconds <= longest_speech(text):
+        if not min_speech_seconds(text) <= seconds <= max_speech_seconds(text):
             return f"{seconds:.1f} s for {text[:40]!r}: is that all it says?"
         trained = self._config.extra.get("trained_seq_len", 2 * frames)
-        if 2 * frames > trained:
+        if 2 * frames > trained:  # it would leave less than half for the speech
             longest = trained / 2 / self._codec.frame_rate
             return (
                 f"{seconds:.1f} s, and this model was trained on short texts: take {longest:.0f} s"

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_NONE = np.empty(0, np.int64)
-_COLDEST = 1e-5  # a temperature; logits divided by less overflow
+_NO_IDS = np.empty(0, np.int64)
+_MIN_TEMPERATURE = 1e-5  # logits divided by less overflow
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How codes are drawn. The defaults are those published with the model.
+    """How codes are sampled. The defaults are those published with the model.
 
     `temperature` 0 takes the most likely code. `window` is the number of frames that the
     repetition penalty looks back, in each row by itself.
@@ -48,32 +48,32 @@ def probabilities(logits: Tensor, previous: Tensor | None, sampling: Sampling) -
         outside = ordered.softmax(0).cumsum(0) > sampling.top_p
         outside[0] = False  # the most likely always stays
         logits = logits.masked_fill(outside.scatter(0, order, outside), -torch.inf)
-    return (logits / max(sampling.temperature, _COLDEST)).softmax(0)
+    return (logits / max(sampling.temperature, _MIN_TEMPERATURE)).softmax(0)
 
 
 def sample(
     logits: Tensor, previous: Tensor | None, sampling: Sampling, generator: torch.Generator | None
 ) -> Tensor:
-    """Draw one id from logits [V]; returns a scalar (int64)."""
+    """Sample one id from logits [V]; returns a scalar (int64)."""
     if logits.device.type == "cpu" and sampling.temperature > 0:
-        return _sample_compiled(logits, previous, sampling, generator)
+        return _sample_cpu(logits, previous, sampling, generator)
     probs = probabilities(logits, previous, sampling)
     if sampling.temperature == 0:
         return probs.argmax()
-    # Dividing by exponential noise and taking the largest draws from `probs` (the Gumbel trick),
-    # and unlike `multinomial` never waits for the device.
+    # The largest of `probs` divided by exponential noise is a sample of `probs` (the Gumbel trick).
+    # Unlike `multinomial`, this never waits for the device.
     noise = torch.empty_like(probs).exponential_(generator=generator)
     return (probs / noise).argmax()
 
 
-def _sample_compiled(
+def _sample_cpu(
     logits: Tensor, previous: Tensor | None, sampling: Sampling, generator: torch.Generator | None
 ) -> Tensor:
-    from fish_speech.inference.cpu_sampling import draw
+    from fish_speech.inference.cpu_sampling import sample_id
 
-    seen = _NONE if previous is None else previous.numpy()
-    number = 1 - torch.rand((), generator=generator).item()
+    seen = _NO_IDS if previous is None else previous.numpy()
+    u = 1 - torch.rand((), generator=generator).item()
     penalty, top_p = sampling.repetition_penalty, sampling.top_p
-    temperature = max(sampling.temperature, _COLDEST)
-    drawn = draw(logits.float().numpy(), seen, penalty, top_p, temperature, number)
-    return torch.tensor(drawn)
+    temperature = max(sampling.temperature, _MIN_TEMPERATURE)
+    sampled = sample_id(logits.float().numpy(), seen, penalty, top_p, temperature, u)
+    return torch.tensor(sampled)

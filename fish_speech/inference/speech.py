@@ -1,4 +1,4 @@
-"""What is asked of a speech, and the pieces that it comes in."""
+"""Settings of synthesis, and the pieces in which speech is returned."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class Settings:
     `seed` decides every sample: the same seed, text and model give the same speech. A chunk whose
     speech does not end in the time that its text can take is tried again, `retries` times, with
     another seed derived from `seed`. `max_new_tokens` (frames a chunk) replaces that bound.
-    `context_tokens` is the room in the prompt for chunks that were already spoken. `drawing` is
-    raised whenever a seed comes to speak otherwise, so that no batch or evaluation mixes both.
+    `context_tokens` is the room in the prompt for chunks that were already spoken. `drawing` is the
+    version of the sampler: it is raised whenever a seed gives other speech than before, so that no
+    batch or evaluation mixes both.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -36,7 +37,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of speech as it comes: `waveform [1, n]`, of chunk `index` of `count`.
+    """A stretch of speech as it is made: `waveform [1, n]`, of chunk `index` of `count`.
 
     `frames` counts the codec frames in it, `ends_chunk` marks a chunk's last piece, and `problem`
     then says what went wrong with the chunk, where something did; `ran_on` if it did not end,

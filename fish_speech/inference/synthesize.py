@@ -16,24 +16,29 @@ from torch import Tensor
 
 from fish_speech.conversation import Utterance
 from fish_speech.devices import (
-    compile_problem,
-    is_out_of_memory,
-    multiplies_bf16,
+    has_native_bf16,
     resolve_device,
     resolve_precision,
+    triton_unavailable_reason,
 )
 from fish_speech.hub import check_model_dir
 from fish_speech.inference.context import Context
-from fish_speech.inference.generate import Past, Take, generate, graphs_of
-from fish_speech.inference.references import References
+from fish_speech.inference.generate import (
+    GenerationAttempt,
+    PrefixCache,
+    capture_frame_graphs,
+    generate,
+)
+from fish_speech.inference.references import ReferenceEncoder
 from fish_speech.inference.sampling import Sampling
+from fish_speech.inference.speakers import check_speaker, resolve_speaker
 from fish_speech.inference.speech import Piece, Settings
 from fish_speech.inference.streaming import decode_stream
-from fish_speech.inference.voices import check_speaker, speaker_or_first
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.decode.packed import pack
 from fish_speech.models.vqgan import Codec, load_codec
-from fish_speech.text import is_speakable, longest_speech, shortest_speech, split_text
+from fish_speech.resources import is_out_of_memory
+from fish_speech.text import is_speakable, max_speech_seconds, min_speech_seconds, split_text
 from fish_speech.tokenizer import FishTokenizer
 
 if TYPE_CHECKING:
@@ -70,10 +75,10 @@ class TextToSpeech:
             )
         self._model, self._codec, self._tokenizer = model, codec, tokenizer
         self._graphs = graphs
-        self._references = References(codec, model.config)
-        self._voice: Past | None = None  # the references of the last text, read
+        self._reference_encoder = ReferenceEncoder(codec, model.config)
+        self._reference_cache: PrefixCache | None = None  # of the last text's references
         self._adaptable = adaptable
-        self._lock = threading.Lock()  # of what was read; the networks keep no state
+        self._lock = threading.Lock()  # of `_reference_cache`; the networks keep no state
 
     @classmethod
     def from_pretrained(
@@ -101,20 +106,22 @@ class TextToSpeech:
             raise ValueError(f"quantize is {quantize!r}; 'int8' and None are known")
         check_model_dir(directory)
         device = resolve_device(str(device))
-        if compile and (problem := compile_problem(device)):
+        if compile and (problem := triton_unavailable_reason(device)):
             raise ValueError(f"compile=True: frames can't be compiled: {problem}")
         if device.type == "cpu":
             from fish_speech.inference import cpu_sampling  # noqa: F401 (compiled now, not while it speaks)
-        usual = torch.bfloat16 if quantize else resolve_precision("auto", device)
-        model = load_model(directory, device, dtype or usual)
+        default = torch.bfloat16 if quantize else resolve_precision("auto", device)
+        model = load_model(directory, device, dtype or default)
         if adapt is not None:
             adapt(model)
         model = pack(model, quantize)
         tokenizer = FishTokenizer.from_pretrained(directory)
         wanted = compile or (compile is None and device.type == "cuda")
-        graphs = _compiled(model, tokenizer, required=bool(compile)) if wanted else None
-        low = quantize is not None and multiplies_bf16(device)
-        codec = load_codec(directory, device, torch.bfloat16 if low else torch.float32)
+        graphs = (
+            _try_capture_frame_graphs(model, tokenizer, required=bool(compile)) if wanted else None
+        )
+        bf16_codec = quantize is not None and has_native_bf16(device)
+        codec = load_codec(directory, device, torch.bfloat16 if bf16_codec else torch.float32)
         return cls(model, codec, tokenizer, adaptable=False, graphs=graphs)
 
     @property
@@ -147,7 +154,7 @@ class TextToSpeech:
         for the model, or the text has no words. A recording that its text can't fill, or longer
         than what the model was trained on, is logged as a warning.
         """
-        return self._references.encode(audio, text)
+        return self._reference_encoder.encode(audio, text)
 
     def synthesize(
         self,
@@ -171,7 +178,7 @@ class TextToSpeech:
         """
         sampling = Sampling(temperature, top_p, repetition_penalty)
         settings = Settings(sampling, seed, max_new_tokens, retries)
-        waveforms = _warned(self.pieces(text, reference, speaker, settings))
+        waveforms = _log_problems(self.pieces(text, reference, speaker, settings))
         return torch.cat(list(waveforms), dim=1)
 
     def stream(
@@ -194,7 +201,7 @@ class TextToSpeech:
         """
         sampling = Sampling(temperature, top_p, repetition_penalty)
         settings = Settings(sampling, seed, max_new_tokens, retries)
-        return _warned(self.pieces(text, reference, speaker, settings))
+        return _log_problems(self.pieces(text, reference, speaker, settings))
 
     def check(
         self,
@@ -222,39 +229,40 @@ class TextToSpeech:
         return self._pieces(*self._plan(text, reference, speaker, settings), settings)
 
     def _pieces(self, chunks: list[str], context: Context, settings: Settings) -> Iterator[Piece]:
-        past, said = self._past(context.voice()), 0
+        prefix_cache, spoken_frames = self._prefill(context.reference_prefix()), 0
         for index, text in enumerate(chunks):
             if not is_speakable(text):
-                problem = f"{_named(text, index, len(chunks))}: left out, it has no words"
+                problem = f"{_chunk_name(text, index, len(chunks))}: left out, it has no words"
                 yield Piece(
                     torch.zeros(1, 0), index, len(chunks), 0, ends_chunk=True, problem=problem
                 )
                 continue
-            limit, usual = self._frames(text, settings)
-            prompt, room = context.prompt(text, usual)
-            chunk = _Chunk(text, index, len(chunks), prompt, min(limit, room), past)
+            limit, expected = self._frame_counts(text, settings)
+            prompt, room = context.prompt(text, expected)
+            chunk = _Chunk(text, index, len(chunks), prompt, min(limit, room), prefix_cache)
             codes, problem = yield from self._speak(chunk, settings)
-            said += codes.shape[1]
+            spoken_frames += codes.shape[1]
             if problem is None:  # a chunk that went wrong would spoil the next
                 context.add(Utterance(text, codes))
-        if not said:
+        if not spoken_frames:
             raise ValueError("the model said nothing; try another seed, or train it further")
 
-    def _past(self, voice: Tensor | None) -> Past:
-        """A past that holds the references' columns [K+1, T], if there are any.
+    def _prefill(self, reference_prefix: Tensor | None) -> PrefixCache:
+        """A prefix cache that holds the references' columns [K+1, T], if there are any.
 
-        They are always read by themselves, so that a seed says the same whether they were read for
-        an earlier text, which saves that work in a batch, or not.
+        It is kept for the next text, which saves that work in a batch. References are always
+        prefilled by themselves, so that a seed gives the same speech with a kept cache as without.
         """
-        if voice is None:
-            return Past(self._model)
+        if reference_prefix is None:
+            return PrefixCache(self._model)
         with self._lock:
-            past = self._voice
-            if past is None or not past.holds(voice):
-                past = Past(self._model)
-                past.read(voice)
-                self._voice = None if self._adaptable else past  # other adapters read otherwise
-            return past.copy()
+            cache = self._reference_cache
+            if cache is None or not cache.matches(reference_prefix):
+                cache = PrefixCache(self._model)
+                cache.prefill(reference_prefix)
+                # Not kept where adapters may be exchanged: they change the keys and values.
+                self._reference_cache = None if self._adaptable else cache
+            return cache.copy()
 
     def _plan(
         self,
@@ -266,7 +274,7 @@ class TextToSpeech:
         """The chunks of a text, each of which has room in the model's context."""
         check_speaker(speaker, self.speakers)
         references = [reference] if isinstance(reference, Utterance) else list(reference or ())
-        speaker = speaker_or_first(speaker, self.speakers, cloned=bool(references))
+        speaker = resolve_speaker(speaker, self.speakers, cloned=bool(references))
         chunks = split_text(text)
         if not any(map(is_speakable, chunks)):
             raise ValueError(f"there is nothing to speak in {text[:40]!r}: no letter and no number")
@@ -279,12 +287,12 @@ class TextToSpeech:
             max_tokens=settings.context_tokens,
         )
         for chunk in filter(is_speakable, chunks):
-            context.least(chunk, self._frames(chunk, settings)[1])
+            context.min_prompt_length(chunk, self._frame_counts(chunk, settings)[1])
         return chunks, context
 
-    def _frames(self, text: str, settings: Settings) -> tuple[int, int]:
-        """The most frames that a chunk may take, and how many it may well take."""
-        longest = ceil(longest_speech(text) * self._codec.frame_rate)
+    def _frame_counts(self, text: str, settings: Settings) -> tuple[int, int]:
+        """The most frames that a chunk may have, and how many are to be expected."""
+        longest = ceil(max_speech_seconds(text) * self._codec.frame_rate)
         limit = settings.max_new_tokens or longest
         return limit, min(limit, longest // 2)
 
@@ -293,10 +301,10 @@ class TextToSpeech:
     ) -> Generator[Piece, None, tuple[Tensor, str | None]]:
         """Yield the pieces of one chunk; return its codes [K, T] and its problem, if any.
 
-        Only the last try is heard while it is made: the others may have to be thrown away.
+        Only the last try is decoded while it is generated: the others may have to be thrown away.
         """
         for tries in range(1, settings.retries + 2):
-            take = Take(
+            attempt = GenerationAttempt(
                 generate(
                     self._model,
                     chunk.prompt,
@@ -304,49 +312,48 @@ class TextToSpeech:
                     max_new_tokens=chunk.limit,
                     sampling=settings.sampling,
                     generator=_generator(self._model.device, settings.seed, chunk.index, tries),
-                    past=chunk.past,
+                    prefix_cache=chunk.prefix_cache,
                     graphs=self._graphs,
                 )
             )
             last_try = tries > settings.retries
             if not last_try:
-                take.finish()
-            if last_try or self._problem(chunk, take, tries) is None:
+                attempt.finish()
+            if last_try or self._problem(chunk, attempt, tries) is None:
                 break
-        for waveform, frames in decode_stream(self._codec, take):
+        for waveform, frames in decode_stream(self._codec, attempt):
             yield Piece(waveform, chunk.index, chunk.count, frames)
-        problem = self._problem(chunk, take, tries)
+        problem = self._problem(chunk, attempt, tries)
         seconds = 0.0 if chunk.index + 1 == chunk.count else _pause_after(chunk.text)
         pause = torch.zeros(1, round(seconds * self.sample_rate))
-        state = {"ran_on": not take.ended, "lost": not take.frames}
+        state = {"ran_on": not attempt.ended, "lost": not attempt.frames}
         yield Piece(pause, chunk.index, chunk.count, 0, True, problem, **state)
-        return take.codes(self._codec.num_codebooks), problem
+        return attempt.codes(self._codec.num_codebooks), problem
 
-    def _problem(self, chunk: _Chunk, take: Take, tries: int) -> str | None:
-        """What is wrong with a finished take, as a message to the user."""
-        seconds = len(take.frames) / self._codec.frame_rate
-        if not take.frames:
+    def _problem(self, chunk: _Chunk, attempt: GenerationAttempt, tries: int) -> str | None:
+        """What is wrong with a finished attempt, as a message to the user; None if nothing is."""
+        seconds = len(attempt.frames) / self._codec.frame_rate
+        if not attempt.frames:
             what = "the model said nothing"
-        elif not take.ended:
+        elif not attempt.ended:
             what = f"the speech did not end in {seconds:.1f} s and was cut there"
-        elif seconds < shortest_speech(chunk.text):
+        elif seconds < min_speech_seconds(chunk.text):
             what = f"the speech broke off after {seconds:.1f} s"
         else:
             return None
         after = f", after {tries} tries" if tries > 1 else ""
-        return f"{_named(chunk.text, chunk.index, chunk.count)}: {what}{after}"
+        return f"{_chunk_name(chunk.text, chunk.index, chunk.count)}: {what}{after}"
 
 
-def _compiled(
+def _try_capture_frame_graphs(
     model: DualARTransformer, tokenizer: FishTokenizer, required: bool
 ) -> FrameGraphs | None:
-    """What makes frames fast on a GPU; None, with a warning, where that isn't possible and not
-    `required`."""
-    problem = compile_problem(model.device)
+    """The model's frame graphs; None, with a warning, if that fails and is not `required`."""
+    problem = triton_unavailable_reason(model.device)
     try:
         if problem is None:
-            return graphs_of(model, tokenizer.im_end_id)
-    except Exception as error:  # what Triton can't do on this card
+            return capture_frame_graphs(model, tokenizer.im_end_id)
+    except Exception as error:  # Triton fails on this card
         if required or is_out_of_memory(error):
             raise
         problem = " ".join(str(error).split()) or type(error).__name__
@@ -356,18 +363,17 @@ def _compiled(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One chunk to speak: its place, its `prompt [K+1, T]`, the most frames it may take, and what
-    was read and said before."""
+    """Chunk `index` of `count`, its `prompt [K+1, T]`, and the `limit` of its frames."""
 
     text: str
     index: int
     count: int
     prompt: Tensor
     limit: int
-    past: Past
+    prefix_cache: PrefixCache
 
 
-def _warned(pieces: Iterable[Piece]) -> Iterator[Tensor]:
+def _log_problems(pieces: Iterable[Piece]) -> Iterator[Tensor]:
     for piece in pieces:
         if piece.problem:
             logger.warning(piece.problem)
@@ -376,12 +382,12 @@ def _warned(pieces: Iterable[Piece]) -> Iterator[Tensor]:
 
 
 def _generator(device: torch.device, seed: int, chunk: int, tries: int) -> torch.Generator:
-    """The randomness of one try: independent of the others and of how the output is cut."""
+    """The random numbers of one try: independent of the others, and of how the output is cut."""
     digest = hashlib.sha256(f"{seed} {chunk} {tries}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _named(text: str, index: int, count: int) -> str:
+def _chunk_name(text: str, index: int, count: int) -> str:
     """A chunk as a message names it."""
     shown = text if len(text) <= 40 else f"{text[:37]}..."
     return f"chunk {index + 1} of {count} ({shown!r})"

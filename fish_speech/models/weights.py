@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fish_speech.devices import is_out_of_memory
 from fish_speech.files import atomic_path
+from fish_speech.resources import is_out_of_memory
 
 _SHOWN = 5
 

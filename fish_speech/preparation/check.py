@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fish_speech.audio_decoding import audio_info, breaks_off
+from fish_speech.audio_decoding import audio_info, truncation
 from fish_speech.datasets.clips import is_rejected
 from fish_speech.files import list_files, read_text, shown_path, sidecar_of
 from fish_speech.preparation import quality, segment, sources
@@ -95,7 +95,7 @@ def inspect_clip(job: RecordingJob, recogniser: Recogniser | None = None) -> Rec
         file = sources.printable(recording.path.relative_to(job.options.input).as_posix())
         clip = clip_entry(file, recording, whole, samples, info, speech)
         record.clips = [{**clip, "loudness": quality.loudness(samples, info.sample_rate)}]
-        if speech.duration < LONGEST_UNCUT and breaks_off(recording.path, speech.duration):
+        if speech.duration < LONGEST_UNCUT and truncation(recording.path, speech.duration):
             record.clips[0]["breaks_off"] = True
     except Exception as error:
         record.failure = failure_reason(error, recording)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fish_speech.audio import load_audio
 from fish_speech.audio_decoding import audio_info
-from fish_speech.console import words_of
+from fish_speech.console import error_message
 from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.shards import read_codes
 from fish_speech.files import atomic_path, file_digest, read_json, write_json
@@ -145,7 +145,7 @@ class _Waveforms(Dataset):
         try:
             waveform, _ = load_audio(clip.audio, self.sample_rate)
         except (ValueError, OSError) as error:
-            return _Loaded(clip, None, words_of(error))
+            return _Loaded(clip, None, error_message(error))
         if waveform.shape[1] < self.frame_length:
             return _Loaded(clip, None, f"{clip.audio}: shorter than one frame of the codec")
         return _Loaded(clip, waveform)

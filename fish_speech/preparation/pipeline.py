@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fish_speech.audio_decoding import audio_info
-from fish_speech.console import some_of
+from fish_speech.console import shorten_list
 from fish_speech.files import exclusive, list_audio, remove_temporaries
 from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.job import RecordingJob
@@ -85,7 +85,8 @@ def prepare(
         known = {output / clip["file"] for clip in summary.clips}
         clips = {file for file in list_audio(output) if file.with_suffix(".lab").is_file()}
         if others := sorted(map(str, clips - known)):
-            say(f"also in this data set (added by hand), and will be trained on: {some_of(others)}")
+            named = shorten_list(others)
+            say(f"also in this data set (added by hand), and will be trained on: {named}")
         return summary
 
 
@@ -95,7 +96,7 @@ def _warn_of_oddities(
     """Say which texts were read in a guessed encoding, and who else speaks the same recordings."""
     guessed = [r for r in recordings if r.encoding is not None]
     if guessed:
-        say(f"{some_of(r.source for r in guessed)}: the text is not UTF-8 and was read as "
+        say(f"{shorten_list(r.source for r in guessed)}: the text is not UTF-8 and was read as "
             f"{', '.join(sorted({r.encoding for r in guessed}))}; have a look at it")  # fmt: skip
     speakers = defaultdict(set)
     usable = [r for r in recordings if r.problem is None]
@@ -105,7 +106,7 @@ def _warn_of_oddities(
     if shared:
         names = " and by ".join(sorted(set().union(*(speakers[r.digest] for r in shared))))
         say(
-            f"{some_of(r.source for r in shared)}: in this data set as spoken by {names}; "
+            f"{shorten_list(r.source for r in shared)}: in this data set as spoken by {names}; "
             "if that is wrong, delete the clips of one of them"
         )
 

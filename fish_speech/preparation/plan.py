@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
 
-from fish_speech.audio_decoding import audio_info, breaks_off
+from fish_speech.audio_decoding import audio_info, truncation
 from fish_speech.preparation import align, segment, transcribe
 from fish_speech.preparation.entries import SkippedEntry
 from fish_speech.preparation.job import LONGEST_UNCUT, RecordingJob
@@ -34,7 +34,7 @@ def missing_audio(job: RecordingJob, speech: Speech) -> str | None:
     """
     limit = job.max_seconds
     if limit is None or speech.duration < limit - 0.01:
-        return breaks_off(job.recording.path, speech.duration)
+        return truncation(job.recording.path, speech.duration)
     length = audio_info(job.recording.path).duration
     if job.recording.transcript is not None and (length is None or length > limit + 1):
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fish_speech.audio import level, resample, save_audio
+from fish_speech.audio import normalize_loudness, resample, save_audio
 from fish_speech.audio_decoding import AudioInfo, audio_info
 from fish_speech.files import write_text
 from fish_speech.preparation import error_rates, quality, segment, sources, transcribe
@@ -108,7 +108,7 @@ def write_clips(job: RecordingJob, plan: Plan, speech: Speech) -> Iterator[ClipE
         clip = clip_entry(file, recording, part, samples, info, speech)
         samples = resample(samples, info.sample_rate, SAMPLE_RATE)
         if options.normalize:
-            samples, leveling = level(samples, SAMPLE_RATE)
+            samples, leveling = normalize_loudness(samples, SAMPLE_RATE)
             clip["loudness"] = quality.finite(leveling.loudness)
             clip["gain"], clip["dc_offset"] = round(leveling.gain, 1), round(leveling.offset, 4)
         else:

@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from fish_speech.audio_decoding import audio_info
-from fish_speech.console import some_of
+from fish_speech.console import shorten_list
 from fish_speech.datasets.clips import REJECTED, is_rejected
 from fish_speech.files import (
     AUDIO_SUFFIXES,
@@ -325,7 +325,7 @@ def _say_merged(speakers: set[tuple[str, str | None]], say: Callable[[str], None
     for name, pairs in groupby(speakers, lambda pair: pair[0]):
         folders = [printable(folder) for _, folder in pairs]
         if len(folders) > 1:
-            say(f"taken for one speaker, {name}: the folders {some_of(folders)}; if these are "
+            say(f"taken for one speaker, {name}: the folders {shorten_list(folders)}; if these are "
                 "several, rename them")  # fmt: skip
 
 
@@ -369,7 +369,7 @@ def _say_unused(texts: list[Path], own: set[Path], say: Callable[[str], None]) -
         ("these texts are not used, for one in another format has their name", True),
     ):
         if paths := [path for path in texts if (path.with_suffix("") in taken) == is_second]:
-            say(f"{reason}: {some_of(printable(shown_path(path)) for path in paths)}")
+            say(f"{reason}: {shorten_list(printable(shown_path(path)) for path in paths)}")
 
 
 def _say_others(paths: list[Path], say: Callable[[str], None]) -> None:

@@ -20,12 +20,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fish_speech.devices import is_out_of_memory, resolve_device
+from fish_speech.devices import resolve_device
 from fish_speech.preparation.align import Word
 from fish_speech.preparation.error_rates import normal
 from fish_speech.preparation.options import WHISPER_BACKENDS
 from fish_speech.preparation.segment import Region
 from fish_speech.preparation.sources import first_line
+from fish_speech.resources import is_out_of_memory
 
 SAMPLE_RATE = 16_000  # Hz; what recognisers are given
 _WINDOW = 30 * SAMPLE_RATE  # of whisper

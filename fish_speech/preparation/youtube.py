@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fish_speech.console import words_of
+from fish_speech.console import error_message
 from fish_speech.files import read_json, read_text, write_json
 from fish_speech.preparation.sources import InputFile
 
@@ -149,7 +149,7 @@ def _settings(
         try:
             settings["cookiefile"] = read_text(cookies)
         except (OSError, ValueError) as error:
-            raise ValueError(f"--cookies {words_of(error)}") from error
+            raise ValueError(f"--cookies {error_message(error)}") from error
     if cookies_from_browser is not None:
         browser, _, profile = cookies_from_browser.partition(":")
         settings["cookiesfrombrowser"] = (browser, profile or None, None, None)

@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
-from fish_speech.console import stop_signals
-from fish_speech.devices import is_out_of_memory
 from fish_speech.files import atomic_path
 from fish_speech.models.weights import read_checkpoint, save_tensors
+from fish_speech.resources import is_out_of_memory
+from fish_speech.signals import stop_signals
 from fish_speech.training.runs import Run
 
 _STEPS_TO_FORECAST = 10

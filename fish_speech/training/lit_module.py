@@ -13,9 +13,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from fish_speech.devices import peak_memory, read_later, seed_draws, sent
+from fish_speech.devices import seed_rng, to_device_async, to_host_async
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.lora import load_lora, lora_state_dict
+from fish_speech.resources import peak_memory
 from fish_speech.training.loss import LabelPositions, loss_metrics, loss_sums
 from fish_speech.training.step_graphs import StepGraphs
 
@@ -114,12 +115,11 @@ class TextToSemantic(L.LightningModule):
     ) -> dict[str, Any]:
         """What the model takes, on its device, and what Python reads, which would wait for one."""
         codes = batch["step_frames"] * self.model.config.num_codebooks
+        positions = LabelPositions.from_labels(batch["labels"])
         return {
-            "tokens": sent(batch["tokens"], device),
-            "positions": LabelPositions(
-                *(sent(part, device) for part in LabelPositions.from_labels(batch["labels"]))
-            ),
-            "step_labels": sent(torch.stack([batch["step_tokens"], codes]), device),
+            "tokens": to_device_async(batch["tokens"], device),
+            "positions": LabelPositions(*(to_device_async(part, device) for part in positions)),
+            "step_labels": to_device_async(torch.stack([batch["step_tokens"], codes]), device),
             "indices": batch["indices"].tolist(),
             "num_tokens": int((~batch["key_padding_mask"]).sum()),
         }
@@ -148,7 +148,7 @@ class TextToSemantic(L.LightningModule):
         """Clip the norm, and queue the metrics of the step."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
         totals = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
-        read = read_later(torch.cat([totals, norm.detach().float()[None]]))
+        read = to_host_async(torch.cat([totals, norm.detach().float()[None]]))
         rate = optimizer.param_groups[0]["lr"]
         self._pending.append(
             _StepMetrics(self.global_step, self._step_clips, rate, self._num_tokens, read)
@@ -292,4 +292,4 @@ class TextToSemantic(L.LightningModule):
 
     def _seed_step(self, micro: int) -> None:
         place = (self.global_step * 4096 + micro) * self.trainer.world_size + self.global_rank
-        seed_draws((self.seed * 1_000_003 + place) % (1 << 63), self.device)
+        seed_rng((self.seed * 1_000_003 + place) % (1 << 63), self.device)

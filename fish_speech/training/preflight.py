@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from fish_speech.datasets.semantic import SemanticDataModule
-from fish_speech.devices import compile_problem, free_memory
+from fish_speech.devices import triton_unavailable_reason
 from fish_speech.models.text2semantic import DualARTransformer
+from fish_speech.resources import free_memory
 from fish_speech.training.config import RunConfig
 from fish_speech.training.loss import FRAME_CHUNK, LABEL_CHUNK, chunk_size
 
@@ -55,7 +56,9 @@ def preflight(
     if needs[chosen] > free:
         say(f"warning: this may not fit: {OUT_OF_MEMORY}")
     alone = config.train.devices * config.train.num_nodes == 1
-    possible = config.train.cuda_graphs and alone and not chosen and not compile_problem(device)
+    possible = (
+        config.train.cuda_graphs and alone and not chosen and not triton_unavailable_reason(device)
+    )
     return possible and 2 * needs[False] < 0.8 * free
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fish_speech.devices import is_out_of_memory
 from fish_speech.models.text2semantic import DualARTransformer
+from fish_speech.resources import is_out_of_memory
 from fish_speech.training.loss import LabelPositions, LossSums, loss_parts, pad_to_bucket
 
 _log = logging.getLogger(__name__)

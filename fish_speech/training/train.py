@@ -17,12 +17,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
 from fish_speech.datasets.shards import Manifest, Sample, load_split
-from fish_speech.devices import is_out_of_memory, resolve_device, resolve_precision
+from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.files import exclusive, file_digest, remove_temporaries, write_text
 from fish_speech.models.text2semantic import ModelConfig, load_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora
 from fish_speech.models.vqgan import CodecConfig
+from fish_speech.resources import is_out_of_memory
 from fish_speech.tokenizer import FishTokenizer
 from fish_speech.training.callbacks import (
     AtomicCheckpoints,

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fish_speech.devices import keep_freed_memory, multiplies_bf16
+from fish_speech.devices import has_native_bf16
 from fish_speech.files import write_json
 from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, Codec, CodecConfig, find_codec
 from fish_speech.models.vqgan.firefly import ConvNeXtBlock
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 from fish_speech.models.weights import read_checkpoint, read_state_dict, save_tensors
+from fish_speech.resources import tune_malloc
 from recipes.tiny.texts import CACHE, read_sentences
 from recipes.tiny.voices import SAMPLE_RATE, STRANGERS, VOICES, disguise, speak, unnamed_speaker
 
@@ -170,7 +171,7 @@ class Trainer:
         features = self.codec.backbone(self.codec.spec_transform(speech))
         quantized, _ = self.codec.quantizer(features)
         # The codes are made in fp32, as they will always be.
-        native = multiplies_bf16(speech.device)
+        native = has_native_bf16(speech.device)
         with torch.autocast(speech.device.type, torch.bfloat16, enabled=native):
             made = self.codec.head(quantized).float()[..., : speech.shape[-1]]
         values = torch.stack(self._values)  # [G, B, T, 4]
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    keep_freed_memory()
+    tune_malloc()
     texts = read_sentences("train.txt", args.cache)
     speech, size = load_speech(texts[: args.sentences]), round(args.seconds * SAMPLE_RATE)
     if args.start:

@@ -27,11 +27,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from fish_speech.conversation import IGNORE_INDEX
-from fish_speech.devices import keep_freed_memory, multiplies_bf16
+from fish_speech.devices import has_native_bf16
 from fish_speech.models.text2semantic import DualARTransformer, load_model
 from fish_speech.models.text2semantic.llama import rotary_table
 from fish_speech.models.text2semantic.ops.torch_ops import rotate
 from fish_speech.models.weights import read_checkpoint, save_tensors
+from fish_speech.resources import tune_malloc
 from fish_speech.worker_processes import die_with_parent
 from recipes.tiny.batches import UNALIGNED, Corpus, batches, token_durations
 from recipes.tiny.corpus import read_corpus
@@ -98,7 +99,7 @@ class Run:
     ) -> None:
         self.file = cache / CHECKPOINT
         self.device = device
-        native = multiplies_bf16(torch.device(device))
+        native = has_native_bf16(torch.device(device))
         self.autocast = partial(
             torch.autocast, torch.device(device).type, torch.bfloat16, enabled=native
         )
@@ -266,7 +267,7 @@ def work(process: int, args: argparse.Namespace, rendezvous: str) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=process, world_size=args.processes
         )
-    keep_freed_memory()
+    tune_malloc()
     torch._dynamo.config.recompile_limit = 32  # one for every bucket
     compiled = not args.no_compile
     run = Run(args.cache, args.device, args.seed, compiled=compiled, start=args.start)

@@ -6,7 +6,7 @@ import pytest
 
 from fish_speech.datasets.clips import find_clips
 from fish_speech.datasets.shards import build_shards, read_samples
-from fish_speech.inference.voices import check_speaker, speaker_or_first
+from fish_speech.inference.speakers import check_speaker, resolve_speaker
 from tests.conftest import GOLDEN
 from tests.synthetic_data import make_data_set
 
@@ -186,7 +186,7 @@ def test_a_speaker_is_one_whose_ever_accents_stand_beside_their_letters(tmp_path
     data = make_data_set(tmp_path / "me", {"Jose\u0301": 1, "Ann": 1})
     assert {clip.speaker for clip in find_clips(data)} == {"Jos\u00e9", "Ann"}
     check_speaker("Jose\u0301", ["Jos\u00e9"])
-    assert speaker_or_first("Jos\u00e9", ["Ann", "Jose\u0301"], cloned=False) == "Jose\u0301"
+    assert resolve_speaker("Jos\u00e9", ["Ann", "Jose\u0301"], cloned=False) == "Jose\u0301"
 
 
 def test_a_shard_of_the_reference_is_read():

@@ -26,7 +26,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "fish_speech.evaluation.project.choose_recogniser", lambda *a: (Hearing(), None)
     )
-    monkeypatch.setattr("fish_speech.inference.synthesize.longest_speech", lambda text: 0.5)
+    monkeypatch.setattr("fish_speech.inference.synthesize.max_speech_seconds", lambda text: 0.5)
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     return tmp_path
 

@@ -65,7 +65,7 @@ def project(trained, tmp_path, monkeypatch):
         "fish_speech.evaluation.project.choose_recogniser", lambda *a: (Hearing(), None)
     )
     # A random model never ends by itself: let it be half a second.
-    monkeypatch.setattr("fish_speech.inference.synthesize.longest_speech", lambda text: 0.5)
+    monkeypatch.setattr("fish_speech.inference.synthesize.max_speech_seconds", lambda text: 0.5)
     return folder
 
 

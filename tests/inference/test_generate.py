@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fish_speech.inference.generate import Past, generate
+from fish_speech.inference.generate import PrefixCache, generate
 from fish_speech.inference.sampling import Sampling
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora, merge_lora
 from tests.conftest import golden_tensors
@@ -67,14 +67,14 @@ def test_what_was_read_and_said_is_not_read_again(model, golden, monkeypatch):
     monkeypatch.setattr(
         model, "hidden_states", lambda x, **options: read.append(x.shape[2]) or plain(x, **options)
     )
-    past = Past(model)
-    assert torch.equal(run(model, prompt, max_new_tokens=12, past=past)[0], frames)
-    assert torch.equal(run(model, prompt, max_new_tokens=12, past=past)[0], frames)
-    assert torch.equal(run(model, later, max_new_tokens=6, past=past.copy())[0], expected)
+    cache = PrefixCache(model)
+    assert torch.equal(run(model, prompt, max_new_tokens=12, prefix_cache=cache)[0], frames)
+    assert torch.equal(run(model, prompt, max_new_tokens=12, prefix_cache=cache)[0], frames)
+    assert torch.equal(run(model, later, max_new_tokens=6, prefix_cache=cache.copy())[0], expected)
     other = golden["prompt"].long()
     other[0, 3] += 1
     alone, _ = run(model, other, max_new_tokens=6)
-    assert torch.equal(run(model, other, max_new_tokens=6, past=past)[0], alone)
+    assert torch.equal(run(model, other, max_new_tokens=6, prefix_cache=cache)[0], alone)
     longest = [columns for columns in read if columns > 1]
     size = prompt.shape[1]
     # All of it; one column more than is new, for the last frame is never read; two others.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fish_speech.files import atomic_path, write_text
-from fish_speech.inference.jobs import Ledger, default_output, do_the_rest, plan
+from fish_speech.inference.jobs import BatchState, default_output, plan, run_pending_jobs
 
 
 def names(jobs):
@@ -76,21 +76,21 @@ def _folder(path):
 def test_a_file_is_done_while_nothing_that_made_it_has_changed(tmp_path):
     old, other = plan("One.\nTwo.", tmp_path, batch=True)
     (changed, _) = plan("One!\nTwo.", tmp_path, batch=True)
-    Ledger(tmp_path, ["model", 0.7]).add(old)
-    assert not Ledger(tmp_path, ["model", 0.7]).has(old)  # the file itself is not there
+    BatchState(tmp_path, ["model", 0.7]).mark_done(old)
+    assert not BatchState(tmp_path, ["model", 0.7]).is_done(old)  # the file itself is not there
     old.output.touch()
-    ledger = Ledger(tmp_path, ["model", 0.7])
-    assert ledger.has(old)
-    assert not ledger.has(other)
-    assert not ledger.has(changed)
-    assert not Ledger(tmp_path, ["model", 0.8]).has(old)
+    state = BatchState(tmp_path, ["model", 0.7])
+    assert state.is_done(old)
+    assert not state.is_done(other)
+    assert not state.is_done(changed)
+    assert not BatchState(tmp_path, ["model", 0.8]).is_done(old)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\x00"])
 def test_a_record_that_is_none_is_named_with_the_remedy(tmp_path, content):
     write_text(tmp_path / "batch.json", content)
     with pytest.raises(ValueError, match=r"batch\.json: damaged, .* remove it"):
-        Ledger(tmp_path, None)
+        BatchState(tmp_path, None)
 
 
 def test_what_a_killed_batch_left_of_its_own_files_is_removed(tmp_path):
@@ -100,7 +100,7 @@ def test_what_a_killed_batch_left_of_its_own_files_is_removed(tmp_path):
             left.touch()
         left.write_text("half")
         output.unlink()
-    assert do_the_rest(jobs, None, lambda job: True) == (2, 0, 0, [])
+    assert run_pending_jobs(jobs, None, lambda job: True) == (2, 0, 0, [])
     assert [file.name for file in tmp_path.glob(".tmp-*")] == [left.name]
 
 
@@ -108,8 +108,8 @@ def test_what_fails_is_no_part_of_the_record(tmp_path):
     jobs = plan("One.\nTwo.\nThree.", tmp_path, batch=True)
     for job in jobs:
         job.output.touch()
-    assert do_the_rest(jobs, None, lambda job: "Two" not in job.text) == (2, 0, 1, [])
-    assert do_the_rest(jobs, None, lambda job: True) == (1, 2, 0, [])
+    assert run_pending_jobs(jobs, None, lambda job: "Two" not in job.text) == (2, 0, 1, [])
+    assert run_pending_jobs(jobs, None, lambda job: True) == (1, 2, 0, [])
 
 
 def test_files_of_earlier_batches_that_are_none_of_this_one_are_told(tmp_path):
@@ -117,16 +117,16 @@ def test_files_of_earlier_batches_that_are_none_of_this_one_are_told(tmp_path):
         job.output.touch()
         return True
 
-    do_the_rest(plan("One.\nTwo.\nThree.", tmp_path, batch=True), None, touch)
+    run_pending_jobs(plan("One.\nTwo.\nThree.", tmp_path, batch=True), None, touch)
     (tmp_path / "0002.wav").unlink()
     (tmp_path / "mine.wav").touch()
-    found = do_the_rest(plan("One.", tmp_path, batch=True), None, touch)
+    found = run_pending_jobs(plan("One.", tmp_path, batch=True), None, touch)
     assert found == (0, 1, 0, [tmp_path / "0003.wav"])
 
 
 def test_speech_that_may_only_be_heard_needs_no_place_to_write_to(tmp_path):
     write_text(tmp_path / "output", "a file in the way")
-    jobs = plan("Hi.", tmp_path / "output" / "Hi.wav", takes=2, only_heard=True)
+    jobs = plan("Hi.", tmp_path / "output" / "Hi.wav", takes=2, playback_only=True)
     assert [job.output.name for job in jobs] == ["Hi_1.wav", "Hi_2.wav"]
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fish_speech.inference.cpu_sampling import draw
+from fish_speech.inference.cpu_sampling import sample_id
 from fish_speech.inference.sampling import Sampling, probabilities, sample
 from tests.conftest import golden_tensors
 
@@ -14,16 +14,16 @@ def test_probabilities_equal_the_reference():
     torch.testing.assert_close(probs, golden["probs"], atol=1e-4, rtol=1e-4)
 
 
-def test_draws_follow_the_probabilities_and_the_seed():
+def test_samples_follow_the_probabilities_and_the_seed():
     logits = torch.tensor([2.0, 1.0, 0.0, -9.0])
     sampling = Sampling(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([sample(logits, None, sampling, generator) for _ in range(4000)])
-    shares = torch.bincount(drawn, minlength=4) / 4000
+    sampled = torch.stack([sample(logits, None, sampling, generator) for _ in range(4000)])
+    shares = torch.bincount(sampled, minlength=4) / 4000
     torch.testing.assert_close(shares, logits.softmax(0), atol=0.03, rtol=0)
     generator = torch.Generator().manual_seed(0)
     again = torch.stack([sample(logits, None, sampling, generator) for _ in range(4000)])
-    assert torch.equal(drawn, again)
+    assert torch.equal(sampled, again)
 
 
 def test_the_most_likely_always_stays():
@@ -31,35 +31,35 @@ def test_the_most_likely_always_stays():
     assert probs.tolist() == [1.0, 0.0, 0.0]
 
 
-def test_a_model_that_gives_no_numbers_never_draws_beyond_its_ids():
+def test_a_model_that_gives_no_numbers_never_samples_beyond_its_ids():
     for logits in (torch.full((8,), torch.nan), torch.full((8,), torch.inf)):
         assert 0 <= sample(logits, None, Sampling(), None) < 8
 
 
-def test_the_improbable_is_never_drawn(monkeypatch):
+def test_the_improbable_is_never_sampled(monkeypatch):
     """Not even by the ends of what a random number can be."""
     logits = torch.tensor([-torch.inf, 1.0, 1.0, -torch.inf])
-    for number, drawn in ((0.0, 2), (1 - 2**-24, 1)):
-        monkeypatch.setattr(torch, "rand", lambda *_, number=number, **__: torch.tensor(number))
-        assert sample(logits, None, Sampling(top_p=1), None) == drawn
+    for u, sampled in ((0.0, 2), (1 - 2**-24, 1)):
+        monkeypatch.setattr(torch, "rand", lambda *_, u=u, **__: torch.tensor(u))
+        assert sample(logits, None, Sampling(top_p=1), None) == sampled
 
 
 @pytest.mark.parametrize("size", [5, 1024, 1025])
 @pytest.mark.parametrize("temperature", [0.1, 0.7, 3.0])
 @pytest.mark.parametrize("top_p", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("penalty", [0.8, 1.0, 1.2])
-def test_what_a_cpu_draws_has_the_same_probabilities(size, temperature, top_p, penalty):
+def test_what_a_cpu_samples_has_the_same_probabilities(size, temperature, top_p, penalty):
     generator = torch.Generator().manual_seed(size)
     for spread in (0.1, 1.0, 5.0):
         logits = spread * torch.randn(size, generator=generator)
         previous = torch.randint(0, size, (16,), generator=generator)  # some of them twice
         probs = probabilities(logits, previous, Sampling(temperature, top_p, penalty)).double()
         ends = probs.cumsum(0) / probs.sum()
-        for number in torch.rand(5, generator=generator).tolist():
-            settings = (penalty, top_p, temperature, number)
-            drawn = draw(logits.numpy(), previous.numpy(), *settings)
-            assert probs[drawn] > 0
-            assert ends[drawn] - probs[drawn] - 1e-5 < number < ends[drawn] + 1e-5
+        for u in torch.rand(5, generator=generator).tolist():
+            settings = (penalty, top_p, temperature, u)
+            sampled = sample_id(logits.numpy(), previous.numpy(), *settings)
+            assert probs[sampled] > 0
+            assert ends[sampled] - probs[sampled] - 1e-5 < u < ends[sampled] + 1e-5
 
 
 def test_temperature_zero_takes_the_most_likely():

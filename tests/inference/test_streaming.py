@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fish_speech.inference.streaming import BLOCKS, SilenceTrimmer, decode_stream
+from fish_speech.inference.streaming import BLOCK_LENGTHS, SilenceTrimmer, decode_stream
 from fish_speech.models.vqgan.firefly import CausalConv1d, CausalConvTranspose1d
 
 RATE = 8000
@@ -16,30 +16,30 @@ def test_blocks_join_to_the_whole_decoded_at_once(tts):
     whole, _ = codec.decode(codes[None])
     assert torch.allclose(torch.cat([block for block, _ in blocks], dim=1), whole[0], atol=1e-4)
     sizes = [size for _, size in blocks]
-    assert sizes[0] == BLOCKS[0]
-    assert max(sizes) == BLOCKS[-1]
+    assert sizes[0] == BLOCK_LENGTHS[0]
+    assert max(sizes) == BLOCK_LENGTHS[-1]
     assert sum(sizes) == 403
 
 
 @pytest.mark.parametrize(
-    ("times", "expected"),
+    ("repeats", "expected"),
     [(1, [6, 12, 24, 48, 48, 48, 24]), (4, [6] * 4 + [12] * 4 + [24] * 4 + [48])],
 )
-def test_blocks_are_of_few_lengths_the_last_one_too(tts, monkeypatch, times, expected):
+def test_blocks_are_of_few_lengths_the_last_one_too(tts, monkeypatch, repeats, expected):
     codec, plain, lengths = tts._codec, tts._codec.decode, []
     codes = torch.randint(0, 1000, (8, 200), generator=torch.Generator().manual_seed(0))  # [K, T]
     whole, _ = plain(codes[None])
     monkeypatch.setattr(
         codec, "decode", lambda x, **more: lengths.append(x.shape[2]) or plain(x, **more)
     )
-    blocks = list(decode_stream(codec, codes.T, times))
+    blocks = list(decode_stream(codec, codes.T, repeats))
     assert torch.allclose(torch.cat([block for block, _ in blocks], dim=1), whole[0], atol=1e-4)
     assert sum(size for _, size in blocks) == 200
     assert lengths == expected
 
 
 def test_every_block_is_computed_with_a_frames_channels_side_by_side(tts):
-    """As the whole is; otherwise a CPU takes two to three times as long in bfloat16."""
+    """As the whole is; otherwise a CPU takes two to three repeats as long in bfloat16."""
     orders = []
     hooks = [
         module.register_forward_hook(
@@ -75,7 +75,7 @@ def test_the_first_block_comes_before_the_frames_have_ended(tts):
             yield made[-1]
 
     next(decode_stream(tts._codec, frames()))
-    assert len(made) == BLOCKS[0]
+    assert len(made) == BLOCK_LENGTHS[0]
 
 
 def test_silence_goes_at_both_ends_and_stays_in_the_middle():

@@ -361,7 +361,7 @@ def test_int8_decodes_in_bf16_where_the_cpu_multiplies_it_and_else_exactly(
     exact = tts.synthesize(HELLO)
     for native in (True, False):
         monkeypatch.setattr(
-            "fish_speech.inference.synthesize.multiplies_bf16", lambda device, native=native: native
+            "fish_speech.inference.synthesize.has_native_bf16", lambda device, native=native: native
         )
         low = TextToSpeech.from_pretrained(voice_dir, device="cpu", quantize="int8")
         waveform = low.synthesize(HELLO)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fish_speech.devices import shares_keys
+from fish_speech.devices import supports_gqa
 from fish_speech.models.text2semantic.config import ModelConfig
 from fish_speech.models.text2semantic.ops.fused import (
     apply_rope,
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         if length == 1 and mask is None:
             # Of a single position, heads that share a key are as good as positions of one head.
             q = q.view(*k.shape[:2], -1, self.head_dim)
-        elif q.shape[1] != k.shape[1] and not shares_keys(q.device, q.dtype, mask is not None):
+        elif q.shape[1] != k.shape[1] and not supports_gqa(q.device, q.dtype, mask is not None):
             k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
         out = F.scaled_dot_product_attention(
             q,

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import remove_parametrizations
 
 from fish_speech.files import read_json
 from fish_speech.hub import find_codec
-from fish_speech.models.vqgan.firefly import ConvNeXtEncoder, HiFiGANHead, Memory
+from fish_speech.models.vqgan.firefly import ConvNeXtEncoder, ConvState, HiFiGANHead
 from fish_speech.models.vqgan.fsq import DownsampleFiniteScalarQuantizer
 from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 from fish_speech.models.weights import assign_strictly, empty_modules, read_state_dict
@@ -160,25 +160,25 @@ class Codec(nn.Module):
         codes: Tensor,
         code_lengths: Tensor | None = None,
         *,
-        memory: Memory | None = None,
+        state: ConvState | None = None,
     ) -> tuple[Tensor, Tensor]:
         """codes [B, K, T] (`code_lengths [B]` frames of each) to waveforms.
 
         Returns waveforms [B, 1, T * frame_length] (float32) and their lengths [B] in samples. With
-        a memory (without lengths) the codes follow those that it was given before.
+        a `state` (and no lengths) the codes continue those of the call before with the same one.
         """
         if code_lengths is None:
             code_lengths = torch.full((len(codes),), codes.shape[-1])
         code_lengths = code_lengths.to(codes.device)
-        features = self.quantizer.decode(codes.long(), memory)
+        features = self.quantizer.decode(codes.long(), state)
         mask = length_mask(code_lengths * self._mels_per_frame, features.shape[-1])
-        waveforms = self.head(channels_last(features * mask), memory)
+        waveforms = self.head(channels_last(features * mask), state)
         lengths = code_lengths * self.frame_length
         return waveforms * length_mask(lengths, waveforms.shape[-1]), lengths
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same [B, C, T] with a frame's channels side by side in memory."""
+    """x [B, C, T] in channels-last memory format: a frame's channels side by side."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -4,7 +4,7 @@ Shapes: B batch, C channels, T frames, N samples. Parameter names are those of t
 Whether a frame's channels or a channel's frames lie side by side in memory is up to the caller.
 Both give the same numbers, and the order is kept throughout; a CPU is faster with the first.
 
-A stream is decoded piece by piece with a `Memory`, and every piece comes out as in the whole.
+A stream is decoded block by block with a `ConvState`; every block equals that stretch of the whole.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-# The last columns that every convolution has seen; empty at the beginning of a stream.
-Memory = dict[nn.Module, Tensor]
+# The last input columns of every convolution; empty at the beginning of a stream.
+ConvState = dict[nn.Module, Tensor]
 
 
 class CausalConv1d(nn.Module):
-    """Padded on the left only, and on the right just so that the last frame is whole."""
+    """Padded on the left; on the right only as far as `stride` needs it."""
 
     def __init__(
         self,
@@ -40,11 +40,11 @@ class CausalConv1d(nn.Module):
             in_channels, out_channels, kernel_size, stride, dilation=dilation, groups=groups
         )
         self.stride = stride
-        self._before = (kernel_size - 1) * dilation + 1 - stride
+        self._left_context = (kernel_size - 1) * dilation + 1 - stride
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
-        """[B, C, T] -> [B, C', ceil(T / stride)]; with a memory T must be a multiple of it."""
-        padded = _follow(self, x, self._before, memory)
+    def forward(self, x: Tensor, state: ConvState | None = None) -> Tensor:
+        """[B, C, T] -> [B, C', ceil(T / stride)]; with `state`, T is a multiple of it."""
+        padded = _prepend_state(self, x, self._left_context, state)
         if right := -x.shape[-1] % self.stride:
             padded = F.pad(padded, (0, right))
         conv, weight = self.conv, self.conv.weight[:, :, None]
@@ -54,42 +54,42 @@ class CausalConv1d(nn.Module):
 
 
 class CausalConvTranspose1d(nn.Module):
-    """Upsampling by `stride`; what would look ahead, or was there before, is trimmed."""
+    """Upsampling by `stride`; the output of the left context, and what looks ahead, is trimmed."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.ConvTranspose1d(in_channels, out_channels, kernel_size, stride)
-        self._before = math.ceil(kernel_size / stride) - 1
+        self._left_context = math.ceil(kernel_size / stride) - 1
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: ConvState | None = None) -> Tensor:
         """[B, C, T] -> [B, C', T * stride]"""
         conv, weight, stride = self.conv, self.conv.weight[:, :, None], self.conv.stride[0]
-        begin = 0 if memory is None else self._before
+        begin = 0 if state is None else self._left_context
         end = begin + x.shape[-1]
-        x = _follow(self, x, begin, memory)
+        x = _prepend_state(self, x, begin, state)
         x = F.conv_transpose2d(x, weight, conv.bias, (1, stride))[:, :, 0]
         return x[..., begin * stride : end * stride]
 
 
-def _follow(module: nn.Module, x: Tensor, size: int, memory: Memory | None) -> Tensor:
-    """x [B, C, T] behind the `size` columns before it, which are zeros at the beginning and the
-    module's in the memory later: [B, C, 1, size + T].
+def _prepend_state(module: nn.Module, x: Tensor, size: int, state: ConvState | None) -> Tensor:
+    """x [B, C, T] with `size` columns of left context: [B, C, 1, size + T].
 
-    As images of one row: padding, joining and convolving those keeps the order in memory.
+    The context is the module's in `state`, which is updated, or zeros where there is none.
+    Images of one row: padding, joining and convolving those keeps the order in memory.
     """
     x = x[:, :, None]
     if size == 0:
         return x
     # Not `torch.cat`: a single column looks the same in either order, and it would take the wrong.
     order = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-    whole = torch.empty(
+    joined = torch.empty(
         *x.shape[:-1], size + x.shape[-1], dtype=x.dtype, device=x.device, memory_format=order
     )
-    whole[..., :size] = 0 if memory is None else memory.get(module, 0)
-    whole[..., size:] = x
-    if memory is not None:
-        memory[module] = whole[..., -size:].clone()
-    return whole
+    joined[..., :size] = 0 if state is None else state.get(module, 0)
+    joined[..., size:] = x
+    if state is not None:
+        state[module] = joined[..., -size:].clone()
+    return joined
 
 
 class ChannelsFirstLayerNorm(nn.LayerNorm):
@@ -105,16 +105,16 @@ class ChannelsFirstLayerNorm(nn.LayerNorm):
 class ConvNeXtBlock(nn.Module):
     """Depthwise convolution, then a pointwise MLP, scaled and added to its input."""
 
-    def __init__(self, channels: int, kernel_size: int = 7, layer_scale: float = 1e-6) -> None:
+    def __init__(self, channels: int, kernel_size: int = 7) -> None:
         super().__init__()
         self.dwconv = CausalConv1d(channels, channels, kernel_size, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.pwconv2 = nn.Linear(4 * channels, channels)
-        self.gamma = nn.Parameter(torch.full((channels,), layer_scale))
+        self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:  # [B, C, T]
-        h = self.norm(self.dwconv(x, memory).transpose(1, 2))
+    def forward(self, x: Tensor, state: ConvState | None = None) -> Tensor:  # [B, C, T]
+        h = self.norm(self.dwconv(x, state).transpose(1, 2))
         h = self.gamma * self.pwconv2(F.gelu(self.pwconv1(h)))
         return x + h.transpose(1, 2)
 
@@ -158,9 +158,9 @@ class ResidualBlock(nn.Module):
             for _ in range(2)
         )
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:  # [B, C, N]
+    def forward(self, x: Tensor, state: ConvState | None = None) -> Tensor:  # [B, C, N]
         for first, second in zip(self.convs1, self.convs2, strict=True):
-            x = second(F.silu(first(F.silu(x), memory)), memory).add_(x)
+            x = second(F.silu(first(F.silu(x), state)), state).add_(x)
         return x
 
 
@@ -175,10 +175,10 @@ class ParallelBlock(nn.Module):
             ResidualBlock(channels, k, d) for k, d in zip(kernel_sizes, dilations, strict=True)
         )
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:  # [B, C, N]
-        total = self.blocks[0](x, memory)
+    def forward(self, x: Tensor, state: ConvState | None = None) -> Tensor:  # [B, C, N]
+        total = self.blocks[0](x, state)
         for block in self.blocks[1:]:
-            total += block(x, memory)
+            total += block(x, state)
         return total.div_(len(self.blocks))
 
 
@@ -213,8 +213,8 @@ class HiFiGANHead(nn.Module):
             if isinstance(module, CausalConv1d | CausalConvTranspose1d):
                 weight_norm(module.conv)
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
-        x = self.conv_pre(x.to(self.conv_pre.conv.weight.dtype), memory)
+    def forward(self, x: Tensor, state: ConvState | None = None) -> Tensor:
+        x = self.conv_pre(x.to(self.conv_pre.conv.weight.dtype), state)
         for up, resblock in zip(self.ups, self.resblocks, strict=True):
-            x = resblock(up(F.silu(x), memory), memory)
-        return torch.tanh(self.conv_post(F.silu(x).to(self.conv_post.conv.weight.dtype), memory))
+            x = resblock(up(F.silu(x), state), state)
+        return torch.tanh(self.conv_post(F.silu(x).to(self.conv_post.conv.weight.dtype), state))

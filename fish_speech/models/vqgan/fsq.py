@@ -16,7 +16,7 @@ from fish_speech.models.vqgan.firefly import (
     CausalConv1d,
     CausalConvTranspose1d,
     ConvNeXtBlock,
-    Memory,
+    ConvState,
 )
 
 
@@ -119,15 +119,15 @@ class DownsampleFiniteScalarQuantizer(nn.Module):
         groups = zip(self.residual_fsq.rvqs, self._groups(x), strict=True)
         return torch.stack([rvq.encode(part) for rvq, part in groups], dim=1)
 
-    def decode(self, codes: Tensor, memory: Memory | None = None) -> Tensor:
+    def decode(self, codes: Tensor, state: ConvState | None = None) -> Tensor:
         """codes [B, G, T'] -> features [B, D, T'·factor]."""
         groups = zip(self.residual_fsq.rvqs, codes.unbind(1), strict=True)
         quantized = torch.cat([rvq.decode(part) for rvq, part in groups], dim=-1)
-        return self._upsampled(quantized.transpose(1, 2), memory)
+        return self._upsampled(quantized.transpose(1, 2), state)
 
-    def _upsampled(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+    def _upsampled(self, x: Tensor, state: ConvState | None = None) -> Tensor:
         for up, block in self.upsample:
-            x = block(up(x, memory), memory)
+            x = block(up(x, state), state)
         return x
 
     def _groups(self, x: Tensor) -> Sequence[Tensor]:

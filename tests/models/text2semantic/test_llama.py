@@ -129,7 +129,7 @@ def test_keys_that_heads_share_may_as_well_be_given_to_each(model, golden, monke
         return kernel(q, k, v, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    monkeypatch.setattr(llama, "shares_keys", lambda *_: False)
+    monkeypatch.setattr(llama, "supports_gqa", lambda *_: False)
     torch.testing.assert_close([gradients(mask) for mask in (None, padding)], expected, **TOLERANCE)
     assert given == {(True, False)}
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fish_speech.devices import multiplies_int8
+from fish_speech.devices import has_native_int8
 from fish_speech.inference.generate import generate
 from fish_speech.inference.sampling import Sampling
 from fish_speech.models.text2semantic import DualARTransformer, ModelConfig
@@ -49,9 +49,9 @@ def model_of(seed=0, n_local_heads=2, **sizes):
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("columns", [1, 3, 200])
 def test_a_layer_gives_nearly_the_same(columns, dtype, native, monkeypatch):
-    if native and not multiplies_int8(torch.device("cpu")):
+    if native and not has_native_int8(torch.device("cpu")):
         pytest.skip("no int8 instructions")
-    monkeypatch.setattr(packed, "multiplies_int8", lambda device: native)
+    monkeypatch.setattr(packed, "has_native_int8", lambda device: native)
     torch.manual_seed(0)
     weight, x = torch.randn(96, 256).bfloat16().float(), torch.randn(2, columns, 256)
     x[:, ::2] *= 100  # a loud column does not spoil a quiet one
@@ -64,14 +64,14 @@ def test_a_layer_gives_nearly_the_same(columns, dtype, native, monkeypatch):
     assert ((got - wanted).norm(dim=-1) < KINDS[dtype] * wanted.norm(dim=-1)).all()
 
 
-@pytest.mark.skipif(not multiplies_int8(torch.device("cpu")), reason="no int8 instructions")
+@pytest.mark.skipif(not has_native_int8(torch.device("cpu")), reason="no int8 instructions")
 def test_int8_loses_what_its_weights_lose_and_no_more(monkeypatch):
     torch.manual_seed(0)
     rows, x = PackedWeight((1, 256, 512), torch.int8), torch.randn(64, 512)
     x[..., 3] *= 10
     rows.fill(torch.randn(256, 512), 0)
     got = rows.matmul(x, 0)
-    monkeypatch.setattr(packed, "multiplies_int8", lambda device: False)
+    monkeypatch.setattr(packed, "has_native_int8", lambda device: False)
     wanted = rows.matmul(x, 0)
     assert (got - wanted).norm() < 1e-4 * wanted.norm()
 

@@ -76,15 +76,15 @@ def test_a_decoder_in_bf16_sounds_the_same_and_leaves_the_codes_alone(codec_dir,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pieces_decode_as_in_the_whole(codec_dir, golden, dtype):
+def test_blocks_decode_as_in_the_whole(codec_dir, golden, dtype):
     codec = load_codec(codec_dir, dtype=dtype)
     codes = golden["codes"]
     whole, _ = codec.decode(codes)
-    memory, pieces, computed = {}, [], []
+    state, pieces, computed = {}, [], []
     watch = lambda _, given: computed.append(given[0].shape[2])  # noqa: E731
     hook = codec.head.conv_post.register_forward_pre_hook(watch)
     for piece in codes.split([1, 2, codes.shape[2] - 3], dim=2):
-        waveforms, lengths = codec.decode(piece, memory=memory)
+        waveforms, lengths = codec.decode(piece, state=state)
         assert lengths.tolist() == [piece.shape[2] * codec.frame_length] * len(codes)
         pieces.append(waveforms)
     hook.remove()
@@ -94,8 +94,8 @@ def test_pieces_decode_as_in_the_whole(codec_dir, golden, dtype):
     )
     torch.testing.assert_close(joined, whole, **bounds)
     assert sum(computed) == whole.shape[2]  # the last convolution computes nothing twice
-    # The memory holds no more than what it needs.
-    assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in memory.values())
+    # The state holds no more memory than it needs.
+    assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in state.values())
     again, _ = codec.decode(codes[..., 1:3])  # without what went before
     assert not torch.allclose(again, pieces[1], atol=1e-3)
 

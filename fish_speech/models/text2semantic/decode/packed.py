@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fish_speech.devices import give_back_freed_memory, multiplies_int8
+from fish_speech.devices import has_native_int8
 from fish_speech.models.text2semantic.llama import (
     DualARTransformer,
     KeyValueCache,
     RMSNorm,
     TransformerBlock,
 )
+from fish_speech.resources import trim_malloc
 
 _MAX_DECODE_POSITIONS = 4  # more are faster as matrix products
 _INT8_MAX = 127  # of each of the two parts of an input, see `_int8_product`
@@ -46,7 +47,7 @@ class PackedWeight:
         """x [..., K] times a layer's weights: [..., N], for any number of columns."""
         weights, scales = self.weights[layer], self.scales[layer]
         columns = x.flatten(0, -2)
-        if weights.dtype == torch.int8 and multiplies_int8(x.device):
+        if weights.dtype == torch.int8 and has_native_int8(x.device):
             out = _int8_product(columns, weights)
         else:
             out = _fp32_product(columns, weights.float())
@@ -200,7 +201,7 @@ def pack(model: DualARTransformer, quantize: str | None = None) -> DualARTransfo
     model.fast_norm, model.fast_output = nn.Identity(), PackedHead(norm, weight)
     for name in ("embeddings", "codebook_embeddings", "fast_embeddings"):
         setattr(model, name, UpcastEmbedding(getattr(model, name)))
-    give_back_freed_memory()  # the gaps between the layers
+    trim_malloc()  # the gaps between the layers
     return model
 
 

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fish_speech.devices import compile_problem
+from fish_speech.devices import triton_unavailable_reason
 from fish_speech.models.text2semantic.ops import torch_ops
 
 
 def triton_ops_for(x: Tensor) -> ModuleType | None:
     """`triton_ops`, where its kernels can be compiled: on a CUDA card, the current one."""
-    if not x.is_cuda or x.get_device() != torch.cuda.current_device() or compile_problem(x.device):
+    if (
+        not x.is_cuda
+        or x.get_device() != torch.cuda.current_device()
+        or triton_unavailable_reason(x.device)
+    ):
         return None
     from fish_speech.models.text2semantic.ops import triton_ops
 
