@@ -57,12 +57,9 @@ def compare(
     settings = settings or Settings()
     clips = [RealClip(Path(audio), words) for audio, words in references]
     real_clips = {_VOICE: clips} if clips else {}
-    lines = plan_lines(
-        [Line("", text, speaker=speaker, voice=_VOICE) for text in texts],
-        len(texts) * takes,
-        {_VOICE: clips[0]} if clips else {},
-        settings.seed,
-    )
+    cloned = {_VOICE: clips[0]} if clips else {}
+    spoken = [Line("", text, speaker=speaker, voice=_VOICE) for text in texts]
+    lines = plan_lines(spoken, len(texts) * takes, cloned, settings.seed)
     commands = _commands(a, clips)
     with exclusive(folder, f"the comparison in {folder}"):
         candidates = _candidates(a, b, load, loaded_as)

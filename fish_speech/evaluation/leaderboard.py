@@ -11,7 +11,7 @@ from typing import Any
 from fish_speech.files import read_json, write_json
 
 JSON_NAME = "leaderboard.json"
-MIN_SAMPLES = 3  # samples, below which nothing is certain
+MIN_SAMPLES = 3  # fewer give no interval
 
 
 @dataclass(frozen=True)

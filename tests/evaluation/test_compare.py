@@ -44,9 +44,8 @@ def test_two_models_are_measured_and_shown(models, place, capsys):
     said = capsys.readouterr()
     folder = place / "output/me-against-me"
     assert said.out == "output/me-against-me/leaderboard.html\n"
-    assert (
-        "Keep A: me: neither is significantly better than the other" in said.err
-    )  # they are alike
+    # They are alike.
+    assert "Keep A: me: neither is significantly better than the other" in said.err
     board = Leaderboard.read(folder / "leaderboard.json")
     assert [row.name for row in board.rows] == ["A: me", "B: me"]
     assert [sample.text for sample in board.samples] == TEXTS

@@ -283,9 +283,8 @@ def test_steps_are_measured_in_their_order_whatever_the_flag_says(project):
 def test_speakers_of_the_data_take_the_place_of_the_bases(project, monkeypatch):
     config = json.loads(Path("base/config.json").read_text())
     Path("base/config.json").write_text(json.dumps({**config, "speakers": ["SLT", "KAL"]}))
-    monkeypatch.setattr(
-        "fish_speech.evaluation.held_out.HeldOut.name_speakers", True
-    )  # as if of several
+    # As if there were several.
+    monkeypatch.setattr("fish_speech.evaluation.held_out.HeldOut.name_speakers", True)
     assert finetune("--evaluate", "--eval-samples", 1) == 0
     board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
     assert [row.error for row in board.rows] == [None] * 3
