@@ -112,18 +112,20 @@ def _glibc() -> Any:
     return library if hasattr(library, "gnu_get_libc_version") else None
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: allocated on a CUDA card, else resident for the process."""
-    import torch
+def peak_memory(device: torch.device | None, *, children: bool = False) -> int:
+    """Peak memory in bytes: allocated on a CUDA card, else (None is a CPU) resident for the process;
+    or for one of its ended `children`, where that was more."""
+    if device is not None and device.type == "cuda":
+        import torch
 
-    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)[: 1 + children]
+    return max(resource.getrusage(each).ru_maxrss for each in who) * unit
 
 
 def free_memory(device: torch.device) -> int:
