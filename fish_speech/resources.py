@@ -113,8 +113,8 @@ def _glibc() -> Any:
 
 
 def peak_memory(device: torch.device | None, *, children: bool = False) -> int:
-    """Peak memory in bytes: allocated on a CUDA card, else (None is a CPU) resident for the process;
-    or for one of its ended `children`, where that was more."""
+    """Peak memory in bytes: allocated on a CUDA card, else (None is a CPU) resident for the
+    process, or for one of its ended `children` where that was more."""
     if device is not None and device.type == "cuda":
         import torch
 
