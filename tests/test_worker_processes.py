@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 
 def test_as_many_workers_as_there_are_cores_for_this_process(monkeypatch):
-    monkeypatch.setattr("fish_speech.resources.cores", lambda: 1)
+    monkeypatch.setattr("fish_speech.resources.available_cores", lambda: 1)
     done = in_processes(lambda job: os.getpid(), [None] * 64, 0, desc="")
     assert set(done) == {os.getpid()}
 
@@ -28,7 +28,7 @@ def test_no_more_workers_than_windows_can_wait_for(monkeypatch):
         raise Started(workers)
 
     monkeypatch.setattr("fish_speech.worker_processes.ProcessPoolExecutor", started)
-    monkeypatch.setattr("fish_speech.resources.cores", lambda: 96)
+    monkeypatch.setattr("fish_speech.resources.available_cores", lambda: 96)
     for platform, most in (("win32", 61), ("linux", 96)):
         monkeypatch.setattr(sys, "platform", platform)
         for asked_for in (0, 96):

@@ -138,4 +138,4 @@ def test_what_is_too_long_is_left_out_and_named(tokenizer):
     assert len(data) == 2
     assert data.too_long == ["Ann/long"]
     longest = max(data[SampleKey(0, i, 1, 0)]["tokens"].shape[1] for i in range(2))
-    assert longest <= max(data.columns(i) for i in range(2))
+    assert longest <= max(data.num_positions(i) for i in range(2))

@@ -55,7 +55,7 @@ def test_adapters_that_a_step_has_spoiled_are_not_heard(project, monkeypatch, ca
     monkeypatch.setattr(
         "fish_speech.evaluation.project.choose_recogniser", lambda *a: (Hearing(), None)
     )
-    monkeypatch.setattr(TextToSemantic, "_unseen", lambda module: behind)
+    monkeypatch.setattr(TextToSemantic, "_deferred_steps", lambda module: behind)
     monkeypatch.setattr(TextToSemantic, "on_after_backward", spoil)
     monkeypatch.setattr(EvaluateDuringTraining, "_evaluate", heard)
     assert finetune_tts.main(["--project", "spoiled", *FLAGS, "--eval-every", "2"]) != 0

@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_samples_however_the_output_is_cut(
 ):
     scripted((60, True))
     usual = tts.synthesize(HELLO, seed=2)
-    monkeypatch.setattr("fish_speech.inference.streaming.BLOCKS", (block,))
+    monkeypatch.setattr("fish_speech.inference.streaming.BLOCK_LENGTHS", (block,))
     assert torch.allclose(tts.synthesize(HELLO, seed=2), usual, atol=1e-4)
 
 

@@ -21,6 +21,8 @@ def checkpoint(tmp_path, base_dir):
 
     def write(state=None, base=base_dir, **record):
         run = {
+            "data_dir": "data",
+            "parent": None,
             "base": str(base),
             "base_digest": file_digest(base / "model.pth"),
             "lora": {"r": 8, "alpha": 16, "dropout": 0.0,
