@@ -34,7 +34,7 @@ CLIPS, SENTENCES = 150, 16
 RECORDINGS, DATA = CACHE / "timbre", Path("training_data/timbre")
 _HELD_OUT = "data.validation_share=0.1"
 TEXTS = CACHE / "timbre.txt"
-_EMBEDDINGS = f"lora.targets=[{','.join(LINEAR_TARGETS + EMBEDDING_TARGETS)}]"  # the reference's
+_EMBEDDINGS = f"lora.targets=[{','.join(LINEAR_TARGETS + EMBEDDING_TARGETS)}]"  # upstream's
 # Learning rate, what else is changed, and the steps at which it is measured.
 SETTINGS: dict[str, tuple[float, tuple[str, ...], tuple[int, ...]]] = {
     "guide": (2e-5, (_EMBEDDINGS,), STEPS),

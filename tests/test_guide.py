@@ -59,14 +59,32 @@ def recordings(folder: Path, count: int) -> None:
 
 
 def test_no_command_that_stands_in_writing_is_refused():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
-    written = [COMMANDS, finetune_tts.EPILOG, readme, makefile]
+    files = [ROOT / "Makefile", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts = (file.read_text(encoding="utf-8").replace("\\\n", "") for file in files)
+    written = [COMMANDS, finetune_tts.EPILOG, *texts]
     commands = re.findall(r"finetune_tts\.py (--project .*)", "\n".join(written))
     assert len(commands) > 25
     for command in commands:
         args = finetune_tts.build_parser().parse_args(shlex.split(command))
         finetune_tts.check_arguments(args)
+
+
+def test_every_link_in_writing_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
+    pages += [*ROOT.glob("checkpoints/*/README.md"), *ROOT.glob("recipes/*/README.md")]
+    links = [
+        (page, to) for page in pages for to in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    ]
+    local = [(page, to) for page, to in links if "://" not in to]
+    assert len(local) > 15
+    for page, to in local:
+        path, _, anchor = to.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page}: {to}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, f"{page}: {to}"
 
 
 @pytest.mark.slow

@@ -244,7 +244,7 @@ class SemanticDataModule(L.LightningDataModule):
         return self._loader(self.validation, batches)
 
     def _loader(self, dataset: SemanticDataset, batches) -> DataLoader:
-        pad_id = dataset.tokenizer.end_of_text_id  # as the reference pads
+        pad_id = dataset.tokenizer.end_of_text_id  # as upstream pads
         return DataLoader(
             dataset,
             batch_sampler=batches,

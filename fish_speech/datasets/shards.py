@@ -149,7 +149,7 @@ def read_codes(file: Path, num_codebooks: int, codebook_size: int) -> np.ndarray
 
 
 def read_samples(paths: Iterable[str | Path]) -> Iterator[Sample]:
-    """The utterances of shards, ours or the reference's, in order."""
+    """The utterances of shards, ours or upstream's, in order."""
     for path in paths:
         for message in read_shard(path):
             for sentence in message.sentences:

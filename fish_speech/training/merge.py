@@ -57,7 +57,7 @@ def merge(
     """Write `folder`: base and adapters merged in fp32, saved in the base's dtype, and verified.
 
     A checkpoint of ours says what it needs; `base_dir` is only for a base that has moved. One of
-    the reference says nothing, so it needs `base_dir`, and `lora` for its rank and scale. Raises
+    upstream says nothing, so it needs `base_dir`, and `lora` for its rank and scale. Raises
     `ValueError` where the base is another one than the adapters were trained on, the adapters
     change nothing, the written model does not do what base and adapters do, or another merge is
     writing the folder.

@@ -35,7 +35,7 @@ def choose_start(
     lora: LoRAConfig | None = None,
     base: Path | None = None,
 ) -> Start:
-    """Apply the rules of resuming (README, "Resuming").
+    """Apply the rules of resuming (docs/training.md, "Resuming").
 
     What a project has is never started over: without a flag, too, it goes on. Of other projects
     `resume_latest` chooses a checkpoint with this `lora` and this `base`, the directory of a base

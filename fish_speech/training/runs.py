@@ -61,7 +61,7 @@ class Checkpoint:
             return False
 
     def has_run_record(self) -> bool:
-        """Whether it says what it was trained on; the reference's checkpoints do not."""
+        """Whether it says what it was trained on; upstream's checkpoints do not."""
         return "run" in self._content()
 
     def _content(self) -> dict[str, Any]:

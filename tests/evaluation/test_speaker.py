@@ -1,4 +1,4 @@
-"""The speaker encoder: the reference's numbers, and voices told apart."""
+"""The speaker encoder: upstream's numbers, and voices told apart."""
 
 import numpy as np
 import pytest

@@ -17,7 +17,7 @@ from tests.conftest import golden_tensors
 
 @pytest.fixture
 def checkpoint(tmp_path, base_dir):
-    """A checkpoint that holds the adapters that the reference trained over the golden model."""
+    """A checkpoint that holds the adapters that upstream trained over the golden model."""
 
     def write(state=None, base=base_dir, **record):
         run = {

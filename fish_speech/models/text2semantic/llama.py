@@ -281,7 +281,7 @@ class DualARTransformer(nn.Module):
         return (ids >= begin) & (ids < begin + self.config.codebook_size)
 
     def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> DualAROutput:
-        """Logits at every position, in the reference's shape (training computes far fewer).
+        """Logits at every position, in upstream's shape (training computes far fewer).
 
         `tokens [B, K+1, T]`; `key_padding_mask [B, T]` is True at padding. The codebook logits at
         t are those of the frame at t + 1, whose codes are read from `tokens`.

@@ -100,7 +100,7 @@ class CodecConfig:
 
 
 def _section(kind: Any, values: dict[str, Any]) -> Any:
-    """Fields that only the reference's training reads (drop_path_rate ...) are left out."""
+    """Fields that only upstream's training reads (drop_path_rate ...) are left out."""
     names = {f.name for f in fields(kind)}
     return kind(**{key: value for key, value in values.items() if key in names})
 

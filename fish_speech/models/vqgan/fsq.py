@@ -38,7 +38,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, T', dim] -> codes [B, T'] (int64)."""
-        # Bounded twice: an accident of the reference that the published weights were trained with.
+        # Bounded twice: an accident upstream that the published weights were trained with.
         return self._codes(self._bound(self._bound(self.project_in(x))).round())
 
     def decode(self, codes: Tensor) -> Tensor:
