@@ -12,6 +12,7 @@ import soundfile
 import cli_tts
 import finetune_tts
 import prepare_dataset
+from fish_speech.training.arguments import EPILOG
 from tests.conftest import ROOT
 from tests.synthetic_data import make_data_set
 
@@ -61,7 +62,7 @@ def recordings(folder: Path, count: int) -> None:
 def test_no_command_that_stands_in_writing_is_refused():
     files = [ROOT / "Makefile", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     texts = (file.read_text(encoding="utf-8").replace("\\\n", "") for file in files)
-    written = [COMMANDS, finetune_tts.EPILOG, *texts]
+    written = [COMMANDS, EPILOG, *texts]
     commands = re.findall(r"finetune_tts\.py (--project .*)", "\n".join(written))
     assert len(commands) > 25
     for command in commands:

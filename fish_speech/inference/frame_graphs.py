@@ -25,7 +25,7 @@ from fish_speech.models.text2semantic.decode.triton_kernels import (
     place_of,
     wait,
 )
-from fish_speech.models.text2semantic.llama import KeyValueCache
+from fish_speech.models.text2semantic.layers import KeyValueCache
 
 _BISECTION_STEPS = 24  # for the top-p threshold
 _SAMPLE_WARPS = 4

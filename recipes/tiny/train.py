@@ -29,7 +29,7 @@ from tqdm import tqdm
 from fish_speech.conversation import IGNORE_INDEX
 from fish_speech.devices import has_native_bf16
 from fish_speech.models.text2semantic import DualARTransformer, load_model
-from fish_speech.models.text2semantic.llama import rotary_table
+from fish_speech.models.text2semantic.layers import rotary_table
 from fish_speech.models.text2semantic.ops.torch_ops import rotate
 from fish_speech.models.weights import read_checkpoint, save_tensors
 from fish_speech.resources import tune_malloc

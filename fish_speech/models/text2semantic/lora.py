@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fish_speech.models.text2semantic.llama import Embedding, FeedForward, Linear
+from fish_speech.models.text2semantic.layers import Embedding, FeedForward, Linear
 from fish_speech.models.text2semantic.ops.lora_autograd import (
     LoRALinearFunction,
     LoRASwiGLUFunction,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fish_speech.models.text2semantic.llama import FeedForward, RMSNorm, rotary_table
+from fish_speech.models.text2semantic.layers import FeedForward, RMSNorm, rotary_table
 from fish_speech.models.text2semantic.lora import LoRAConfig, LoRAFeedForward, LoRALinear
 from fish_speech.models.text2semantic.ops import fused
 from fish_speech.training.loss import loss_sums

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fish_speech.conversation import IGNORE_INDEX
-from fish_speech.models.text2semantic import llama
+from fish_speech.models.text2semantic import layers
 from fish_speech.training.loss import loss_sums
 from tests.conftest import golden_tensors
 
@@ -129,7 +129,7 @@ def test_keys_that_heads_share_may_as_well_be_given_to_each(model, golden, monke
         return kernel(q, k, v, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    monkeypatch.setattr(llama, "supports_gqa", lambda *_: False)
+    monkeypatch.setattr(layers, "supports_gqa", lambda *_: False)
     torch.testing.assert_close([gradients(mask) for mask in (None, padding)], expected, **TOLERANCE)
     assert given == {(True, False)}
 

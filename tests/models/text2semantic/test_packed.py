@@ -26,7 +26,7 @@ from fish_speech.models.text2semantic.decode.packed import (
     pack,
 )
 from fish_speech.models.text2semantic.decode.thread_team import Team
-from fish_speech.models.text2semantic.llama import RMSNorm
+from fish_speech.models.text2semantic.layers import RMSNorm
 from tests.conftest import ROOT
 
 # How far a layer may be off, as a share of its output.

@@ -13,12 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fish_speech.devices import has_native_int8
-from fish_speech.models.text2semantic.llama import (
-    DualARTransformer,
-    KeyValueCache,
-    RMSNorm,
-    TransformerBlock,
-)
+from fish_speech.models.text2semantic.layers import KeyValueCache, RMSNorm, TransformerBlock
+from fish_speech.models.text2semantic.llama import DualARTransformer
 from fish_speech.resources import trim_malloc
 
 _MAX_DECODE_POSITIONS = 4  # more are faster as matrix products
@@ -138,7 +134,7 @@ class PackedStack(nn.Module):
 
 
 class PackedHead(nn.Module):
-    """`llama.Head`, whose weights stay in the precision that they have."""
+    """`layers.Head`, whose weights stay in the precision that they have."""
 
     def __init__(self, norm: RMSNorm, weight: Tensor) -> None:
         from fish_speech.models.text2semantic.decode import cpu_kernels

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fish_speech.models.text2semantic.llama import KeyValueCache, RMSNorm
+from fish_speech.models.text2semantic.layers import KeyValueCache, RMSNorm
 
 SPLITS = 8  # of the keys, each a program by itself
 KV_BLOCK, ATTEND_WARPS = 64, 8  # keys at once

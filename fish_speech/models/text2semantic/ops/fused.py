@@ -88,7 +88,7 @@ def apply_rope(
     qkv: Tensor, rotary: Tensor, heads: int, local: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [B, T, (H + 2h) * d] -> queries [B, T, H, d], keys and values [B, T, h, d], queries and
-    keys rotated by their positions (see `llama.rotary_table`)."""
+    keys rotated by their positions (see `layers.rotary_table`)."""
     return _Rope.apply(qkv, rotary, heads, local)
 
 
