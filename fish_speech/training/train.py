@@ -90,6 +90,23 @@ def _train(
         )
         return Trained(start.checkpoint, None)
     device = resolve_device(config.device)
+    module, data = _module_and_data(config, run, base_dir, manifest, start, device, say)
+    if is_rank_zero():
+        time = datetime.now().strftime("%Y%m%d-%H%M%S")
+        write_text(run.configs / f"{time}.yaml", config.to_yaml())
+    return _fit(config, run, module, data, start, device, say, callbacks)
+
+
+def _module_and_data(
+    config: RunConfig,
+    run: Run,
+    base_dir: Path,
+    manifest: Manifest,
+    start: Start,
+    device: torch.device,
+    say: Say,
+) -> tuple[TextToSemantic, SemanticDataModule]:
+    """What `_fit` trains, and on what: adapters over the base, at the step where it starts."""
     dtype = resolve_precision(config.precision, device, training=True)
     lora = config.adapters
     base_digest = file_digest(base_dir / MODEL_FILE)
@@ -122,14 +139,24 @@ def _train(
     frame_rate = CodecConfig.from_pretrained(base_dir).frame_rate
     if preflight(config, model, data, frame_rate, device, say):
         module.graphs = StepGraphs(model)
-    if is_rank_zero():
-        time = datetime.now().strftime("%Y%m%d-%H%M%S")
-        write_text(run.configs / f"{time}.yaml", config.to_yaml())
+    return module, data
+
+
+def _fit(
+    config: RunConfig,
+    run: Run,
+    module: TextToSemantic,
+    data: SemanticDataModule,
+    start: Start,
+    device: torch.device,
+    say: Say,
+    callbacks: Sequence[L.Callback],
+) -> Trained:
     checkpoints = SaveCheckpoints(run, config.train.save_every, config.train.keep_checkpoints, say)
     stop, save_config = StopCleanly(checkpoints), _SaveRunConfig(config, run)
     try:
         with _quiet_lightning():
-            own = [checkpoints, save_config, Progress(max_steps), stop]
+            own = [checkpoints, save_config, Progress(config.train.max_steps), stop]
             trainer = _trainer(config, run, device, data, [*own, *callbacks])
             trainer.fit(module, data, ckpt_path=start.checkpoint.path if start.resumes else None)
     except DivergedError as error:
