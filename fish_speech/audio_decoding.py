@@ -195,6 +195,9 @@ def _open_av(path: Path):
     if not container.streams.audio:
         container.close()
         raise ValueError(f"{path}: the file has no audio track")
+    if container.streams.audio[0].codec_context is None:
+        container.close()
+        raise ValueError(f"{path}: not an audio file that can be decoded (unknown codec)")
     return container
 
 
