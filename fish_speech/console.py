@@ -26,13 +26,13 @@ def error_message(error: BaseException) -> str:
 def refuse_empty_values(argv: Sequence[str]) -> None:
     """Raise `ValueError` where a flag is given an empty value, which would pass for a folder.
 
-    (`Path("")` is the working directory.)
+    (`Path("")` is the working directory. Of `--flag=--`, argparse before Python 3.12 makes a list.)
     """
     named = [argument.partition("=") for argument in argv if argument.startswith("--")]
-    empty = [flag for flag, equals, value in named if equals and not value]
+    empty = [flag for flag, equals, value in named if equals and value in ("", "--")]
     empty += [flag for flag, value in pairwise(argv) if flag.startswith("-") and not value]
     if empty:
-        raise ValueError(f"{empty[0]}: what follows is empty; is a shell variable not set?")
+        raise ValueError(f"{empty[0]} has no value; is a shell variable not set?")
 
 
 def silence_stdout() -> None:

@@ -13,7 +13,7 @@ LAYERS = (
     {"datasets", "models"},
     {"conversation", "html_page"},
     {"tokenizer", "text", "hub", "audio", "devices", "worker_processes"},
-    {"files", "console", "resources", "audio_decoding"},
+    {"files", "console", "signals", "resources", "audio_decoding"},
 )
 FILES = sorted((ROOT / "fish_speech").rglob("*.py"))
 

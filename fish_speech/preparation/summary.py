@@ -127,6 +127,9 @@ def _summary_lists(store: RecordStore, rejected: list[ClipEntry]) -> tuple[list,
                 **{name: value for name, value in about.items() if value},
             }
         )
+    for key, failed in sorted(store.failures.items()):
+        if key not in store.records:  # whose own record can't be read
+            skipped.append({"source": failed.source, "reason": failed.failure})
     named = [
         {"file": f"{REJECTED}/{clip['file']}", "reason": ", ".join(clip["flags"])}
         for clip in rejected
