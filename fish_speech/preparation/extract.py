@@ -146,7 +146,7 @@ class _Waveforms(Dataset):
             waveform, rate = load_audio(clip.audio, self.sample_rate)
             # Codes of a part with the text of all of it would teach to leave words out.
             if broken := truncation(clip.audio, waveform.shape[1] / rate):
-                raise ValueError(f"{clip.audio}: {broken}; put back a whole copy, or delete it")
+                raise ValueError(f"{clip.audio}: {broken}; prepare it again, or put back a copy")
         except (ValueError, OSError) as error:
             return _Loaded(clip, None, error_message(error))
         if waveform.shape[1] < self.frame_length:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fish_speech.audio_decoding import wav_breaks_off
 from fish_speech.console import error_message
 from fish_speech.datasets.clips import REJECTED
 from fish_speech.files import (
@@ -40,7 +41,6 @@ _CORRECTIONS = "corrections.json"
 _TOP_FILES = (SUMMARY_NAME, _CORRECTIONS, "report.html", "codes.json")  # of prepare and extract
 STAGING = f"{RECORDS}/.tmp-clips"  # in the data set: clips that are written and not yet committed
 _DELETED = "was deleted"
-_WAV_HEADER = 44  # bytes; a clip that has no more was emptied
 
 Key = tuple[str, str]  # (speaker, name), casefolded: file systems may not tell cases apart
 
@@ -137,7 +137,7 @@ class RecordStore:
             and record.failure is None
             and not record.pending
             and (self._any_clip_exists or not record.clips)
-            and not any(self.is_emptied(clip["file"]) for clip in record.clips)
+            and not any(self.is_damaged(clip["file"]) for clip in record.clips)
         )
 
     def commit(self, record: Record) -> None:
@@ -204,10 +204,10 @@ class RecordStore:
             self.say(f"{label}: has no letter in it; the text from before is put back")
         return clip
 
-    def is_emptied(self, file: str) -> bool:
-        """Whether a clip is there, but without any sound."""
+    def is_damaged(self, file: str) -> bool:
+        """Whether a clip is there, but without sound or only in part."""
         paths = [path for path in self.clip_paths(file) if path.is_file()]
-        return bool(paths) and all(path.stat().st_size <= _WAV_HEADER for path in paths)
+        return bool(paths) and all(map(wav_breaks_off, paths))
 
     def prune(self) -> None:
         """Note clips that were deleted; drop recordings that are gone and have none any more.

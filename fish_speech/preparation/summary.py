@@ -65,8 +65,8 @@ def write_summary(
     clips, unusable = [], []
     for clip in (clip for _, record in sorted(store.records.items()) for clip in record.clips):
         try:
-            if store.is_emptied(clip["file"]):
-                raise ValueError("it is empty; delete it, or prepare its recording again")
+            if store.is_damaged(clip["file"]):
+                raise ValueError("it breaks off; delete it, or prepare its recording again")
             clip = store.with_current_text(clip)
         except ValueError as error:
             reason = f"its clip {clip['file']} can't be used: {error}"

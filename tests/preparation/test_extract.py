@@ -125,7 +125,7 @@ def test_a_clip_that_breaks_off_is_not_encoded(data, codec, codec_dir):
     clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     result = extract_codes(data, codec, codec_dir)
     assert (result.made, result.kept) == (0, 4)
-    assert "c4.wav: breaks off after 0.2 of 0.5 s; put back" in result.failed["Ann/c4"]
+    assert "c4.wav: breaks off after 0.2 of 0.5 s; prepare it again" in result.failed["Ann/c4"]
     assert not clip.with_suffix(".npy").exists()
 
 

@@ -337,19 +337,20 @@ def test_an_emptied_text_is_no_correction(folder, options, anew, utterances):
     assert not (options.output / "corrections.json").exists()
 
 
-def test_an_emptied_clip_is_made_again_or_named(folder, options):
+@pytest.mark.parametrize("size", [0, 44, 100_000])
+def test_a_clip_that_breaks_off_is_made_again_or_named(folder, options, size):
     options = replace(options, input=str(folder(2)))
     prepare(options)
     clip = options.output / "Me" / "take_0_0001.wav"
     whole = clip.read_bytes()
-    clip.write_bytes(whole[:44])
+    clip.write_bytes(whole[:size])
     others = replace(options, input=str(folder(1, "others")), speaker="Other")
     summary = prepare(others)
     assert [entry["file"] for entry in summary.clips] == [
         "Me/take_1_0001.wav", "Other/take_0_0001.wav",
     ]  # fmt: skip
     assert summary.failed == 1
-    assert "Me/take_0_0001.wav can't be used: it is empty" in summary.skipped[0]["reason"]
+    assert "Me/take_0_0001.wav can't be used: it breaks off" in summary.skipped[0]["reason"]
     assert len(prepare(options).clips) == 3
     assert clip.read_bytes() == whole
 
