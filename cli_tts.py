@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
-from fish_speech.console import error_message, shorten_list, silence_stdout, tolerate_unencodable
+from fish_speech.console import (
+    error_message,
+    refuse_empty_values,
+    shorten_list,
+    silence_stdout,
+    tolerate_unencodable,
+)
 from fish_speech.devices import (
     PRECISIONS,
     resolve_device,
@@ -118,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     tolerate_unencodable()
     args = build_parser().parse_args(argv)
     try:
+        refuse_empty_values(sys.argv[1:] if argv is None else argv)
         if args.compare or args.texts or args.whisper_model or args.speaker_encoder:
             return compare_models(args)
         return list_voices() if args.list_voices else speak(args)

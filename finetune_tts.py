@@ -10,7 +10,12 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fish_speech.console import error_message, silence_stdout, tolerate_unencodable
+from fish_speech.console import (
+    error_message,
+    refuse_empty_values,
+    silence_stdout,
+    tolerate_unencodable,
+)
 from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.resources import limit_threads, tune_malloc
 from fish_speech.signals import interrupt_on_termination
@@ -327,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     args.failures = 0
     try:
+        refuse_empty_values(sys.argv[1:] if argv is None else argv)
         check_arguments(args)
         tune_malloc()
         limit_threads()

@@ -6,7 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from fish_speech.console import error_message, silence_stdout, tolerate_unencodable
+from fish_speech.console import (
+    error_message,
+    refuse_empty_values,
+    silence_stdout,
+    tolerate_unencodable,
+)
 from fish_speech.preparation.options import WHISPER_BACKENDS, Options, Thresholds
 from fish_speech.signals import interrupt_on_termination
 
@@ -141,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     tolerate_unencodable()
     arguments = build_parser().parse_args(argv)
     try:
+        refuse_empty_values(sys.argv[1:] if argv is None else argv)
         code = run(arguments)
         sys.stdout.flush()
         return code
@@ -157,9 +163,11 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, ValueError | FileNotFoundError | PermissionError):
             say(f"error: {what}")
             return 2
-        if not isinstance(error, OSError):
-            what = f"{type(error).__name__}: {what}"
-        say(f"error: {what}; what is finished stays, the same command goes on from there")
+        if isinstance(error, OSError):
+            what += "; what is finished stays, the same command goes on from there"
+        else:  # a mistake of ours, which would come again
+            what = f"{type(error).__name__}: {what} (--debug shows where)"
+        say(f"error: {what}")
         return 1
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 # Sizes in bytes that programs write to a pipe; sox: whole frames of at most 0x7FFFF000.
 _UNKNOWN_SIZES = {0, *range(0x7FFFF000 - 64, 0x7FFFF001), 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF}
+_WAV_HEADER = 44  # bytes, the shortest
 _LARGEST_WAV = 8 + 0xFFFFFFFF  # bytes, for its sizes have 32 bits
 
 
@@ -58,6 +59,11 @@ def truncation(path: str | Path, seconds: float) -> str | None:
     if seconds < 0.97 * expected:
         return f"breaks off after {seconds:.1f} of {expected:.1f} s"
     return None if _ogg_is_complete(path) else f"breaks off after {seconds:.1f} s"
+
+
+def wav_breaks_off(path: Path) -> bool:
+    """Whether a WAV file has no samples, or fewer than its header says."""
+    return path.stat().st_size <= _WAV_HEADER or _data_share(path) < 0.97
 
 
 def channel_blocks(path: Path, seconds: float) -> Iterator[np.ndarray]:
@@ -195,6 +201,9 @@ def _open_av(path: Path):
     if not container.streams.audio:
         container.close()
         raise ValueError(f"{path}: the file has no audio track")
+    if container.streams.audio[0].codec_context is None:
+        container.close()
+        raise ValueError(f"{path}: not an audio file that can be decoded (unknown codec)")
     return container
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 
 
 def tolerate_unencodable() -> None:
@@ -20,6 +21,18 @@ def error_message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename2 or error.filename}: {error.strerror.lower()}"
     return str(error)
+
+
+def refuse_empty_values(argv: Sequence[str]) -> None:
+    """Raise `ValueError` where a flag is given an empty value, which would pass for a folder.
+
+    (`Path("")` is the working directory. Of `--flag=--`, argparse before Python 3.12 makes a list.)
+    """
+    named = [argument.partition("=") for argument in argv if argument.startswith("--")]
+    empty = [flag for flag, equals, value in named if equals and value in ("", "--")]
+    empty += [flag for flag, value in pairwise(argv) if flag.startswith("-") and not value]
+    if empty:
+        raise ValueError(f"{empty[0]} has no value; is a shell variable not set?")
 
 
 def silence_stdout() -> None:

@@ -27,6 +27,7 @@ AUDIO_SUFFIXES = frozenset(
 )
 SIDECAR_SUFFIXES = (".lab", ".txt", ".LAB", ".TXT")  # of the transcript beside a recording
 _TEMPORARY_PREFIX = ".tmp-"
+_TEMPORARY_FILE = re.compile(rf"{re.escape(_TEMPORARY_PREFIX)}\d+-([0-9a-f]{{16}})(\..*)?")
 _WINDOWS_DEVICE = re.compile(r"^(?:con|prn|aux|nul|(?:com|lpt)[0-9¹²³])(?=\.|$)", re.IGNORECASE)
 
 
@@ -93,19 +94,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: str | Path, names: Iterable[str] | None = None) -> None:
-    """Remove what killed runs left of `atomic_path` and `atomic_folder` anywhere under `folder`.
+    """Remove what killed runs left of `atomic_path` anywhere under `folder`.
 
     Given `names`, only what was to become files of these names in `folder` itself, where others may
     write too. Hold the lock of what is removed.
     """
     folder = Path(folder)
-    digests = {_short_digest(name) for name in names} if names is not None else set()
+    digests = {_short_digest(name) for name in names} if names is not None else None
     for path in list((folder.rglob if names is None else folder.glob)(f"{_TEMPORARY_PREFIX}*")):
-        if names is not None and path.stem.rpartition("-")[2] not in digests:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+        match = _TEMPORARY_FILE.fullmatch(path.name)
+        if match and (digests is None or match[1] in digests):
             path.unlink(missing_ok=True)
 
 
@@ -143,9 +141,11 @@ def read_text(path: str | Path) -> str:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises `ValueError` that names the file where it is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 alike; brackets without end
+        raise ValueError(
+            f"{path}: not a JSON file ({error}); mend it or put back a copy"
+        ) from error
 
 
 def sidecar_of(audio: str | Path) -> Path | None:

@@ -92,6 +92,7 @@ def clean_text(text: str) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_PLAIN_QUOTES)
     text = normalize("NFC", text)
     text = _INVISIBLE.sub("", _CONTROL.sub(" ", _EMOJI.sub("", text)))
+    text = normalize("NFC", text)  # again: an accent may have lost what kept it from its letter
     return _REPEATED_MARK.sub(r"\1", text).strip()
 
 

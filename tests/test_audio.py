@@ -307,6 +307,17 @@ def test_bytes_that_are_no_sound_are_refused_whatever_their_suffix(tmp_path):
             audio.load_audio(tmp_path / "a.aac")
 
 
+def test_a_codec_that_nobody_knows_is_refused_by_the_file_s_name(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, sine(440, 1.0, 16_000), 16_000)
+    content = bytearray(path.read_bytes())
+    content[20:22] = (0x1234).to_bytes(2, "little")  # the format tag
+    path.write_bytes(content)
+    for read in (audio_decoding.audio_info, audio.load_audio):
+        with pytest.raises(ValueError, match=r"a\.wav: not an audio .* \(unknown codec\)"):
+            read(path)
+
+
 def test_saving_keeps_the_wave_and_scales_what_would_clip(tmp_path):
     tone = sine(440, 0.5, SECOND)
     audio.save_audio(tmp_path / "a.wav", tone, SECOND)

@@ -49,3 +49,25 @@ def test_ctrl_c_in_a_destructor_is_not_lost(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("stopped\n", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "flag"),
+    [
+        (prepare_dataset, ["--input", "", "--output", "data"], "--input"),
+        (prepare_dataset, ["--input", "samples", "--output", ""], "--output"),
+        (prepare_dataset, ["--input", "samples", "--output=--"], "--output"),
+        (prepare_dataset, ["--input", "samples", "--output", "data", "--speaker="], "--speaker"),
+        (finetune_tts, ["--project", "p", "--train", "--data-dir", ""], "--data-dir"),
+        (finetune_tts, ["--project", "p", "--merge-weights", "--checkpoint-path="],
+         "--checkpoint-path"),
+        (cli_tts, ["Hello.", "--reference-audio", ""], "--reference-audio"),
+        (cli_tts, ["Hello.", "-o", ""], "-o"),
+    ],
+)  # fmt: skip
+def test_an_empty_value_is_refused_in_one_line(program, words, flag, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert program.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f": {flag} has no value; is a shell variable not set?")
+    assert not list(tmp_path.iterdir())

@@ -48,10 +48,13 @@ def test_a_name_as_long_as_the_file_system_allows_can_be_written(tmp_path):
 
 def test_what_a_killed_run_left_is_removed(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / ".tmp-123-abc.wav").write_text("half")
-    (tmp_path / "a" / "whole.wav").write_text("whole")
+    (tmp_path / "a" / ".tmp-123-0123456789abcdef.wav").write_text("half")
+    for kept in ("whole.wav", ".tmp-theirs.wav", ".tmp-123-abc.wav"):
+        (tmp_path / "a" / kept).write_text("whole")
+    (tmp_path / "a" / ".tmp-x").mkdir()
     files.remove_temporaries(tmp_path)
-    assert [path.name for path in tmp_path.rglob("*.wav")] == ["whole.wav"]
+    left = {path.name for path in (tmp_path / "a").iterdir()}
+    assert left == {"whole.wav", ".tmp-theirs.wav", ".tmp-123-abc.wav", ".tmp-x"}
 
 
 def test_a_folder_that_is_being_written_is_not_another_ones_leftover(tmp_path):
@@ -133,10 +136,16 @@ def test_text_is_utf_8_or_its_file_is_named(tmp_path, mark):
         files.read_text(file)
 
 
-def test_a_broken_json_file_is_named(tmp_path):
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ValueError, match=r"a\.json: not a JSON file"):
+@pytest.mark.parametrize("content", [b"", b"{", b'"caf\xe9"', b"[" * 100_000])
+def test_a_broken_json_file_is_named(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json: not a JSON file .*put back a copy"):
         files.read_json(tmp_path / "a.json")
+
+
+def test_json_may_have_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_text('\ufeff{"a": 1}', encoding="utf-8")
+    assert files.read_json(tmp_path / "a.json") == {"a": 1}
 
 
 def test_audio_is_listed_sorted_without_hidden_files_and_loops(tmp_path):

@@ -309,3 +309,13 @@ def test_help_loads_nothing_heavy():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert not {"torch", "numpy", "whisper", "scipy"} & set(result.stdout.split())
+
+
+def test_going_on_is_not_promised_where_the_same_would_happen_again(home, capsys, monkeypatch):
+    def mistake(*_, **__):
+        raise KeyError("speech")
+
+    monkeypatch.setattr("fish_speech.preparation.pipeline.write_summary", mistake)
+    assert run("--input", "samples", "--output", "data") == 1
+    error = capsys.readouterr().err
+    assert error == "error: KeyError: 'speech' (--debug shows where)\n"

@@ -223,3 +223,9 @@ def test_symbols_without_a_word_are_one_chunk_that_is_told_apart():
     assert len(chunks) == 4
     assert chunks[1].replace(" ", "") == "=" * 1000
     assert not is_speakable(chunks[1])
+
+
+def test_clean_text_changes_nothing_the_second_time():
+    for text in ("e\u200b\u0301", "e😀\u0301", "a.\u200b.", "\u1100\ue000\u1161"):
+        assert clean_text(clean_text(text)) == clean_text(text)
+    assert clean_text("e\u200b\u0301") == "\u00e9"

@@ -91,6 +91,8 @@ def align_lengths(
     are at most `band` seconds of speech apart, if all is said at one rate, are considered.
     """
     units = _units(script)
+    if not units:  # nothing but white space
+        return [SpeechPiece(regions[0][0], regions[-1][1], script)]
     weights = np.array([0.5 + spoken_letters(text) for text, _ in units])
     lengths = np.array([end - start for start, end in regions])
     said = np.concatenate([[0.0], np.cumsum(weights * lengths.sum() / weights.sum())])

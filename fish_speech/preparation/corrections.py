@@ -10,7 +10,8 @@ from itertools import chain
 from pathlib import Path
 
 from fish_speech.files import read_json, write_json
-from fish_speech.preparation.entries import ClipEntry, CorrectionEntry
+from fish_speech.preparation.entries import ClipEntry, CorrectionEntry, has_type
+from fish_speech.text import is_speakable
 
 
 class Corrections:
@@ -19,8 +20,15 @@ class Corrections:
     def __init__(self, path: Path) -> None:
         self.path, self._changed = path, False
         self._entries: dict[str, list[CorrectionEntry]] = defaultdict(list)  # of each recording
-        for entry in read_json(path) if path.is_file() else []:
-            self._entries[_recording(entry)].append(entry)
+        entries = read_json(path) if path.is_file() else []
+        if not has_type(entries, list[CorrectionEntry]):
+            raise ValueError(
+                f"{path}: not the corrections that were kept here; mend it or put back a copy "
+                "(without it, what it held is not put into clips that are made anew)"
+            )
+        for entry in entries:
+            if is_speakable(entry["text"]):  # earlier versions took emptied files for corrections
+                self._entries[_recording(entry)].append(entry)
 
     def note(self, clip: ClipEntry, text: str) -> None:
         """Remember the `text` of a clip, if it isn't the one that the clip was made with."""

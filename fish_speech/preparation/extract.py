@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fish_speech.audio import load_audio
-from fish_speech.audio_decoding import audio_info
+from fish_speech.audio_decoding import audio_info, truncation
 from fish_speech.console import error_message
 from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.shards import read_codes
@@ -143,7 +143,10 @@ class _Waveforms(Dataset):
     def __getitem__(self, index: int) -> _Loaded:
         clip = self.clips[index]
         try:
-            waveform, _ = load_audio(clip.audio, self.sample_rate)
+            waveform, rate = load_audio(clip.audio, self.sample_rate)
+            # Codes of a part with the text of all of it would teach to leave words out.
+            if broken := truncation(clip.audio, waveform.shape[1] / rate):
+                raise ValueError(f"{clip.audio}: {broken}; prepare it again, or put back a copy")
         except (ValueError, OSError) as error:
             return _Loaded(clip, None, error_message(error))
         if waveform.shape[1] < self.frame_length:
@@ -206,8 +209,11 @@ def _stamp_if_unchanged(file: Path, stamp: list | None) -> list | None:
     """
     if not stamp:
         return None
-    now = _size_and_time(file)
-    if stamp[:2] == now:
-        return stamp if len(stamp) > 2 else _stamp(file)  # earlier versions took no digest
-    copied = len(stamp) > 2 and stamp[0] == now[0] and stamp[2] == file_digest(file)
+    try:
+        now = _size_and_time(file)
+        if stamp[:2] == now:
+            return stamp if len(stamp) > 2 else _stamp(file)  # earlier versions took no digest
+        copied = len(stamp) > 2 and stamp[0] == now[0] and stamp[2] == file_digest(file)
+    except OSError:  # a link to nowhere, say: named as a failure when it is decoded
+        return None
     return [*now, stamp[2]] if copied else None

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fish_speech.audio_decoding import audio_info
 from fish_speech.console import shorten_list
-from fish_speech.files import exclusive, list_audio, remove_temporaries
+from fish_speech.files import exclusive, list_audio
 from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.job import RecordingJob
 from fish_speech.preparation.options import Options
@@ -50,9 +50,10 @@ def prepare(
     if speaker not in (None, options.speaker):
         say(f"the speaker {options.speaker!r} is written as {speaker}")
     sources.refuse_overlap(options.input, output)
+    sources.refuse_folder_of_data_sets(output)
     with exclusive(output, f"data set {output}"):
-        remove_temporaries(output)
         store = RecordStore(output, say)
+        store.remove_leftovers()
         if options.youtube:
             found = youtube.fetch(
                 options.input, output / youtube.FOLDER, default_speaker,
@@ -82,7 +83,7 @@ def prepare(
         summary = write_summary(
             store, options.thresholds, options.min_duration, drop_flagged=options.drop_flagged
         )
-        known = {output / clip["file"] for clip in summary.clips}
+        known = {output / clip["file"] for r in store.records.values() for clip in r.clips}
         clips = {file for file in list_audio(output) if file.with_suffix(".lab").is_file()}
         if others := sorted(map(str, clips - known)):
             named = shorten_list(others)

@@ -6,25 +6,39 @@ A record is written when a recording's clips are all in place: it is what makes 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fish_speech.audio_decoding import wav_breaks_off
+from fish_speech.console import error_message
 from fish_speech.datasets.clips import REJECTED
 from fish_speech.files import (
     AUDIO_SUFFIXES,
     read_json,
     read_text,
+    remove_temporaries,
     shown_path,
     write_json,
     write_text,
 )
 from fish_speech.preparation.corrections import Corrections
-from fish_speech.preparation.entries import ClipEntry, SkippedEntry
+from fish_speech.preparation.entries import ClipEntry, SkippedEntry, has_type, is_inside, type_hints
 from fish_speech.preparation.job import RecordingJob
-from fish_speech.preparation.sources import RECORDS, Recording, has_vanished, printable
+from fish_speech.preparation.sources import (
+    RECORDS,
+    SUMMARY_NAME,
+    Recording,
+    has_vanished,
+    printable,
+)
+from fish_speech.text import is_speakable
 
+_CORRECTIONS = "corrections.json"
+_TOP_FILES = (SUMMARY_NAME, _CORRECTIONS, "report.html", "codes.json")  # of prepare and extract
 STAGING = f"{RECORDS}/.tmp-clips"  # in the data set: clips that are written and not yet committed
 _DELETED = "was deleted"
 
@@ -70,16 +84,28 @@ class RecordStore:
         self.folder, self.say = folder, say
         self.records: dict[Key, Record] = {}
         self.failures: dict[Key, Record] = {}
-        for path in sorted((folder / RECORDS).glob("*/*.json")):
+        self._unreadable: dict[Key, list[str]] = {}  # the clips of a recording, as they are named
+        for path in sorted((folder / RECORDS).glob("*/[!.]*.json")):
             try:
-                record = Record(**read_json(path))
-            except (TypeError, ValueError):
-                continue  # of another version: its recording is prepared anew
+                record = _read_record(path)
+            except ValueError as error:
+                speaker, name = path.parent.name, path.stem
+                self._unreadable[_key(speaker, name)] = self._find_clips(speaker, name)
+                say(f"{error}; its recording is prepared anew, with the texts that its clips have")
+                continue
             self.records[_key(record.speaker, record.name)] = record
-        self._any_clip_exists = any(
+        self._any_clip_exists = any(self._unreadable.values()) or any(
             record.pending or self.has_clips(record) for record in self.records.values()
         )
-        self.corrections = Corrections(folder / "corrections.json")
+        self.corrections = Corrections(folder / _CORRECTIONS)
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed runs left where only holders of the data set's lock write."""
+        shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+        remove_temporaries(self.folder, _TOP_FILES)
+        speakers = {record.speaker for record in self.records.values()}
+        for folder in (RECORDS, REJECTED, *speakers):
+            remove_temporaries(self.folder / folder)
 
     def owners(self) -> dict[Key, tuple[str, str, str]]:
         """(address, digest, name) of the recording that holds each name, and has clips or had."""
@@ -111,6 +137,7 @@ class RecordStore:
             and record.failure is None
             and not record.pending
             and (self._any_clip_exists or not record.clips)
+            and not any(self.is_damaged(clip["file"]) for clip in record.clips)
         )
 
     def commit(self, record: Record) -> None:
@@ -120,8 +147,13 @@ class RecordStore:
         """
         key = _key(record.speaker, record.name)
         old = self.records.get(key)
-        own = _clip_files(old)
-        self._note_corrections(old)
+        own = _clip_files(old) | {*self._unreadable.get(key, ())}
+        try:
+            self._note_corrections(old)
+            self._note_texts(record, self._unreadable.get(key, []))
+        except ValueError as error:
+            record.failure = record.failure or str(error)
+            record.clips, record.skipped = [], []
         if old is not None and old.digest == record.digest and self._any_clip_exists:
             self._drop_previously_deleted(record, old)
         if (conflict := self._conflicting_file(record, own)) is not None:
@@ -148,6 +180,7 @@ class RecordStore:
             os.replace(staged, accepted)
         self._apply_corrections(record, old)
         self.records[key] = record
+        self._unreadable.pop(key, None)
         self._write(record)
 
     def clip_paths(self, file: str) -> tuple[Path, Path]:
@@ -155,13 +188,26 @@ class RecordStore:
         return self.folder / file, self.folder / REJECTED / file
 
     def with_current_text(self, clip: ClipEntry) -> ClipEntry:
-        """The entry of a clip with its text as it is on disk, which may have been corrected."""
-        accepted, rejected = self.clip_paths(clip["file"])
-        if (label := accepted.with_suffix(".lab")).is_file():
-            return {**clip, "text": read_text(label).strip()}
-        if rejected.is_file() and (note := rejected.with_suffix(".json")).is_file():
-            return {**clip, "text": read_json(note).get("text", clip["text"])}
+        """The entry of a clip with its text as it is on disk, which may have been corrected.
+
+        A text without a letter or a number is no correction: the text from before is put back.
+        Raises `ValueError` that names the file where it can't be read.
+        """
+        text = self._text_on_disk(clip["file"])
+        if text is None or text == clip["text"]:
+            return clip
+        if is_speakable(text):
+            return {**clip, "text": text}
+        label = self.clip_paths(clip["file"])[0].with_suffix(".lab")
+        if label.is_file():
+            write_text(label, clip["text"])
+            self.say(f"{label}: has no letter in it; the text from before is put back")
         return clip
+
+    def is_damaged(self, file: str) -> bool:
+        """Whether a clip is there, but without sound or only in part."""
+        paths = [path for path in self.clip_paths(file) if path.is_file()]
+        return bool(paths) and all(map(wav_breaks_off, paths))
 
     def prune(self) -> None:
         """Note clips that were deleted; drop recordings that are gone and have none any more.
@@ -194,6 +240,8 @@ class RecordStore:
             for path in (rejected, *map(accepted.with_suffix, sorted(AUDIO_SUFFIXES))):
                 if path.exists():
                     return path
+            if (label := accepted.with_suffix(".lab")).is_dir():
+                return label
         return None
 
     def _drop_previously_deleted(self, record: Record, old: Record) -> None:
@@ -235,6 +283,58 @@ class RecordStore:
             self.corrections.note(clip, self.with_current_text(clip)["text"])
         self.corrections.save()
 
+    def _note_texts(self, record: Record, files: list[str]) -> None:
+        """Keep the texts of clips whose record can't be read, where the new clips differ.
+
+        What they were cut from isn't known: only a new clip of as many samples is the same one.
+        Raises `ValueError` where a text fits no new clip, rather than lose it.
+        """
+        if record.failure is not None:
+            return
+        clips = {clip["file"].casefold(): clip for clip in record.clips}
+        for file in files:
+            text, clip = self._text_on_disk(file), clips.get(file.casefold())
+            if text is None or not is_speakable(text):
+                continue
+            sizes = {p.stat().st_size for p in self.clip_paths(file) if p.is_file()}
+            if clip is None or (self.folder / STAGING / clip["file"]).stat().st_size not in sizes:
+                raise ValueError(
+                    f"its record can't be read, and the text of {self.clip_paths(file)[0]} fits no "
+                    "clip of these options: take those of before, or move that clip away"
+                )
+            if text != clip["text"]:
+                self.corrections.note(clip, text)
+                self.say(f"the text {text[:60]!r} of {file} is kept, as corrected by hand")
+        self.corrections.save()
+
+    def _find_clips(self, speaker: str, name: str) -> list[str]:
+        """The files that are named as a recording's clips, accepted and rejected."""
+        numbered = re.compile(rf"{re.escape(name)}_\d{{4,}}\.wav")
+        found = (
+            path.name
+            for folder in self.clip_paths(speaker)
+            for path in folder.glob("*.wav")
+            if numbered.fullmatch(path.name)
+        )
+        return [f"{speaker}/{file}" for file in sorted(set(found))]
+
+    def _text_on_disk(self, file: str) -> str | None:
+        """The text beside a clip, or in the note of a rejected one; None where there is none.
+
+        Raises `ValueError` that names the file where it can't be read.
+        """
+        accepted, rejected = self.clip_paths(file)
+        label, note = accepted.with_suffix(".lab"), rejected.with_suffix(".json")
+        try:
+            if label.exists():
+                return read_text(label).strip()
+            entry = read_json(note) if rejected.is_file() and note.is_file() else {}
+        except OSError as error:  # such as a folder in its place
+            raise ValueError(error_message(error)) from error
+        if not has_type(entry, dict) or not has_type(entry.get("text"), str | None):
+            raise ValueError(f"{note}: not the note of a rejected clip; delete it")
+        return entry.get("text")
+
     def _apply_corrections(self, record: Record, old: Record | None) -> None:
         """Give new clips the texts that were corrected in the clips before them."""
         fitting = []
@@ -262,6 +362,26 @@ class RecordStore:
 
     def _any_exists(self, files: Iterable[str]) -> bool:
         return any(map(self._exists, files))
+
+
+def _read_record(path: Path) -> Record:
+    """Read a record. Raises `ValueError` that names it where it is none of ours.
+
+    Keys of other versions are left out.
+    """
+    values = read_json(path)
+    hints = type_hints(Record)
+    try:
+        values = {name: value for name, value in values.items() if name in hints}
+        record = Record(**values)
+    except (AttributeError, TypeError):
+        record = None
+    if record is None or not all(has_type(getattr(record, name), hints[name]) for name in hints):
+        raise ValueError(f"{path}: not a record of this program")
+    names = [f"{record.speaker}/{record.name}", *_clip_files(record)]
+    if not all(map(is_inside, names)):
+        raise ValueError(f"{path}: names files outside the data set")
+    return record
 
 
 def _deleted_entry(clip: ClipEntry) -> SkippedEntry:

@@ -161,6 +161,16 @@ def refuse_overlap(source: str, output: Path) -> None:
         )
 
 
+def refuse_folder_of_data_sets(output: Path) -> None:
+    """Raise `ValueError` where a new data set would be written around others."""
+    if not (output / RECORDS).exists() and (others := sorted(output.glob(f"*/{RECORDS}"))):
+        named = printable(shorten_list(path.parent.name for path in others))
+        raise ValueError(
+            f"--output {output}: holds data sets already ({named}); give the folder of one, "
+            f"such as {output / 'NAME'}"
+        )
+
+
 def name_recordings(
     found: list[InputFile], owner_of: dict[tuple[str, str], Any]
 ) -> list[Recording]:

@@ -62,17 +62,25 @@ def write_summary(
     `drop_flagged` the clips with flags are moved to `rejected/`, without it they come back.
     """
     store.prune()
-    clips = [clip for _, record in sorted(store.records.items()) for clip in record.clips]
-    clips = [
-        quality.with_flags(store.with_current_text(clip), thresholds, min_duration)
-        for clip in clips
-    ]
+    clips, unusable = [], []
+    for clip in (clip for _, record in sorted(store.records.items()) for clip in record.clips):
+        try:
+            if store.is_damaged(clip["file"]):
+                raise ValueError("it breaks off; delete it, or prepare its recording again")
+            clip = store.with_current_text(clip)
+        except ValueError as error:
+            reason = f"its clip {clip['file']} can't be used: {error}"
+            unusable.append({"source": clip["source"], "reason": reason})
+            continue
+        clips.append(quality.with_flags(clip, thresholds, min_duration))
     accepted, rejected = [], []
     for clip in quality.mark_near_duplicates(clips):
         reject = drop_flagged and bool(clip["flags"])
         _accept_or_reject(store, clip, reject)
         (rejected if reject else accepted).append(clip)
-    summary = Summary(accepted, *_summary_lists(store, rejected), failed=len(store.failures))
+    skipped, *lists = _summary_lists(store, rejected)
+    failed = len(store.failures) + len(unusable)
+    summary = Summary(accepted, [*skipped, *unusable], *lists, failed=failed)
     write_json(store.folder / SUMMARY_NAME, summary.as_json())
     shutil.rmtree(store.folder / STAGING, ignore_errors=True)
     return summary
@@ -119,6 +127,9 @@ def _summary_lists(store: RecordStore, rejected: list[ClipEntry]) -> tuple[list,
                 **{name: value for name, value in about.items() if value},
             }
         )
+    for key, failed in sorted(store.failures.items()):
+        if key not in store.records:  # whose own record can't be read
+            skipped.append({"source": failed.source, "reason": failed.failure})
     named = [
         {"file": f"{REJECTED}/{clip['file']}", "reason": ", ".join(clip["flags"])}
         for clip in rejected

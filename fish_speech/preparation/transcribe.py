@@ -131,8 +131,9 @@ class OpenAIWhisper(_Whisper):
                 ) from error
             raise NoModelError(_unavailable(model, error)) from error
         except Exception as error:  # whatever unpickling or a foreign checkpoint raises
+            # Their messages have many lines and advise to load what may be anything.
             raise ValueError(
-                f"--whisper-model {model}: not a whisper checkpoint ({error})"
+                f"--whisper-model {model}: not a whisper checkpoint, or damaged; download it again"
             ) from error
         if language is not None and language.lower() not in _known_languages():
             raise ValueError(f"--language {language}: not a language of whisper; en, de, ... are")

@@ -228,3 +228,8 @@ def test_words_that_repeat_are_not_placed_where_they_may_not_have_been(script, h
     pairs = align.unambiguous_matches(script.split(), heard.split())
     assert {j for _, j in pairs} <= set(certain)
     assert (len(script.split()) - 1, len(heard.split()) - 1) in pairs
+
+
+def test_a_script_of_white_space_has_no_words_to_place():
+    (piece,) = align.align_lengths(" \n", [(0.0, 1.0), (2.0, 3.0)])
+    assert (piece.start, piece.end, piece.text) == (0.0, 3.0, " \n")

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fish_speech.preparation.corrections import Corrections
 
 
@@ -67,3 +69,17 @@ def test_many_corrections_do_not_hold_up_the_clips_without_any(tmp_path):
     for number in range(400, 500):
         corrections.note(clip(number), clip(number)["text"])
     assert time.process_time() - begun < 0.5
+
+
+@pytest.mark.parametrize("entries", [{}, [1], [{**clip(1), "instead_of": None}], [clip(1)]])
+def test_what_holds_no_corrections_is_named(tmp_path, entries):
+    path = tmp_path / "corrections.json"
+    path.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"corrections\.json: not the corrections .* put back"):
+        Corrections(path)
+
+
+def test_a_text_without_words_is_no_correction(tmp_path):
+    path = tmp_path / "corrections.json"
+    path.write_text(json.dumps([{**clip(1), "text": "", "instead_of": clip(1)["text"]}]))
+    assert Corrections(path).find(clip(1), any_text=True) is None

@@ -119,6 +119,26 @@ def test_a_clip_that_fails_is_named_and_the_others_are_made(data, codec, codec_d
     assert "shorter than one frame" in result.failed["Ann/c1"]
 
 
+def test_a_clip_that_breaks_off_is_not_encoded(data, codec, codec_dir):
+    extract_codes(data, codec, codec_dir)
+    clip = data / "Ann" / "c4.wav"
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    result = extract_codes(data, codec, codec_dir)
+    assert (result.made, result.kept) == (0, 4)
+    assert "c4.wav: breaks off after 0.2 of 0.5 s; prepare it again" in result.failed["Ann/c4"]
+    assert not clip.with_suffix(".npy").exists()
+
+
+def test_a_clip_that_has_become_a_link_to_nowhere_is_named(data, codec, codec_dir):
+    extract_codes(data, codec, codec_dir)
+    clip = data / "Ann" / "c0.wav"
+    clip.unlink()
+    clip.symlink_to(data / "nowhere.wav")
+    result = extract_codes(data, codec, codec_dir)
+    assert (result.made, result.kept) == (0, 4)
+    assert "c0.wav: no such audio file" in result.failed["Ann/c0"]
+
+
 def test_an_interrupted_run_goes_on(data, codec, codec_dir, monkeypatch):
     encode, calls = Codec.encode, []
 

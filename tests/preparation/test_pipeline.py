@@ -553,6 +553,33 @@ def test_two_runs_on_one_data_set_exclude_each_other(folder, options):
         prepare(replace(options, input=str(source)))
 
 
+def test_what_others_are_writing_below_the_output_is_left_alone(folder, options):
+    options = replace(options, input=str(folder(1)))
+    prepare(options)
+    name = ".tmp-999-0123456789abcdef.wav"
+    ours = [options.output / ".prepared" / "Me" / name, options.output / "Me" / name]
+    with files.atomic_path(options.output / "dataset_summary.json") as left:
+        left.touch()
+        ours.append(left.with_name(left.name.replace(str(os.getpid()), "999")))
+    theirs = [
+        options.output / "other" / "Me" / name, options.output / ".git" / ".tmp-x" / "file",
+        options.output / name,
+    ]  # fmt: skip
+    for path in (*ours, *theirs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    prepare(options)
+    assert [path.exists() for path in (*ours, *theirs)] == [False] * 3 + [True] * 3
+
+
+def test_a_folder_of_data_sets_is_not_made_one(folder, options):
+    options = replace(options, input=str(folder(1)))
+    prepare(options)
+    with pytest.raises(ValueError, match=r"holds data sets already \(voice\); give the folder"):
+        prepare(replace(options, output=options.output.parent))
+    assert {path.name for path in options.output.parent.iterdir()} == {"voice"}
+
+
 def test_strict_stops_at_the_first_failure(folder, options):
     source = folder(3)
     (source / "take 0.txt").unlink()

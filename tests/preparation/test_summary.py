@@ -238,6 +238,133 @@ def test_a_new_transcript_wins_over_an_old_correction(folder, options):
     assert "'Corrected by hand.'" in said[0]
 
 
+def test_a_record_with_a_key_of_another_version_counts(folder, options):
+    options = replace(options, input=str(folder(1)))
+    prepare(options)
+    record = options.output / ".prepared" / "Me" / "take_0.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "mood": "calm"}))
+    said = []
+    prepare(options, say=said.append)
+    assert said == ["1 of 1 recordings were prepared before"]
+
+
+def damage(record: Path, how: str) -> None:
+    values = json.loads(record.read_text())
+    if how == "a clip lacks a key":
+        del values["clips"][0]["speech_share"]
+    elif how == "its clips are elsewhere":
+        values["clips"][0]["file"] = "../../precious.wav"
+    elif how == "another type":
+        values["skipped"] = "none"
+    record.write_text("" if how == "empty" else json.dumps([] if how == "a list" else values))
+
+
+@pytest.mark.parametrize(
+    "how", ["empty", "a list", "another type", "a clip lacks a key", "its clips are elsewhere"]
+)
+def test_a_damaged_record_is_named_and_costs_no_correction(folder, options, how, utterances):
+    options = replace(options, input=str(folder(2)))
+    prepare(options)
+    label = options.output / "Me" / "take_0_0001.lab"
+    label.write_text("Corrected by hand.")
+    (precious := options.output.parent.parent / "precious.wav").touch()
+    record = options.output / ".prepared" / "Me" / "take_0.json"
+    damage(record, how)
+    said = []
+    other = replace(options, segment_duration=9.0)  # which cuts these clips alike
+    summary = prepare(other, say=said.append)
+    assert [clip["text"] for clip in summary.clips] == ["Corrected by hand.", utterances[1].text]
+    assert summary.failed == 0
+    assert str(record) in said[0]
+    assert said[1:] == [
+        "the text 'Corrected by hand.' of Me/take_0_0001.wav is kept, as corrected by hand"
+    ]
+    assert label.read_text() == "Corrected by hand."
+    assert precious.exists()
+    assert len(prepare(replace(other, normalize=False)).clips) == 2
+    assert label.read_text() == "Corrected by hand."
+
+
+def test_a_damaged_record_with_other_cuts_loses_no_text(take, options):
+    recording = take(8)
+    recording.path.with_suffix(".txt").write_text(" ".join(recording.texts))
+    options = replace(options, input=str(recording.path), segment_duration=4.0)
+    prepare(options)
+    record = options.output / ".prepared" / "Me" / "long.json"
+    record.write_text("{")
+    before = contents(options.output / "Me")
+    summary = prepare(replace(options, segment_duration=20.0))
+    assert summary.failed == 1
+    assert "long.json: not a JSON file" not in str(summary.skipped)
+    assert "take those of before" in summary.skipped[0]["reason"]
+    assert contents(options.output / "Me") == before
+    assert prepare(options).failed == 0
+    assert contents(options.output / "Me") == before
+
+
+@pytest.mark.parametrize("damaged", ["not UTF-8", "a folder"])
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_text_that_cannot_be_read_is_one_failure(folder, options, damaged, anew):
+    options = replace(options, input=str(folder(2)))
+    prepare(options)
+    label = options.output / "Me" / "take_0_0001.lab"
+    if damaged == "a folder":
+        label.unlink()
+        label.mkdir()
+    else:
+        label.write_bytes(b"caf\xe9")
+    folder(3)
+    said = []
+    summary = prepare(replace(options, normalize=not anew), say=said.append)
+    assert [clip["file"][:9] for clip in summary.clips] == ["Me/take_1", "Me/take_2"]
+    assert summary.failed == 1 + anew  # the recording, too, where it was to be prepared anew
+    assert all("take_0_0001.lab" in entry["reason"] for entry in summary.skipped)
+    assert "Me/take_0_0001.wav can't be used" in summary.skipped[-1]["reason"]
+    assert not [line for line in said if "added by hand" in line]
+    assert label.is_dir() or label.read_bytes() == b"caf\xe9"
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_an_emptied_text_is_no_correction(folder, options, anew, utterances):
+    options = replace(options, input=str(folder(1)))
+    prepare(options)
+    label = options.output / "Me" / "take_0_0001.lab"
+    label.write_text(" ...\n")
+    said = []
+    (clip,) = prepare(replace(options, normalize=not anew), say=said.append).clips
+    assert clip["text"] == label.read_text() == utterances[0].text
+    assert f"{label}: has no letter in it; the text from before is put back" in said
+    assert not (options.output / "corrections.json").exists()
+
+
+@pytest.mark.parametrize("size", [0, 44, 100_000])
+def test_a_clip_that_breaks_off_is_made_again_or_named(folder, options, size):
+    options = replace(options, input=str(folder(2)))
+    prepare(options)
+    clip = options.output / "Me" / "take_0_0001.wav"
+    whole = clip.read_bytes()
+    clip.write_bytes(whole[:size])
+    others = replace(options, input=str(folder(1, "others")), speaker="Other")
+    summary = prepare(others)
+    assert [entry["file"] for entry in summary.clips] == [
+        "Me/take_1_0001.wav", "Other/take_0_0001.wav",
+    ]  # fmt: skip
+    assert summary.failed == 1
+    assert "Me/take_0_0001.wav can't be used: it breaks off" in summary.skipped[0]["reason"]
+    assert len(prepare(options).clips) == 3
+    assert clip.read_bytes() == whole
+
+
+def test_the_note_of_a_rejected_clip_that_is_none_is_named(folder, options):
+    options = replace(options, input=str(folder(1)), drop_flagged=True)
+    strict = replace(options, thresholds=Thresholds(min_snr=99))
+    prepare(strict)
+    (options.output / "rejected" / "Me" / "take_0_0001.json").write_text("[]")
+    summary = prepare(strict)
+    assert summary.failed == 1
+    assert "take_0_0001.json: not the note of a rejected clip" in summary.skipped[0]["reason"]
+
+
 def test_seconds_of_recordings_that_fail_are_left_out(folder, options, utterances):
     source = folder(1, texts=False)
     (account,) = prepare(replace(options, input=str(source))).recordings

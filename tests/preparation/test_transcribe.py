@@ -276,3 +276,11 @@ def test_a_device_that_is_not_there_is_no_failed_download(checkpoint, monkeypatc
     monkeypatch.setattr("whisper.load_model", full)
     with pytest.raises(ValueError, match="out of memory on cpu; use a smaller one"):
         load_recogniser("large", backend="openai", device="cpu")
+
+
+def test_a_checkpoint_that_is_none_is_refused_in_one_line(tmp_path):
+    (tmp_path / "w.pt").write_bytes(bytes(range(256)) * 12)
+    with pytest.raises(ValueError, match=r"w\.pt: not a whisper checkpoint, or damaged") as caught:
+        load_recogniser(str(tmp_path / "w.pt"), backend="openai", device="cpu")
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)

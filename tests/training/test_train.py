@@ -547,7 +547,8 @@ def test_a_checkpoint_that_is_gone_on_from_is_not_held_open(trainer):
 
 def test_only_what_a_killed_training_left_is_cleared_away(trainer):
     run = Run.of("p")
-    left, used = run.checkpoint_folder / ".tmp-9-a.ckpt", run.folder / "evaluation" / ".tmp-9-b.wav"
+    name = ".tmp-9-0123456789abcdef.ckpt"
+    left, used = run.checkpoint_folder / name, run.folder / "evaluation" / name
     for file in (left, used):
         file.parent.mkdir(parents=True)
         file.touch()
