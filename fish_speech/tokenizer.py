@@ -25,6 +25,10 @@ CONTROL_TOKENS = (
     "<|interleave|>",
 )
 
+_NEEDED_TOKENS = "<|im_end|>", "<|im_start|>", "<|voice|>", "<|end_of_text|>", "<|semantic:0|>"
+# The bytes that UTF-8 has: the encoder panics at one that is no token.
+_UTF8_BYTES = {bytes([byte]) for byte in range(0xF5) if byte not in (0xC0, 0xC1)}
+
 # The last but one alternative was meant as the lookahead `\s+(?!\S)`; the published weights were
 # trained with the typo, so it stays.
 _SPLIT_PATTERN = "|".join(
@@ -95,10 +99,23 @@ class FishTokenizer:
         special_tokens = read_json(special_file)
         if not isinstance(special_tokens, dict):
             raise ValueError(f"{special_file}: not a map from token to id")
+        for token in _NEEDED_TOKENS:
+            if token not in special_tokens:
+                raise ValueError(f"{special_file}: the token '{token}' is missing; get it again")
+        if sorted(ranks.values()) != list(range(len(ranks))) or _UTF8_BYTES - ranks.keys():
+            raise ValueError(
+                f"{ranks_file}: damaged, tokens are missing or ranks not in a row; get it again"
+            )
+        wanted, ids = range(len(ranks), len(ranks) + len(special_tokens)), special_tokens.values()
+        if any(type(id) is not int for id in ids) or sorted(ids) != list(wanted):
+            raise ValueError(
+                f"{special_file}: the ids are not {wanted[0]} to {wanted[-1]}, those after the last"
+                f" rank of {TOKENIZER_FILE}; one of the two files is damaged, so get both again"
+            )
         try:
             return cls(ranks, special_tokens)
-        except KeyError as error:
-            raise ValueError(f"{special_file}: the token {error} is missing") from error
+        except ValueError as error:
+            raise ValueError(f"{special_file}: {error}; get it again") from error
 
     def save(self, directory: str | Path) -> None:
         """Write both files in the published layout."""
