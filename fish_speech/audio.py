@@ -79,8 +79,6 @@ def save_audio(
     """
     samples = _mono(waveform, path)
     peak = float(np.abs(samples).max(initial=0.0))
-    if not np.isfinite(peak):
-        raise ValueError(f"{path}: the waveform to be saved holds samples that are not finite")
     with audio_writer(path, sample_rate, bits=bits) as write:
         write(samples / max(peak, 1.0))
 
@@ -92,8 +90,8 @@ def audio_writer(
     """Yield a function that appends a waveform [1, n] or [n] to the file, clipped at 0 dBFS.
 
     For audio that is saved while it is made. The file is there, whole, when the block succeeds.
-    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS` or another shape, `OSError`
-    where the disk is full.
+    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS`, another shape, or samples
+    that are not finite, `OSError` where the disk is full.
     """
     import soundfile
 
@@ -142,8 +140,8 @@ def _set_aside(path: Path) -> Iterator[Path]:
 
 
 def _mono(waveform: torch.Tensor | np.ndarray, path: str | Path) -> np.ndarray:
-    """The samples [N] of a waveform [1, N] or [N]. Raises `ValueError` for another shape that names
-    the file at `path`, which they are for."""
+    """The samples [N] of a waveform [1, N] or [N]. Raises `ValueError` for another shape, and for
+    samples that are not finite; it names the file at `path`, which they are for."""
     samples = np.asarray(waveform, dtype=np.float32)
     if samples.ndim == 2 and len(samples) == 1:
         samples = samples[0]
@@ -151,6 +149,8 @@ def _mono(waveform: torch.Tensor | np.ndarray, path: str | Path) -> np.ndarray:
         raise ValueError(
             f"{path}: a waveform of the shape {list(samples.shape)}; [1, N] or [N] is saved"
         )
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path}: the waveform to be saved holds samples that are not finite")
     return samples
 
 

@@ -20,6 +20,7 @@ from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 from fish_speech.models.weights import assign_strictly, empty_modules, read_state_dict
 
 CODEC_CONFIG_FILE = "codec_config.json"
+DAMAGED = "the codec computes values that are no numbers: its weights are damaged; get it again"
 
 
 @dataclass
@@ -129,7 +130,8 @@ class Codec(nn.Module):
     def encode(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """waveforms [B, 1, N] (at `sample_rate`, `lengths [B]` samples of each) to codes.
 
-        Returns codes [B, K, T] (int64) and their lengths [B]: whole frames only.
+        Returns codes [B, K, T] (int64) and their lengths [B]: whole frames only. Raises
+        `ValueError` where damaged weights give no numbers.
         """
         if lengths is None:
             lengths = torch.full((len(waveforms),), waveforms.shape[-1])
@@ -139,7 +141,10 @@ class Codec(nn.Module):
         mask = length_mask(mel_lengths, mels.shape[-1])
         mels = channels_last(mels * mask)
         features = self.backbone(mels) * mask
-        return self.quantizer.encode(features), mel_lengths // self._mels_per_frame
+        codes = self.quantizer.encode(features)
+        if (codes < 0).any():
+            raise ValueError(DAMAGED)
+        return codes, mel_lengths // self._mels_per_frame
 
     def encode_batch(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
         """waveforms [1, N] of any lengths (at `sample_rate`) to codes [K, T] (int64) of each.

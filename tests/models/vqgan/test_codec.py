@@ -100,6 +100,22 @@ def test_blocks_decode_as_in_the_whole(codec_dir, golden, dtype):
     assert not torch.allclose(again, pieces[1], atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [
+        "backbone.norm.weight",
+        "quantizer.downsample.1.1.pwconv2.weight",
+        "quantizer.residual_fsq.rvqs.7.project_in.bias",
+    ],
+)
+@torch.no_grad()
+def test_damaged_weights_give_no_codes(codec_dir, golden, weight):
+    codec = load_codec(codec_dir)
+    codec.get_parameter(weight).fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"codec computes .* no numbers: .*; get it again"):
+        codec.encode(golden["audio"], golden["audio_lengths"])
+
+
 @pytest.mark.parametrize("samples", [1, 500, 2047, 2048])
 def test_very_short_audio_gives_only_whole_frames(codec, samples):
     _, lengths = codec.encode(torch.zeros(1, 1, samples))
