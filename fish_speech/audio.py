@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fish_speech.audio_decoding import audio_info, channel_blocks
+from fish_speech.audio_decoding import audio_info, channel_blocks, truncation
 from fish_speech.files import atomic_path
 
 if TYPE_CHECKING:
@@ -67,6 +67,16 @@ def load_audio(
     blocks = list(decode_blocks(path, sample_rate, max_seconds=max_seconds))
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     return torch.from_numpy(samples)[None], sample_rate or audio_info(path).sample_rate
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether a file is audio, neither empty nor damaged nor truncated. It is decoded."""
+    try:
+        seconds = sum(map(len, decode_blocks(path))) / audio_info(path).sample_rate
+        # An Ogg decoder may leave out up to 32 ms, which is much of a short file.
+        return seconds > 0 and truncation(path, seconds + 0.05) is None
+    except (ValueError, OSError):
+        return False
 
 
 def save_audio(
