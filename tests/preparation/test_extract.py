@@ -48,7 +48,7 @@ def test_a_second_run_makes_only_what_is_missing_or_stale(data, codec, codec_dir
     assert (result.made, result.kept) == (2, 3)
 
 
-@pytest.mark.parametrize("change", [{"codec": []}, {"clips": 5}, 0, [1, 2], [None], "stamp"])
+@pytest.mark.parametrize("change", [{"codec": []}, {"clips": 5}, 7, [1, 2], [None], "stamp"])
 def test_where_the_record_is_damaged_codes_are_made_again(data, codec, codec_dir, change):
     extract_codes(data, codec, codec_dir)
     record = json.loads((data / "codes.json").read_text())
