@@ -309,3 +309,15 @@ def test_help_loads_nothing_heavy():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert not {"torch", "numpy", "whisper", "scipy"} & set(result.stdout.split())
+
+
+def test_a_panic_of_rust_code_is_one_line(monkeypatch, capsys):
+    class PanicException(BaseException):
+        pass
+
+    def panic(arguments):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(prepare_dataset, "run", panic)
+    assert prepare_dataset.main(["--input", "in", "--output", "out"]) == 1
+    assert capsys.readouterr().err.startswith("error: PanicException: index out of bounds; what")
