@@ -136,7 +136,9 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
     except (ValueError, OSError) as error:
         return complain(error, args, BAD_INPUT)
-    except Exception as error:  # out of memory, a driver's failure, a mistake of ours
+    except SystemExit:
+        raise
+    except BaseException as error:  # out of memory, a driver's failure, a panic of Rust code, ...
         return complain(error, args, FAILED)
 
 
@@ -144,7 +146,7 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def complain(error: Exception, args: argparse.Namespace, status: int) -> int:
+def complain(error: BaseException, args: argparse.Namespace, status: int) -> int:
     if args.debug:
         traceback.print_exc()
     what = error_message(error)

@@ -345,7 +345,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; what is finished stays, the same command goes on from there")
         return INTERRUPTED
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of Rust code is no `Exception`
         if args.debug:
             raise
         expected = isinstance(error, ValueError | OSError | MemoryError)

@@ -156,7 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         silence_stdout()
         return 1
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of Rust code is no `Exception`
         if arguments.debug:
             raise
         what = error_message(error)

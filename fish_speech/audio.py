@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fish_speech.audio_decoding import audio_info, channel_blocks
+from fish_speech.audio_decoding import audio_info, channel_blocks, truncation
 from fish_speech.files import atomic_path
 
 if TYPE_CHECKING:
@@ -69,6 +69,16 @@ def load_audio(
     return torch.from_numpy(samples)[None], sample_rate or audio_info(path).sample_rate
 
 
+def is_whole(path: str | Path) -> bool:
+    """Whether a file is audio, neither empty nor damaged nor truncated. It is decoded."""
+    try:
+        seconds = sum(map(len, decode_blocks(path))) / audio_info(path).sample_rate
+        # An Ogg decoder may leave out up to 32 ms, which is much of a short file.
+        return seconds > 0 and truncation(path, seconds + 0.05) is None
+    except (ValueError, OSError):
+        return False
+
+
 def save_audio(
     path: str | Path, waveform: torch.Tensor | np.ndarray, sample_rate: int, *, bits: int = 16
 ) -> None:
@@ -79,8 +89,6 @@ def save_audio(
     """
     samples = _mono(waveform, path)
     peak = float(np.abs(samples).max(initial=0.0))
-    if not np.isfinite(peak):
-        raise ValueError(f"{path}: the waveform to be saved holds samples that are not finite")
     with audio_writer(path, sample_rate, bits=bits) as write:
         write(samples / max(peak, 1.0))
 
@@ -92,8 +100,8 @@ def audio_writer(
     """Yield a function that appends a waveform [1, n] or [n] to the file, clipped at 0 dBFS.
 
     For audio that is saved while it is made. The file is there, whole, when the block succeeds.
-    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS` or another shape, `OSError`
-    where the disk is full.
+    Raises `ValueError` for a suffix that is not among `SAVE_FORMATS`, another shape, or samples
+    that are not finite, `OSError` where the disk is full.
     """
     import soundfile
 
@@ -142,8 +150,8 @@ def _set_aside(path: Path) -> Iterator[Path]:
 
 
 def _mono(waveform: torch.Tensor | np.ndarray, path: str | Path) -> np.ndarray:
-    """The samples [N] of a waveform [1, N] or [N]. Raises `ValueError` for another shape that names
-    the file at `path`, which they are for."""
+    """The samples [N] of a waveform [1, N] or [N]. Raises `ValueError` for another shape, and for
+    samples that are not finite; it names the file at `path`, which they are for."""
     samples = np.asarray(waveform, dtype=np.float32)
     if samples.ndim == 2 and len(samples) == 1:
         samples = samples[0]
@@ -151,6 +159,8 @@ def _mono(waveform: torch.Tensor | np.ndarray, path: str | Path) -> np.ndarray:
         raise ValueError(
             f"{path}: a waveform of the shape {list(samples.shape)}; [1, N] or [N] is saved"
         )
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path}: the waveform to be saved holds samples that are not finite")
     return samples
 
 

@@ -25,6 +25,10 @@ CONTROL_TOKENS = (
     "<|interleave|>",
 )
 
+_NEEDED_TOKENS = "<|im_end|>", "<|im_start|>", "<|voice|>", "<|end_of_text|>", "<|semantic:0|>"
+# The bytes that UTF-8 has: the encoder panics at one that is no token.
+_UTF8_BYTES = {bytes([byte]) for byte in range(0xF5) if byte not in (0xC0, 0xC1)}
+
 # The last but one alternative was meant as the lookahead `\s+(?!\S)`; the published weights were
 # trained with the typo, so it stays.
 _SPLIT_PATTERN = "|".join(
@@ -84,21 +88,41 @@ class FishTokenizer:
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: missing; a model directory needs it")
         ranks: dict[bytes, int] = {}
+        empty: list[int] = []  # ranks of lines for no token ("="), which upstream skips
         for number, line in enumerate(ranks_file.read_bytes().splitlines(), 1):
             if not line.strip():
                 continue
             try:
                 token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                if token == b"=":
+                    empty.append(int(rank))
+                else:
+                    ranks[base64.b64decode(token, validate=True)] = int(rank)
             except (ValueError, binascii.Error) as error:
                 raise ValueError(f"{ranks_file}, line {number}: not 'base64 rank'") from error
         special_tokens = read_json(special_file)
         if not isinstance(special_tokens, dict):
             raise ValueError(f"{special_file}: not a map from token to id")
+        for token in _NEEDED_TOKENS:
+            if token not in special_tokens:
+                raise ValueError(f"{special_file}: the token '{token}' is missing; get it again")
+        taken = sorted([*ranks.values(), *empty])
+        if taken != list(range(len(taken))) or _UTF8_BYTES - ranks.keys():
+            raise ValueError(
+                f"{ranks_file}: damaged, tokens are missing or ranks not in a row; get it again"
+            )
+        ids, count = special_tokens.values(), len(special_tokens)
+        fitting = [list(range(first, first + count)) for first in (len(taken), len(ranks))]
+        if any(type(id) is not int for id in ids) or sorted(ids) not in fitting:
+            raise ValueError(
+                f"{special_file}: the ids are not {fitting[0][0]} to {fitting[0][-1]}, those after "
+                f"the last rank of {TOKENIZER_FILE}; one of the two files is damaged, so get both "
+                "again"
+            )
         try:
             return cls(ranks, special_tokens)
-        except KeyError as error:
-            raise ValueError(f"{special_file}: the token {error} is missing") from error
+        except ValueError as error:
+            raise ValueError(f"{special_file}: {error}; get it again") from error
 
     def save(self, directory: str | Path) -> None:
         """Write both files in the published layout."""

@@ -346,6 +346,10 @@ def test_what_is_not_finite_is_not_saved(tmp_path, sample):
     waveform = np.array([[0.1, sample, 0.5]], np.float32)
     with pytest.raises(ValueError, match=r"a\.wav: .* not finite"):
         audio.save_audio(tmp_path / "a.wav", waveform, SECOND)
+    refused = pytest.raises(ValueError, match=r"a\.wav: .* not finite")
+    with refused, audio.audio_writer(tmp_path / "a.wav", SECOND) as write:
+        write(waveform[:, :1])
+        write(waveform)
     assert not list(tmp_path.iterdir())
 
 

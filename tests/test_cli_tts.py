@@ -650,6 +650,19 @@ def test_interrupted_it_leaves_no_half_file(run, monkeypatch, capsys):
     assert Path("a.wav").read_text() == "what was there before"
 
 
+def test_a_panic_of_rust_code_is_one_line(run, monkeypatch, capsys):
+    class PanicException(BaseException):
+        pass
+
+    def generate(model, prompt, **_):
+        raise PanicException("duplicate indices")
+        yield
+
+    monkeypatch.setattr("fish_speech.inference.synthesize.generate", generate)
+    assert run("Hello.", "-o", "a.wav") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "cli_tts.py: duplicate indices"
+
+
 def test_debug_shows_where_an_error_came_from(run, capsys):
     assert run("...", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err

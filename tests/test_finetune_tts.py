@@ -631,8 +631,18 @@ def test_any_folder_name_is_a_project(project, tmp_path, name):
 def test_an_unexpected_error_is_one_line_and_a_traceback_only_when_asked_for(
     project, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("fish_speech.datasets.shards.build_shards", lambda *a, **k: 1 / 0)
+    class PanicException(BaseException):
+        """As extensions in Rust raise."""
+
+    def panic(*a, **k):
+        raise PanicException("duplicate indices")
+
     flags = ("--data-dir", "data", "--build-dataset")
+    monkeypatch.setattr("fish_speech.datasets.shards.build_shards", panic)
+    assert project(*flags) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "error: PanicException: duplicate indices (--debug shows where)"
+    monkeypatch.setattr("fish_speech.datasets.shards.build_shards", lambda *a, **k: 1 / 0)
     assert project(*flags) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last == "error: ZeroDivisionError: division by zero (--debug shows where)"

@@ -319,3 +319,15 @@ def test_going_on_is_not_promised_where_the_same_would_happen_again(home, capsys
     assert run("--input", "samples", "--output", "data") == 1
     error = capsys.readouterr().err
     assert error == "error: KeyError: 'speech' (--debug shows where)\n"
+
+
+def test_a_panic_of_rust_code_is_one_line(monkeypatch, capsys):
+    class PanicException(BaseException):
+        pass
+
+    def panic(arguments):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(prepare_dataset, "run", panic)
+    assert prepare_dataset.main(["--input", "in", "--output", "out"]) == 1
+    assert capsys.readouterr().err.startswith("error: PanicException: index out of bounds (")

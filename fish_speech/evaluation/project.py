@@ -271,7 +271,8 @@ def check_named(request: Request) -> None:
 def read_texts(file: Path) -> list[str]:
     """The lines of a file that have words. Raises `FileNotFoundError` or `ValueError`."""
     if not file.is_file():
-        raise FileNotFoundError(f"--texts {file}: no such file")
+        what = "a folder; give a file of texts, one a line" if file.is_dir() else "no such file"
+        raise FileNotFoundError(f"--texts {file}: {what}")
     lines = split_lines(decode_text(file.read_bytes(), f"--texts {file}"))
     texts = [line.strip() for line in lines if is_speakable(line)]
     if not texts:
@@ -323,6 +324,10 @@ def _losses(
         folder / AUDIO_FOLDER / safe_name(candidate.name) / "loss.json",
         [candidate.digest, data.manifest.shards, data.held],
         lambda: data.losses(get_tts().model, tokenizer),
+        is_valid=lambda found: (
+            len(found["losses"]) == len(found["frames"])
+            and all(type(value) in (int, float) for value in (*found["losses"], *found["frames"]))
+        ),
     )
     weighted = [
         loss * frames for loss, frames in zip(found["losses"], found["frames"], strict=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fish_speech.audio import load_audio, save_audio
+from fish_speech.audio import is_whole, load_audio, save_audio
 from fish_speech.devices import resolve_device
 from fish_speech.evaluation.synthesis import RealClip
 from fish_speech.files import file_digest
@@ -48,7 +48,7 @@ class Resynthesis:
     def _resynthesise(self, clip: RealClip) -> RealClip | None:
         try:
             audio = self._folder / f"{file_digest(clip.audio)[:16]}.wav"
-            waveform = None if audio.is_file() else self._roundtrip(clip.audio)
+            waveform = None if is_whole(audio) else self._roundtrip(clip.audio)
         except (OSError, ValueError):  # whoever uses the clip or the model says so
             return None
         if waveform is not None:

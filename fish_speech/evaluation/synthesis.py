@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fish_speech.audio import save_audio
+from fish_speech.audio import is_whole, save_audio
 from fish_speech.files import file_digest, read_json, write_json
 from fish_speech.inference import Settings, TextToSpeech
 from fish_speech.text import is_speakable
@@ -100,7 +100,8 @@ def speak_line(
 
     record = cached(
         audio.with_suffix(".json"), inputs, speak,
-        is_valid=lambda found: found["empty"] or audio.is_file(),
+        is_valid=lambda found: type(found["runaway"]) is bool
+        and (found["empty"] is True or is_whole(audio)),
     )  # fmt: skip
     return None if record["empty"] else audio, record["runaway"]
 
@@ -111,7 +112,10 @@ def cached(
     compute: Callable[[], dict[str, Any]],
     is_valid: Callable[[dict[str, Any]], bool] = lambda found: True,
 ) -> dict[str, Any]:
-    """What `compute` returns, from `file` where it was computed from the same `inputs` before."""
+    """What `compute` returns, from `file` where it was computed from the same `inputs` before.
+
+    `is_valid` may raise `KeyError` or `TypeError` for what a damaged file holds.
+    """
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     try:
         found = read_json(file)

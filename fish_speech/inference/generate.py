@@ -89,7 +89,8 @@ def generate(
     """Continue prompt [K+1, T] (int64, on the CPU). Yields the codes [K] of one frame at a time.
 
     The return value is True where the model ended its speech with `<|im_end|>`, False where
-    `max_new_tokens` or the context cut it. Raises `ValueError` where the prompt leaves no room.
+    `max_new_tokens` or the context cut it. Raises `ValueError` where the prompt leaves no room, or
+    damaged weights give no numbers.
     `generator` must live on the model's device. What `prefix_cache` holds of the prompt is not
     computed again. `graphs` are those of the model; with them a GPU is many times faster.
     """
@@ -103,6 +104,7 @@ def generate(
     frames = min(max_new_tokens, room)
     prefix_cache = prefix_cache or PrefixCache(model)
     hidden = prefix_cache.prefill(prompt, frames)
+    _check_finite(model, hidden)
     if graphs is None:
         decoder = _FrameDecoder(model, im_end_id, sampling, generator)
         generated = decoder.frames(prefix_cache, hidden, frames)
@@ -115,6 +117,18 @@ def generate(
             return True
         yield codes
     return False
+
+
+def _check_finite(model: DualARTransformer, hidden: Tensor) -> None:
+    """Raise `ValueError` where a hidden state [D], or the fast transformer's logits of it, are no
+    numbers. (Once a prompt: looking at each frame would have to wait for the device.)"""
+    x = model.fast_project_in(hidden)[None, None]
+    logits = model.fast_logits(x, model.new_fast_cache())
+    if not (hidden.isfinite().all() & logits.isfinite().all()):
+        raise ValueError(
+            "the model computes values that are no numbers: its weights are damaged; get it, or"
+            " merge it, again"
+        )
 
 
 def _generate_with_graphs(

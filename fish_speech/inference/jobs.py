@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fish_speech.audio import save_format
+from fish_speech.audio import is_whole, save_format
 from fish_speech.files import (
     AUDIO_SUFFIXES,
     exclusive,
@@ -162,8 +162,8 @@ class BatchState:
     """A digest of each file's inputs, in `batch.json` in its folder, so that a batch can resume.
 
     `fingerprint` is what all files have in common (see `job_fingerprint`). A file counts as done
-    only where that, its text and its seed are still the same. Raises
-    `ValueError` for a `batch.json` that is no such record.
+    only where that, its text and its seed are still the same, and it is whole. Raises `ValueError`
+    for a `batch.json` that is no such record.
     """
 
     def __init__(self, folder: Path, fingerprint: Any) -> None:
@@ -171,7 +171,8 @@ class BatchState:
         self._digests = self._read() if self.file.exists() else {}
 
     def is_done(self, job: SpeechJob) -> bool:
-        return job.output.exists() and self._digests.get(job.output.name) == self._digest(job)
+        same = self._digests.get(job.output.name) == self._digest(job)
+        return same and is_whole(job.output)
 
     def leftovers(self, jobs: list[SpeechJob]) -> list[Path]:
         """Files of earlier batches that none of these jobs writes."""

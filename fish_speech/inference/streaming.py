@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fish_speech.models.vqgan import Codec
+from fish_speech.models.vqgan.codec import DAMAGED
 from fish_speech.models.vqgan.firefly import ConvState
 
 # Frames of a block: short ones first, so that speech is heard soon; long ones take fewer calls. Few
@@ -30,6 +31,7 @@ def decode_stream(
     The codec is causal and a `ConvState` holds what a block depends on: every block equals the same
     stretch of the whole. The same frames always give the same blocks, however fast they come. There
     are `repeats` blocks of each of the `BLOCK_LENGTHS` before the next (None: as suits the device).
+    Raises `ValueError` where damaged weights give no numbers.
     """
     if repeats is None:
         repeats = _REPEATS_CUDA if codec.device.type == "cuda" else _REPEATS_CPU
@@ -52,7 +54,10 @@ def _decode(codec: Codec, frames: list[Tensor], state: ConvState) -> Tensor:
     length = min(length for length in BLOCK_LENGTHS if length >= len(frames))
     codes = torch.stack(frames + frames[-1:] * (length - len(frames)), dim=1)
     waveforms, _ = codec.decode(codes[None].to(codec.device), state=state)
-    return waveforms[0, :, : len(frames) * codec.frame_length].float().cpu()
+    waveform = waveforms[0, :, : len(frames) * codec.frame_length].float().cpu()
+    if not waveform.isfinite().all():
+        raise ValueError(DAMAGED)
+    return waveform
 
 
 class SilenceTrimmer:

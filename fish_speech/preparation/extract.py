@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -112,7 +113,11 @@ def _read_records(data_dir: Path) -> list[dict]:
             record = read_json(file)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("clips"), dict) and "codec" in record:
+        if (
+            isinstance(record, dict)
+            and isinstance(record.get("codec"), str)
+            and isinstance(record.get("clips"), dict)
+        ):
             records.append(record)
     return records
 
@@ -202,12 +207,12 @@ def _size_and_time(file: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _stamp_if_unchanged(file: Path, stamp: list | None) -> list | None:
+def _stamp_if_unchanged(file: Path, stamp: Any) -> list | None:
     """The present stamp of a file if its content is that of `stamp`, else None.
 
-    (A copy has another time.)
+    (A copy has another time. A damaged record may hold anything.)
     """
-    if not stamp:
+    if not isinstance(stamp, list) or len(stamp) < 2:
         return None
     try:
         now = _size_and_time(file)

@@ -12,6 +12,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from copy import copy
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -284,7 +285,7 @@ class CachedRecogniser:
                 try:
                     entry = json.loads(line)
                     self._entries[entry.pop("key")] = entry
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError, AttributeError):
                     continue  # what a crash left unreadable is transcribed again
 
     @property
@@ -305,33 +306,56 @@ class CachedRecogniser:
         if detect is None or self.language is not None:
             return self
         samples = np.concatenate(list(clips))
-        found = self._cached("language", samples, lambda: {"language": detect(samples)})
-        if found["language"] is None:
+        language = self._cached(
+            "language", samples, lambda: {"language": detect(samples)}, _read_language
+        )
+        if language is None:
             return self
         other = copy(self)
-        other.recogniser = self.recogniser.with_language(found["language"])
+        other.recogniser = self.recogniser.with_language(language)
         return other
 
     def transcribe(self, samples: np.ndarray) -> Transcription:
-        entry = self._cached("", samples, lambda: asdict(self.recogniser.transcribe(samples)))
-        words = tuple(Word(**word) for word in entry["words"])
-        return Transcription(entry["text"], words, entry.get("no_speech", 0.0))
+        return self._cached(
+            "", samples, lambda: asdict(self.recogniser.transcribe(samples)), _read_transcription
+        )
 
     def _cached(
-        self, what: str, samples: np.ndarray, compute: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """What `compute` returns for `samples`, computed once."""
+        self,
+        what: str,
+        samples: np.ndarray,
+        compute: Callable[[], dict[str, Any]],
+        read: Callable[[dict[str, Any]], Any],
+    ) -> Any:
+        """What `compute` returns for `samples`, computed once, as `read` gives it.
+
+        It is computed again where `read` raises an error for what a damaged file holds.
+        """
         digest = hashlib.sha256((self.identity + what).encode())
         digest.update(np.ascontiguousarray(samples, np.float32).tobytes())
         key = digest.hexdigest()[:24]
-        if key not in self._entries:
-            self._entries[key] = compute()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"key": key, **self._entries[key]}, ensure_ascii=False) + "\n"
-                )
-        return self._entries[key]
+        with suppress(KeyError, TypeError, ValueError):
+            return read(self._entries[key])
+        entry = self._entries[key] = compute()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, **entry}, ensure_ascii=False) + "\n")
+        return read(entry)
+
+
+def _read_language(entry: dict[str, Any]) -> str | None:
+    if not isinstance(entry["language"], str | None):
+        raise TypeError("not a language")
+    return entry["language"]
+
+
+def _read_transcription(entry: dict[str, Any]) -> Transcription:
+    if not isinstance(entry["text"], str):
+        raise TypeError("not a text")
+    words = tuple(
+        Word(word["text"], float(word["start"]), float(word["end"])) for word in entry["words"]
+    )
+    return Transcription(entry["text"], words, float(entry.get("no_speech", 0.0)))
 
 
 def _transcription(text: str, no_speech: list[float], words: list[Word]) -> Transcription:

@@ -109,6 +109,7 @@ def test_a_model_that_fails_leaves_the_other(models, place, capsys):
         (("one/me", "empty"), (), "empty: "),
         (("one/me", "one/../one/me"), (), "it can't be compared with itself"),
         (("one/me", "two/me"), ("--texts", "none.txt"), "none.txt: no such file"),
+        (("one/me", "two/me"), ("--texts", "empty"), "--texts empty: a folder; give a file of"),
         (("one/me", "two/me"), ("--texts", "blank.txt"), "no line has a letter or a number"),
         (("one/me", "two/me"), ("--speaker", "Bob"), "speaker 'Bob' is unknown"),
         (("one/me", "two/me"), ("-o", "blank.txt"), "blank.txt: a file; the comparison needs"),

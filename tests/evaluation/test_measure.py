@@ -1,5 +1,7 @@
 """Planted models through the whole of it: speaking, listening, figures, recommendation."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -148,6 +150,27 @@ def test_what_was_spoken_is_not_spoken_again_until_something_changes(run, tmp_pa
     assert again.said == 8
 
 
+def test_what_is_there_in_part_is_spoken_again(run, tmp_path):
+    candidate, voice = planted("base", good)
+    first, folder = run(candidate), tmp_path / "audio/base"
+    whole = (folder / "0001.wav").read_bytes()
+    (folder / "0001.wav").write_bytes(whole[:20_000])
+    (folder / "0002.wav").write_bytes(b"")
+    for number, change in ((3, {"runaway": 0}), (4, {"empty": None})):
+        record = json.loads((folder / f"000{number}.json").read_text())
+        (folder / f"000{number}.json").write_text(json.dumps({**record, **change}))
+    (folder / "0004.wav").unlink()
+    assert run(candidate) == first
+    assert voice.said == 8
+    assert (folder / "0001.wav").read_bytes() == whole
+    record = json.loads((folder / "0003.json").read_text())
+    del record["runaway"]
+    (folder / "0003.json").write_text(json.dumps(record))
+    (folder / "0004.json").write_text("null")
+    assert run(candidate) == first
+    assert voice.said == 10
+
+
 def test_a_cached_candidate_is_not_even_loaded(run):
     candidate, _ = planted("base", good)
     run(candidate)
@@ -203,6 +226,11 @@ def test_what_the_codec_leaves_of_a_recording_is_on_the_scale(run, tmp_path):
 
 def test_a_recording_goes_through_the_codec_once(tmp_path, monkeypatch):
     first = Resynthesis(TINY, tmp_path, "cpu").of({"rms": REAL[:1]})
+    (copy,) = first["rms"]
+    whole = copy.audio.read_bytes()
+    copy.audio.write_bytes(whole[:20_000])
+    assert Resynthesis(TINY, tmp_path, "cpu").of({"rms": REAL[:1]}) == first
+    assert copy.audio.read_bytes() == whole
     monkeypatch.setattr(resynthesis, "load_codec", None)
     assert Resynthesis(TINY, tmp_path, "cpu").of({"rms": REAL[:1]}) == first
 

@@ -96,3 +96,14 @@ def test_it_stops_at_the_limit_and_at_the_context(model, golden):
     assert run(model, full)[0].shape[1] <= 2
     with pytest.raises(ValueError, match="context is 512"):
         run(model, torch.cat([golden["prompt"]] * 4, dim=1))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    ["layers.2.feed_forward.w2.weight", "fast_layers.1.attention.wo.weight", "fast_output.weight"],
+)
+def test_damaged_weights_say_nothing(model, golden, weight):
+    with torch.no_grad():
+        model.get_parameter(weight)[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"model computes .* no numbers: .*; get it, or merge"):
+        run(model, golden["prompt"])

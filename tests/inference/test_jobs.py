@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fish_speech.audio import save_audio
 from fish_speech.files import atomic_path, write_text
 from fish_speech.inference.jobs import BatchState, default_output, plan, run_pending_jobs
 
@@ -73,12 +75,18 @@ def _folder(path):
     return path
 
 
+def make(job):
+    """A short speech in the file of a job."""
+    save_audio(job.output, np.random.default_rng(0).normal(0, 0.1, 8000), 8000)
+    return True
+
+
 def test_a_file_is_done_while_nothing_that_made_it_has_changed(tmp_path):
     old, other = plan("One.\nTwo.", tmp_path, batch=True)
     (changed, _) = plan("One!\nTwo.", tmp_path, batch=True)
     BatchState(tmp_path, ["model", 0.7]).mark_done(old)
     assert not BatchState(tmp_path, ["model", 0.7]).is_done(old)  # the file itself is not there
-    old.output.touch()
+    make(old)
     state = BatchState(tmp_path, ["model", 0.7])
     assert state.is_done(old)
     assert not state.is_done(other)
@@ -106,21 +114,29 @@ def test_what_a_killed_batch_left_of_its_own_files_is_removed(tmp_path):
 
 def test_what_fails_is_no_part_of_the_record(tmp_path):
     jobs = plan("One.\nTwo.\nThree.", tmp_path, batch=True)
-    for job in jobs:
-        job.output.touch()
-    assert run_pending_jobs(jobs, None, lambda job: "Two" not in job.text) == (2, 0, 1, [])
-    assert run_pending_jobs(jobs, None, lambda job: True) == (1, 2, 0, [])
+    assert run_pending_jobs(jobs, None, lambda job: "Two" not in job.text and make(job)) == (
+        *(2, 0, 1),
+        [],
+    )
+    assert run_pending_jobs(jobs, None, make) == (1, 2, 0, [])
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
+def test_a_file_that_is_not_whole_is_made_again(tmp_path, suffix):
+    jobs = plan("One.\nTwo.\nThree.", tmp_path / f"_{suffix}", batch=True)
+    assert run_pending_jobs(jobs, None, make) == (3, 0, 0, [])
+    assert run_pending_jobs(jobs, None, make) == (0, 3, 0, [])
+    one, two, _ = (job.output for job in jobs)
+    one.write_bytes(b"")
+    two.write_bytes((whole := two.read_bytes())[: len(whole) // 2])
+    assert run_pending_jobs(jobs, None, make) == (2, 1, 0, [])
 
 
 def test_files_of_earlier_batches_that_are_none_of_this_one_are_told(tmp_path):
-    def touch(job):
-        job.output.touch()
-        return True
-
-    run_pending_jobs(plan("One.\nTwo.\nThree.", tmp_path, batch=True), None, touch)
+    run_pending_jobs(plan("One.\nTwo.\nThree.", tmp_path, batch=True), None, make)
     (tmp_path / "0002.wav").unlink()
     (tmp_path / "mine.wav").touch()
-    found = run_pending_jobs(plan("One.", tmp_path, batch=True), None, touch)
+    found = run_pending_jobs(plan("One.", tmp_path, batch=True), None, make)
     assert found == (0, 1, 0, [tmp_path / "0003.wav"])
 
 

@@ -56,6 +56,17 @@ def test_every_block_is_computed_with_a_frames_channels_side_by_side(tts):
     assert set(orders) == {(1, 1)}
 
 
+def test_what_is_no_sound_is_not_given_out(tts, monkeypatch):
+    codec, plain = tts._codec, tts._codec.decode
+    spoil = [1.0, 1.0, torch.nan]
+    monkeypatch.setattr(codec, "decode", lambda *x, **y: (plain(*x, **y)[0] * spoil.pop(0), None))
+    blocks = decode_stream(codec, torch.zeros(30, 8, dtype=torch.long))
+    next(blocks)
+    next(blocks)
+    with pytest.raises(ValueError, match=r"codec computes .* no numbers"):
+        next(blocks)
+
+
 def test_two_streams_of_one_codec_do_not_mix(tts):
     codec, generator = tts._codec, torch.Generator().manual_seed(0)
     codes = [torch.randint(0, 1000, (8, 20), generator=generator) for _ in range(2)]  # [K, T]

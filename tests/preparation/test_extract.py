@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 
@@ -45,6 +46,22 @@ def test_a_second_run_makes_only_what_is_missing_or_stale(data, codec, codec_dir
     os.utime(data / "Ann" / "c1.wav", ns=(1, 1))
     result = extract_codes(data, codec, codec_dir)
     assert (result.made, result.kept) == (2, 3)
+
+
+@pytest.mark.parametrize("change", [{"codec": []}, {"clips": 5}, 7, [1, 2], [None], "stamp"])
+def test_where_the_record_is_damaged_codes_are_made_again(data, codec, codec_dir, change):
+    extract_codes(data, codec, codec_dir)
+    record = json.loads((data / "codes.json").read_text())
+    if isinstance(change, dict):
+        record |= change
+    else:
+        record["clips"] = dict.fromkeys(record["clips"], change)
+    (data / "codes.json").write_text(json.dumps(record))
+    assert not codecs_of_codes(data) - {file_digest(find_codec(codec_dir))}
+    result = extract_codes(data, codec, codec_dir)
+    assert result.failed == {}
+    assert result.made + result.kept == 5
+    assert extract_codes(data, codec, codec_dir).kept == 5
 
 
 def test_a_copied_data_set_keeps_its_codes(data, codec, codec_dir, tmp_path):

@@ -246,6 +246,25 @@ def test_transcriptions_are_kept_across_runs_and_survive_a_torn_line(tmp_path):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *(None, [], 5, "x", {"key": [], "text": ""}),
+        *({"text": None}, {"words": None}, {"words": ["clip"]}, {"words": [{"text": "clip"}]}),
+        *({"words": [{"text": "clip", "start": None, "end": 1}]}, {"no_speech": None}),
+    ],
+)
+def test_what_a_damaged_line_was_is_heard_again(tmp_path, damaged):
+    path, samples = tmp_path / "heard.jsonl", np.ones(3, np.float32)
+    transcription = CachedRecogniser(Counting(), path).transcribe(samples)
+    good = json.loads(path.read_text())
+    wrong = {**good, **damaged} if isinstance(damaged, dict) else damaged
+    path.write_text(json.dumps(wrong) + "\n")
+    for again in (Counting(), Counting()):
+        assert CachedRecogniser(again, path).transcribe(samples) == transcription
+    assert again.asked == 0  # a second time
+
+
 def test_transcriptions_of_an_earlier_version_are_read(tmp_path):
     path, samples = tmp_path / "heard.jsonl", np.ones(3, np.float32)
     transcription = CachedRecogniser(Counting(), path).transcribe(samples)

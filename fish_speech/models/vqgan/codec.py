@@ -20,6 +20,8 @@ from fish_speech.models.vqgan.spectrogram import LogMelSpectrogram
 from fish_speech.models.weights import assign_strictly, empty_modules, read_state_dict
 
 CODEC_CONFIG_FILE = "codec_config.json"
+_MOST = 1 << 20  # more is a damaged file
+DAMAGED = "the codec computes values that are no numbers: its weights are damaged; get it again"
 
 
 @dataclass
@@ -96,13 +98,43 @@ class CodecConfig:
         kinds = {f.name: f.default_factory for f in fields(cls)}
         if not isinstance(sections, dict) or set(sections) != set(kinds):
             raise ValueError(f"must have the sections {', '.join(kinds)} and no others")
-        return cls(**{name: _section(kinds[name], sections[name]) for name in kinds})
+        config = cls(**{name: _section(name, kinds[name], sections[name]) for name in kinds})
+        spec, backbone, head = config.spec_transform, config.backbone, config.head
+        for one, other, fits in (
+            ("spec_transform.hop_length", "the product of head.upsample_rates",
+             spec.hop_length == math.prod(head.upsample_rates)),
+            ("spec_transform.n_mels", "backbone.input_channels",
+             spec.n_mels == backbone.input_channels),
+            ("spec_transform.win_length", "n_fft", spec.win_length <= spec.n_fft),
+            ("backbone.depths", "dims", len(backbone.depths) == len(backbone.dims)),
+            ("head.upsample_rates", "upsample_kernel_sizes",
+             len(head.upsample_rates) == len(head.upsample_kernel_sizes)),
+            ("head.resblock_kernel_sizes", "resblock_dilation_sizes",
+             len(head.resblock_kernel_sizes) == len(head.resblock_dilation_sizes)),
+        ):  # fmt: skip
+            if not fits:
+                raise ValueError(f"{one} does not fit {other}")
+        return config
 
 
-def _section(kind: Any, values: dict[str, Any]) -> Any:
+def _section(name: str, kind: Any, values: Any) -> Any:
     """Fields that only upstream's training reads (drop_path_rate ...) are left out."""
-    names = {f.name for f in fields(kind)}
-    return kind(**{key: value for key, value in values.items() if key in names})
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is {values!r}, not a section of sizes")
+    known = [f for f in fields(kind) if f.name in values]
+    for f in known:
+        if not _is_like(f.default, values[f.name]):
+            what = "a size" if f.type == "int" else "a list"
+            raise ValueError(f"{name}.{f.name} is {values[f.name]!r}, not {what} as {f.default}")
+    return kind(**{f.name: values[f.name] for f in known})
+
+
+def _is_like(default: Any, value: Any) -> bool:
+    """Whether a value is a whole number that can be a size, or a list of such, as the default."""
+    if isinstance(default, tuple):
+        like = isinstance(value, list | tuple) and len(value) > 0
+        return like and all(_is_like(default[0], item) for item in value)
+    return type(value) is int and 1 <= value <= _MOST
 
 
 class Codec(nn.Module):
@@ -129,7 +161,8 @@ class Codec(nn.Module):
     def encode(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """waveforms [B, 1, N] (at `sample_rate`, `lengths [B]` samples of each) to codes.
 
-        Returns codes [B, K, T] (int64) and their lengths [B]: whole frames only.
+        Returns codes [B, K, T] (int64) and their lengths [B]: whole frames only. Raises
+        `ValueError` where damaged weights give no numbers.
         """
         if lengths is None:
             lengths = torch.full((len(waveforms),), waveforms.shape[-1])
@@ -139,7 +172,10 @@ class Codec(nn.Module):
         mask = length_mask(mel_lengths, mels.shape[-1])
         mels = channels_last(mels * mask)
         features = self.backbone(mels) * mask
-        return self.quantizer.encode(features), mel_lengths // self._mels_per_frame
+        codes = self.quantizer.encode(features)
+        if (codes < 0).any():
+            raise ValueError(DAMAGED)
+        return codes, mel_lengths // self._mels_per_frame
 
     def encode_batch(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
         """waveforms [1, N] of any lengths (at `sample_rate`) to codes [K, T] (int64) of each.

@@ -37,9 +37,10 @@ class FiniteScalarQuantizer(nn.Module):
         return self._output(rounded), self._codes(rounded.detach())
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [B, T', dim] -> codes [B, T'] (int64)."""
+        """x [B, T', dim] -> codes [B, T'] (int64); -1 where x is NaN."""
         # Bounded twice: an accident upstream that the published weights were trained with.
-        return self._codes(self._bound(self._bound(self.project_in(x))).round())
+        bounded = self._bound(self._bound(self.project_in(x)))
+        return self._codes(bounded.round()).where(bounded.isfinite().all(-1), -1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes [B, T'] -> x [B, T', dim]."""

@@ -100,6 +100,22 @@ def test_blocks_decode_as_in_the_whole(codec_dir, golden, dtype):
     assert not torch.allclose(again, pieces[1], atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [
+        "backbone.norm.weight",
+        "quantizer.downsample.1.1.pwconv2.weight",
+        "quantizer.residual_fsq.rvqs.7.project_in.bias",
+    ],
+)
+@torch.no_grad()
+def test_damaged_weights_give_no_codes(codec_dir, golden, weight):
+    codec = load_codec(codec_dir)
+    codec.get_parameter(weight).fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"codec computes .* no numbers: .*; get it again"):
+        codec.encode(golden["audio"], golden["audio_lengths"])
+
+
 @pytest.mark.parametrize("samples", [1, 500, 2047, 2048])
 def test_very_short_audio_gives_only_whole_frames(codec, samples):
     _, lengths = codec.encode(torch.zeros(1, 1, samples))
@@ -134,6 +150,35 @@ def test_a_codec_that_does_not_fit_its_config_is_refused_with_both_shapes(codec_
     (tmp_path / "codec_config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"golden\.pth: .*has shape .*but the config says"):
         load_codec(tmp_path)
+
+
+def test_a_config_that_can_not_be_is_one_error_that_names_file_and_field(codec_dir, tmp_path):
+    shutil.copy(codec_dir / "firefly-gan-vq-golden.pth", tmp_path)
+    values = json.loads((codec_dir / "codec_config.json").read_text())
+    wrong = [(section, None, found) for section in values for found in (None, [1], 5, "x")]
+    for section, key, size in (
+        ("spec_transform", "sample_rate", 44100),
+        ("backbone", "depths", [1, 1, 2, 1]),
+        ("head", "resblock_dilation_sizes", [[1, 3, 5]] * 3),
+        ("quantizer", "levels", [8, 5, 5, 5]),
+    ):
+        assert values[section][key] == size
+        wrong += [(section, key, found) for found in (None, str(size), 0, -1, 1.5, True, 10**9)]
+        wrong += [(section, key, found) for found in ([], [0], [None], {}, float("nan"), [[1.0]])]
+    for section, key, found in (
+        ("spec_transform", "hop_length", 100),
+        ("spec_transform", "n_mels", 80),
+        ("spec_transform", "win_length", 4096),
+        ("backbone", "depths", [1, 1, 2]),
+        ("head", "upsample_rates", [8, 64]),
+        ("head", "resblock_kernel_sizes", [3, 7]),
+    ):
+        wrong.append((section, key, found))
+    for section, key, found in wrong:
+        changed = {**values[section], key: found} if key else found
+        (tmp_path / "codec_config.json").write_text(json.dumps({**values, section: changed}))
+        with pytest.raises(ValueError, match=rf"codec_config\.json: {section}.*{key or ''}"):
+            load_codec(tmp_path)
 
 
 def test_no_codec_or_two_are_named(codec_dir, tmp_path):
