@@ -17,6 +17,7 @@ from fish_speech.console import (
     tolerate_unencodable,
 )
 from fish_speech.devices import resolve_device, resolve_precision
+from fish_speech.files import shown_path
 from fish_speech.resources import limit_threads, tune_malloc
 from fish_speech.signals import interrupt_on_termination
 from fish_speech.training.arguments import as_flag, build_parser, check_arguments, does_any_of
@@ -165,12 +166,15 @@ def train_stage(
     if args.eval_every:
         from fish_speech.evaluation.callback import EvaluateDuringTraining as During
 
-        ears = {"whisper_model": args.whisper_model, "speaker_encoder": args.speaker_encoder}
-        more["callbacks"] = [During(Path(config.data.dir), base_dir, args.eval_every, say, **ears)]
-    say(start.reason)
+        models = {"whisper_model": args.whisper_model, "speaker_encoder": args.speaker_encoder}
+        more["callbacks"] = [
+            During(Path(config.data.dir), base_dir, args.eval_every, say, **models)
+        ]
+    say(start.reason if start.checkpoint else f"{start.reason} {shown_path(base_dir)}")
     done = train(config, base_dir=base_dir, manifest=manifest, start=start, say=say, **more)
     run = done.checkpoint.path.parents[1]
-    say(f"trained: {done.checkpoint.path}; losses: {run / 'logs' / 'loss.png'}")
+    if not (start.resumes and done.checkpoint == start.checkpoint):
+        say(f"trained: {done.checkpoint.path}; losses: {run / 'logs' / 'loss.png'}")
     return done.stopped_by
 
 
@@ -181,7 +185,9 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
 
     try:
         board = evaluate(run, Request.of_flags(vars(args)), say)
-    except Exception as error:  # whatever it is, hours of training are worth a merge
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever it is, hours of training are worth a merge
         if args.evaluate:
             raise
         if args.debug:
@@ -316,7 +322,7 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
 
 
 def prepared_dir(args: argparse.Namespace) -> Path:
-    """Where `--prepare-data` puts the data set."""
+    """Where `--prepare-data` puts the dataset."""
     return Path("training_data") / args.project
 
 

@@ -1,4 +1,4 @@
-"""Turn recordings into a data set: short clips at 44.1 kHz, each with its transcript."""
+"""Turn recordings into a dataset: short clips at 44.1 kHz, each with its transcript."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", help="a recording, a folder of them, or a web address with --youtube")
-    add("--output", type=Path, help="the data set, usually training_data/NAME")
-    add("--check", type=Path, metavar="DIR", help="look at a data set, change nothing in it")
+    add("--output", type=Path, help="the dataset, usually training_data/NAME")
+    add("--check", type=Path, metavar="DIR", help="look at a dataset, change nothing in it")
     add("--report", action="store_true", help="also write report.html beside the summary")
     add("--speaker", help="who speaks (default: the subfolder, else the name of the output)")
     add("--strict", action="store_true", help="stop at the first recording that fails")
@@ -90,7 +90,7 @@ def make_options(arguments: argparse.Namespace) -> Options:
     if (given["check"] is None) == (given["input"] is None):
         raise ValueError("give either --input with --output, or --check")
     if given["check"] is None and given["output"] is None:
-        raise ValueError("--input needs --output, the folder of the data set")
+        raise ValueError("--input needs --output, the folder of the dataset")
     if given["check"] is not None:
         parser = build_parser()
         for name in _NOT_WHEN_CHECKING:
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(last)
     if summary.failed or not summary.clips:
         return 1
-    # A data set that is prepared once more is being checked.
+    # A dataset that is prepared once more is being checked.
     return 1 if is_data_set(options.input) and has_blocking_flags(summary) else 0
 
 

@@ -93,7 +93,7 @@ def _encode(directory: Path, device: str) -> float:
 
 
 def _utterances() -> Path:
-    """A data set with codes and without sound, made once."""
+    """A dataset with codes and without sound, made once."""
     folder = CACHE / f"utterances-{_UTTERANCES}"
     if not folder.exists():
         in_new_process(_make_utterances, folder)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from fish_speech.models.text2semantic import ModelConfig
 
 
-def training_shapes(config: ModelConfig, columns: int, frames: int) -> list[Shape]:
-    """The matrix products of the forward over one item: `frames` of its `columns` have labels.
+def training_shapes(config: ModelConfig, tokens: int, frames: int) -> list[Shape]:
+    """The matrix products of the forward over one item: `frames` of its `tokens` have labels.
 
-    BenchmarkRow 0 is learned at the frames and the two control tokens around them.
+    Row 0 is learned at the frames and the two control tokens around them.
     """
     c = config
     slow = _block_shapes(c.dim, c.n_head, c.n_local_heads, c.head_dim, c.intermediate_size)
@@ -29,23 +29,23 @@ def training_shapes(config: ModelConfig, columns: int, frames: int) -> list[Shap
     )
     codes = frames * config.num_codebooks
     return [
-        *[(columns, *sizes) for sizes in slow * config.n_layer],
+        *[(tokens, *sizes) for sizes in slow * config.n_layer],
         (frames + 2, config.dim, config.vocab_size),
         *[(codes, *sizes) for sizes in fast * config.n_fast_layer],
         (codes, config.fast_dim, config.codebook_size),
     ]
 
 
-def training_flops(config: ModelConfig, columns: int, frames: int, rank: int) -> int:
+def training_flops(config: ModelConfig, tokens: int, frames: int, rank: int) -> int:
     """Forward, gradients of the activations through the frozen base, and those of the adapters.
 
     Norms, lookups and the optimizer count as nothing.
     """
     flops = 0
-    for rows, width, out in training_shapes(config, columns, frames):
+    for rows, width, out in training_shapes(config, tokens, frames):
         flops += 2 * (2 * rows * width * out)  # there is no gradient of a frozen weight
         flops += 3 * (2 * rows * rank * (width + out))
-    slow = config.n_layer * config.n_head * config.head_dim * _pairs(columns)
+    slow = config.n_layer * config.n_head * config.head_dim * _pairs(tokens)
     fast = config.n_fast_layer * config.fast_n_head * config.fast_head_dim
     fast *= frames * _pairs(config.num_codebooks)
     return flops + 3 * (2 * 2 * (slow + fast))  # scores, and sums of values

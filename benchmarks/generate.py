@@ -11,8 +11,8 @@ from benchmarks.limits import read_bandwidth, synchronize
 from benchmarks.measure import BenchmarkRow, in_new_process
 from benchmarks.random_model import full_size_model
 
-_PROMPT = 128  # columns: a sentence, and a short one before it
-_EARLY, _LATE = 64, 2000  # columns: nearly nothing, and a page
+_PROMPT = 128  # tokens: a sentence, and a short one before it
+_EARLY, _LATE = 64, 2000  # tokens: nearly nothing, and a page
 _FRAMES = 60
 _WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
@@ -45,7 +45,7 @@ def generate_late_row(device: str) -> BenchmarkRow:
         unit="frames/s",
         limit=1 / early,
         peak_memory_gb=peak,
-        workload=f"{precision} after a prompt of {_LATE} columns; limit: after {_EARLY}",
+        workload=f"{precision} after a prompt of {_LATE} tokens; limit: after {_EARLY}",
     )
 
 
@@ -68,12 +68,12 @@ def _row(precision: str, device: str) -> BenchmarkRow:
         unit="frames/s",
         limit=limit,
         peak_memory_gb=peak,
-        workload=f"after a prompt of {_PROMPT} columns (real time is 21.5); limit: every weight of"
+        workload=f"after a prompt of {_PROMPT} tokens (real time is 21.5); limit: every weight of"
         f" a frame read once at {bandwidth / 1e9:.1f} GB/s",
     )
 
 
-def _generate(directory: Path, precision: str, device: str, columns: int) -> float:
+def _generate(directory: Path, precision: str, device: str, tokens: int) -> float:
     """Median seconds a frame after a prompt, without the first frame, which reads the prompt."""
     import torch
 
@@ -95,8 +95,8 @@ def _generate(directory: Path, precision: str, device: str, columns: int) -> flo
         else capture_frame_graphs(model, tokenizer.im_end_id)
     )
     random = torch.Generator().manual_seed(0)
-    prompt = torch.zeros(model.config.num_codebooks + 1, columns, dtype=torch.long)
-    prompt[0] = torch.randint(0, 256, (columns,), generator=random)
+    prompt = torch.zeros(model.config.num_codebooks + 1, tokens, dtype=torch.long)
+    prompt[0] = torch.randint(0, 256, (tokens,), generator=random)
     times: list[float] = []
     for seed in range(_FRAMES):  # a speech of random weights may end at any time
         frames = generate(

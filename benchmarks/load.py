@@ -1,4 +1,4 @@
-"""BenchmarkRow `load`: a model directory of the published size, from disk to ready weights."""
+"""Row `load`: a model directory of the published size, from disk to ready weights."""
 
 from __future__ import annotations
 

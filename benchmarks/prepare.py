@@ -1,4 +1,4 @@
-"""Rows `prepare` and `prepare_long`: recordings become a data set, everything but recognition."""
+"""Rows `prepare` and `prepare_long`: recordings become a dataset, everything but recognition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BenchmarkRow `startup`: the time until a script answers `--help`."""
+"""Row `startup`: the time until a script answers `--help`."""
 
 from __future__ import annotations
 

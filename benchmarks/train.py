@@ -15,8 +15,8 @@ from benchmarks.limits import matrix_rate
 from benchmarks.measure import BenchmarkRow, in_new_process
 from benchmarks.random_model import full_size_model
 
-SHORT, LONG = (1, 256), (4, 1024)  # items and columns of a batch
-_MIXED = range(226, 406, 10)  # columns of clips, with the published tokenizer of 5 to 13 s
+SHORT, LONG = (1, 256), (4, 1024)  # items and tokens of a batch
+_MIXED = range(226, 406, 10)  # tokens of clips, with the published tokenizer of 5 to 13 s
 _TEXT = (
     "The ferry leaves at ten past four, and whoever is late waits for the morning, "
     "with a book and a flask of tea, in the small room behind the harbour office."
@@ -40,14 +40,14 @@ def train_long_row(device: str) -> BenchmarkRow:
 
 def train_mixed_row(device: str) -> BenchmarkRow:
     """As with clips of people: no batch has a size that was seen before."""
-    what = f"one clip each, no two of a length ({_MIXED[0]} to {_MIXED[-1]} columns)"
+    what = f"one clip each, no two of a length ({_MIXED[0]} to {_MIXED[-1]} tokens)"
     return _row("train_mixed", "auto", device, 1, list(_MIXED), what)
 
 
 def _same_row(name: str, precision: str, device: str, batch: tuple[int, int]) -> BenchmarkRow:
-    items, columns = batch
-    clips = [columns] * (items + (items > 1))  # one of several is held out
-    return _row(name, precision, device, items, clips, f"of {items} x {columns} columns")
+    items, tokens = batch
+    clips = [tokens] * (items + (items > 1))  # one of several is held out
+    return _row(name, precision, device, items, clips, f"of {items} x {tokens} tokens")
 
 
 def _row(
@@ -57,12 +57,12 @@ def _row(
     (steps, text, rank, dtype), peak = in_new_process(
         _train, directory, precision, device, items, clips
     )
-    seconds, columns = zip(*steps, strict=True)
-    given = (directory, items, columns, text, rank, dtype, device)
+    seconds, tokens = zip(*steps, strict=True)
+    given = (directory, items, tokens, text, rank, dtype, device)
     (flops, rate), _ = in_new_process(_limit, *given)
     return BenchmarkRow(
         name=name,
-        figure=median(seconds) if len(set(columns)) == 1 else mean(seconds),
+        figure=median(seconds) if len(set(tokens)) == 1 else mean(seconds),
         unit="s/step",
         limit=flops / rate,
         peak_memory_gb=peak,
@@ -74,9 +74,9 @@ def _row(
 def _train(
     directory: Path, precision: str, device: str, items: int, clips: list[int]
 ) -> tuple[list[tuple[float, int]], int, int, str]:
-    """Train as `finetune_tts.py` does, on clips of so many columns.
+    """Train as `finetune_tts.py` does, on clips of so many tokens.
 
-    Returns the seconds and the columns of each step, how many of those are no frames, the
+    Returns the seconds and the tokens of each step, how many of those are no frames, the
     adapters' rank and the base's dtype.
     """
     import lightning as L
@@ -103,8 +103,8 @@ def _train(
     data, timer, text = Path("data"), StepTimer(), _text_columns(directory)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for number, columns in enumerate(clips):
-            _write_clip(data / "Ann" / f"{number:02d}_{columns}", columns - text)
+        for number, tokens in enumerate(clips):
+            _write_clip(data / "Ann" / f"{number:02d}_{tokens}", tokens - text)
         manifest, _ = build_shards(data, num_codebooks=8, codebook_size=1024)
         count = max(_STEPS, len(manifest.train)) if len(set(clips)) > 1 else _STEPS
         settings = (f"train.max_steps={count}", f"precision={precision}", f"device={device}")
@@ -121,13 +121,13 @@ def _train(
         )
         os.chdir(directory)  # the folder could not be removed from within
     seconds = [end - begin for begin, end in pairwise(timer.ends)]
-    columns = [int(manifest.train[index].rpartition("_")[2]) for index in timer.indices]
-    steps = list(zip(seconds, columns, strict=True))[_WARM_UP:-1]  # the last one is saved, too
+    tokens = [int(manifest.train[index].rpartition("_")[2]) for index in timer.indices]
+    steps = list(zip(seconds, tokens, strict=True))[_WARM_UP:-1]  # the last one is saved, too
     return steps, text, config.lora.r, str(timer.dtype).removeprefix("torch.")
 
 
 def _text_columns(directory: Path) -> int:
-    """The columns of an item that are no frames."""
+    """The tokens of an item that are no frames."""
     import torch
 
     from fish_speech.conversation import Utterance, build_item
@@ -151,7 +151,7 @@ def _write_clip(clip: Path, frames: int) -> None:
 def _limit(
     directory: Path,
     items: int,
-    columns: Sequence[int],
+    tokens: Sequence[int],
     text: int,
     rank: int,
     dtype: str,
@@ -161,7 +161,7 @@ def _limit(
     from fish_speech.models.text2semantic import ModelConfig
 
     config = ModelConfig.from_pretrained(directory)
-    flops = items * mean(training_flops(config, count, count - text, rank) for count in columns)
-    usual = round(mean(columns))
+    flops = items * mean(training_flops(config, count, count - text, rank) for count in tokens)
+    usual = round(mean(tokens))
     shapes = training_shapes(config, usual, usual - text)
     return flops, matrix_rate([(items * rows, *sizes) for rows, *sizes in shapes], dtype, device)

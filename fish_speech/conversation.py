@@ -1,7 +1,7 @@
 """The only code that builds a prompt: training items and synthesis prompts come from here.
 
-A column of `tokens [K+1, T]` is a text token (row 0, codes 0) or a frame (row 0 the semantic id of
-its first code, rows 1..K its codes). One utterance reads
+A position of `tokens [K+1, T]` is a text token (row 0, codes 0) or a frame (row 0 the semantic id
+of its first code, rows 1..K its codes). One utterance reads
 
     <|im_start|>system\\nSpeak out the provided text.<|im_end|>
     <|im_start|>user\\n{text}<|im_end|>

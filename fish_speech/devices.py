@@ -87,9 +87,8 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device):  # the card that is asked
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and _has_any_instruction(
-        "avx512_bf16", "amx_bf16", "bf16"
-    )  # the last on ARM
+    names = ("avx512_bf16", "amx_bf16", "bf16")  # the last on ARM
+    return device.type == "cpu" and _has_any_instruction(*names)
 
 
 def has_native_int8(device: torch.device) -> bool:

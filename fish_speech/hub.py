@@ -144,9 +144,15 @@ def check_model_dir(path: str | Path) -> None:
         missing.append(f"the codec {CODEC_PATTERN}")
     if missing:
         _raise_if_unmerged(path)
+        project = path.resolve().name.removesuffix("-merged")
+        merged = project != path.resolve().name
+        remedy = (
+            f"merge it again (finetune_tts.py --project {project} --merge-weights)" if merged
+            else "copy that from where it came from; the published model is downloaded by its "
+            "version, 1.5"
+        )  # fmt: skip
         raise FileNotFoundError(
-            f"{path}: not a complete model directory, it lacks {', '.join(missing)}; copy that from"
-            " the model that this one was made of, or give 1.5 in its place: that downloads it all"
+            f"{path}: not a complete model directory, it lacks {', '.join(missing)}; {remedy}"
         )
     find_codec(path)
 

@@ -1,8 +1,8 @@
 """The experiment that the training defaults come from: how near does a voice come, and how soon?
 
-    python -m recipes.timbre                 # all settings, two at a time, then the table
-    python -m recipes.timbre guide linear-5e-4 # some of them
-    python -m recipes.timbre --table         # of what there is
+    python -m recipes.timbre                    # all settings, two at a time, then the table
+    python -m recipes.timbre guide linear-5e-4  # some of them
+    python -m recipes.timbre --table            # of what there is
 
 A voice that the embedded model never heard, the one of `samples/`, reads sentences of the words
 that the model knows; each of the settings is trained on them, a tenth held out; base and

@@ -1,4 +1,4 @@
-"""A small data set of made-up codes, as extraction leaves it, for tests of packing and training."""
+"""A small dataset of made-up codes, as extraction leaves it, for tests of packing and training."""
 
 from pathlib import Path
 

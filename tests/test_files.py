@@ -186,20 +186,20 @@ def test_safe_names_are_short_in_bytes_too():
 
 
 def test_a_folder_has_one_writer(tmp_path):
-    first, second = (files.exclusive(tmp_path, "data set x") for _ in range(2))
-    with first, pytest.raises(ValueError, match=r"data set x is in use by process \d+"):
+    first, second = (files.exclusive(tmp_path, "dataset x") for _ in range(2))
+    with first, pytest.raises(ValueError, match=r"dataset x is in use by process \d+"):
         second.__enter__()
-    with files.exclusive(tmp_path, "data set x"):
+    with files.exclusive(tmp_path, "dataset x"):
         assert (tmp_path / ".lock-holder").exists()
 
 
 def test_a_writer_that_can_not_be_named_is_one_all_the_same(tmp_path):
     holder = tmp_path / ".lock-holder"
-    with files.exclusive(tmp_path, "data set x"):
+    with files.exclusive(tmp_path, "dataset x"):
         holder.unlink()
         holder.mkdir()  # as where it goes away between two looks: there, and not to be read
         with pytest.raises(files.InUseError, match="in use by another process"):
-            files.exclusive(tmp_path, "data set x").__enter__()
+            files.exclusive(tmp_path, "dataset x").__enter__()
         holder.rmdir()
 
 

@@ -68,7 +68,7 @@ def test_three_scripts_make_recordings_a_voice_that_speaks(tmp_path):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch, base_dir):
-    """`project(*flags)` runs the program in a folder with a small data set; returns the status."""
+    """`project(*flags)` runs the program in a folder with a small dataset; returns the status."""
     monkeypatch.chdir(tmp_path)
     make_data_set(tmp_path / "data", {"Ann": 6})
 
@@ -216,7 +216,12 @@ def test_losses_that_cannot_be_drawn_cost_no_training(project, tmp_path, monkeyp
     [
         ((), "nothing to do: give a stage"),
         (("--train",), "--data-dir is missing"),
-        ((*TRAIN, "--max-steps", 0), "train.max_steps is 0; it must be at least 1"),
+        ((*TRAIN, "--max-steps", 0), "train.max_steps is 0; it must be 1 to 1e+09"),
+        (("--merge-weights", "--learning-rate", 1), "--learning-rate belongs to --train"),
+        (
+            (*TRAIN, "--model-version", "tiny", "--pretrained-ckpt-path", "base"),
+            "--model-version and --pretrained-ckpt-path exclude each other",
+        ),
         ((*TRAIN, "--max-steps", 0, "--prepare-data"), "train.max_steps is 0"),  # before it
         ((*TRAIN[:3], "--learning-rate", "nan"), "optimizer.learning_rate is nan"),
         ((*TRAIN[:3], "--override", "optimizer.learning_rate=-1"), "learning_rate is -1.0"),
@@ -235,7 +240,6 @@ def test_losses_that_cannot_be_drawn_cost_no_training(project, tmp_path, monkeyp
         ((*TRAIN, "--override", "+train.foo=1"), "foo"),
         ((*TRAIN, "--override", "train.gradient_checkpointing=maybe"), "auto, true or false"),
         ((*TRAIN, "--override", "(("), "config: "),
-        ((*TRAIN, "--model-version", "9"), "one of 1.5, tiny"),
         ((*TRAIN, "--device", "cpu:3"), "--device cpu:3: this machine has 1 of this kind"),
         ((*TRAIN, "--device", "cuda:abc"), "--device cuda:abc: unknown"),
         ((*TRAIN, "--strategy", "deepspeeed"), "deepspeeed"),
@@ -248,7 +252,7 @@ def test_losses_that_cannot_be_drawn_cost_no_training(project, tmp_path, monkeyp
         (("--merge-weights",), "no checkpoints; train first"),
         (("--merge-weights", "--checkpoint-path", "x", "--checkpoint-step", 1), "what to merge"),
         (("--evaluate", "--checkpoint-path", "x"), "the project's own checkpoints"),
-        (("--data-dir", "nowhere", "--train"), "nowhere: no such data set"),
+        (("--data-dir", "nowhere", "--train"), "nowhere: no such dataset"),
         (("--data-dir", "nowhere", "--full-pipeline"), "nowhere: no such folder"),
     ],
 )
@@ -263,7 +267,7 @@ def test_bad_input_is_one_line_with_the_remedy(project, tmp_path, capsys, flags,
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.gradient_clip=-1", "train.gradient_clip is -1.0; it must be at least 0"),
+        ("train.gradient_clip=-1", "train.gradient_clip is -1.0; it must be 0 to 1e+09"),
         ("train.gradient_clip=nan", "train.gradient_clip is nan"),
         ("data.num_workers=-1", "data.num_workers is -1"),
         ("optimizer.warmup_steps=-1", "optimizer.warmup_steps is -1"),
@@ -526,26 +530,26 @@ def test_a_data_set_that_another_run_works_on_is_waited_for(project, tmp_path, m
     keep_codes(tmp_path)
     other = ExitStack()
     monkeypatch.setattr("time.sleep", lambda seconds: other.close())
-    other.enter_context(exclusive(tmp_path / "data", "data set"))
+    other.enter_context(exclusive(tmp_path / "data", "dataset"))
     assert project(*TRAIN, "--max-steps", 1) == 0
     said = capsys.readouterr().err
-    assert said.count("waiting (Ctrl+C stops that): data set data is in use by process") == 1
+    assert said.count("waiting (Ctrl+C stops that): dataset data is in use by process") == 1
 
     def packed_by_somebody_else(*arguments, **more):
-        with exclusive(tmp_path / "data", "data set"):
+        with exclusive(tmp_path / "data", "dataset"):
             pass
 
     for stage in ("preparation.extract.extract_codes", "datasets.shards.build_shards"):
         with monkeypatch.context() as patch:
             patch.setattr(f"fish_speech.{stage}", packed_by_somebody_else)
             assert project(*TRAIN, "--max-steps", 2) == 2
-        assert "data set is in use by process" in capsys.readouterr().err
+        assert "dataset is in use by process" in capsys.readouterr().err
 
     def ctrl_c(seconds):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("time.sleep", ctrl_c)
-    with exclusive(tmp_path / "data", "data set"):
+    with exclusive(tmp_path / "data", "dataset"):
         assert project(*TRAIN, "--max-steps", 2) == 130
 
 
@@ -685,3 +689,24 @@ def test_two_processes_are_one_with_twice_the_batch(project, tmp_path, base_dir,
     torch.testing.assert_close(
         states[1]["state_dict"], states[0]["state_dict"], atol=1e-5, rtol=1e-4
     )
+
+
+def test_an_unknown_model_version_is_refused_with_those_there_are(project, capsys):
+    flags = ["--project", "p", *map(str, TRAIN), "--model-version", "9"]
+    assert finetune_tts.main(flags) == 2
+    assert "--model-version 9: one of 1.5, tiny" in capsys.readouterr().err
+
+
+def test_training_whose_messages_nobody_reads_saves_a_checkpoint(tmp_path, base_dir):
+    """As with `| head`."""
+    make_data_set(tmp_path / "data", {"Ann": 6})
+    flags = (*TRAIN, "--project", "p", "--max-steps", 500, "--val-every", 1)
+    command = [PYTHON, ROOT / "finetune_tts.py", *flags, "--pretrained-ckpt-path", base_dir]
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    while not process.stderr.readline().startswith(b"step 1:"):
+        assert process.poll() is None
+    process.stderr.close()
+    assert process.wait() == 1
+    assert list(tmp_path.glob("results/p/checkpoints/step_*.ckpt"))

@@ -1,4 +1,4 @@
-"""A data set folder: clips `<SPEAKER>/<name>.wav` with `.lab` transcripts and `.npy` codes."""
+"""A dataset folder: clips `<SPEAKER>/<name>.wav` with `.lab` transcripts and `.npy` codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REJECTED = "rejected"  # the folder of clips that preparing sorted out
 
 @dataclass(frozen=True)
 class Clip:
-    """One utterance on disk. `name` is its path in the data set, without suffix."""
+    """One utterance on disk. `name` is its path in the dataset, without suffix."""
 
     name: str
     speaker: str
@@ -39,7 +39,7 @@ class Clip:
 
 
 def is_rejected(path: Path, data_dir: Path) -> bool:
-    """Whether a file of a data set is among the clips that preparing sorted out."""
+    """Whether a file of a dataset is among the clips that preparing sorted out."""
     return path.relative_to(data_dir).parts[0] == REJECTED
 
 
@@ -51,22 +51,22 @@ def is_raw(folder: Path) -> bool:
 
 
 def is_source_of(prepared: Path, folder: Path) -> bool:
-    """Whether a folder holds raw recordings, while `prepared` is a data set."""
+    """Whether a folder holds raw recordings, while `prepared` is a dataset."""
     if not (prepared.is_dir() and folder.is_dir()) or prepared.samefile(folder):
         return False
     return bool(list_audio(folder)) and is_raw(folder) and not is_raw(prepared)
 
 
 def find_clips(data_dir: str | Path) -> list[Clip]:
-    """All clips of a data set, prepared or made by hand, sorted by name.
+    """All clips of a dataset, prepared or made by hand, sorted by name.
 
-    The speaker is the first folder under the data set; a clip beside the summary belongs to a
-    speaker named like the data set. Raises `FileNotFoundError` or `ValueError` where the folder,
+    The speaker is the first folder under the dataset; a clip beside the summary belongs to a
+    speaker named like the dataset. Raises `FileNotFoundError` or `ValueError` where the folder,
     clips or transcripts are missing, or two files claim one name.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise FileNotFoundError(f"{data_dir}: no such data set; make one with prepare_dataset.py")
+        raise FileNotFoundError(f"{data_dir}: no such dataset; make one with prepare_dataset.py")
     clips: dict[str, Clip] = {}
     for audio in list_audio(data_dir):
         relative = audio.relative_to(data_dir)
@@ -87,7 +87,7 @@ def find_clips(data_dir: str | Path) -> list[Clip]:
             )
         clips[clip.name] = clip
     if not clips:
-        raise ValueError(f"{data_dir}: no audio files; make a data set with prepare_dataset.py")
+        raise ValueError(f"{data_dir}: no audio files; make a dataset with prepare_dataset.py")
     if not any(clip.transcript.is_file() for clip in clips.values()):
         raise ValueError(
             f"{data_dir}: no clip has a .lab transcript; prepare the recordings first "

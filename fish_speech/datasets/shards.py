@@ -74,7 +74,7 @@ def build_shards(
     validation_share: float = 0.05,
     progress: Callable[[Iterable[Clip]], Iterable[Clip]] = iter,
 ) -> tuple[Manifest, bool]:
-    """Pack a data set whose codes are extracted; returns the manifest and whether it was rebuilt.
+    """Pack a dataset whose codes are extracted; returns the manifest and whether it was rebuilt.
 
     Clips without codes or transcript are left out and named in the manifest. Raises `ValueError`
     where none is left.
@@ -130,8 +130,7 @@ def read_codes(file: Path, num_codebooks: int, codebook_size: int) -> np.ndarray
     try:
         codes = np.load(file, allow_pickle=False)
     except Exception as error:  # a flipped byte of a header raises almost anything
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{file}: damaged codes ({reason}); delete the file") from error
+        raise ValueError(f"{file}: damaged codes; delete the file, and it is made again") from error
     if not isinstance(codes, np.ndarray):
         raise ValueError(f"{file}: an archive, not codes; delete the file")
     if codes.ndim != 2 or codes.shape[0] != num_codebooks or codes.dtype.kind not in "iu":
@@ -246,7 +245,7 @@ def _hash_fraction(name: str) -> float:
 def _source_digest(clips: list[Clip], settings: tuple) -> str:
     digest = hashlib.sha256(repr(settings).encode())
     for clip in clips:
-        digest.update(repr(clip.speaker).encode())  # the data set's name, for clips at its top
+        digest.update(repr(clip.speaker).encode())  # the dataset's name, for clips at its top
         for file in (clip.transcript, clip.codes):
             state = file.stat() if file.is_file() else None
             stamp = (state.st_size, state.st_mtime_ns) if state else None

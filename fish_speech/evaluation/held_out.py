@@ -29,7 +29,7 @@ class NothingToMeasureError(ValueError):
 
 
 class HeldOut:
-    """The held-out clips of a packed data set, and further real clips of its speakers."""
+    """The held-out clips of a packed dataset, and further real clips of its speakers."""
 
     def __init__(self, data_dir: Path, records: Sequence[dict[str, Any]] = ()) -> None:
         """`records` are those of checkpoints: a clip that one of them was not validated on is left
@@ -68,11 +68,17 @@ class HeldOut:
             for index, text in enumerate(more_texts)
         ]
         if not held:
-            say(none := f"{self.data_dir}: no clip is held out")
+            others = bool(self.manifest.validation)  # these checkpoints may have learned from them
+            of_these = " from the training of these checkpoints" if others else ""
+            say(none := f"{self.data_dir}: no clip is held out{of_these}")
         if not held and not more:
+            hold = (
+                "train a new project on it" if others
+                else "hold some clips out (it takes two) with --override data.validation_share=0.05"
+                " and train a new project"
+            )  # fmt: skip
             raise NothingToMeasureError(
-                f"{none}, so there is nothing to speak; give --texts FILE, or hold some clips out "
-                "(it takes two) with --override data.validation_share=0.05 and train a new project"
+                f"{none}, so there is nothing to speak; give --texts FILE, or {hold}"
             )
         if count > len(held) + len(more):
             say(f"{len(held) + len(more)} texts for {count} samples: --texts FILE gives more")

@@ -179,7 +179,7 @@ def _measure_candidate(
     except (ValueError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise MemoryError("out of memory; try --device cpu") from error
-        row.error = str(error).strip().splitlines()[0]
+        row.error = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return row
 
 

@@ -117,9 +117,8 @@ class AdaptedBase:
 
     def candidates(self, checkpoints: Sequence[Checkpoint]) -> Iterator[Candidate]:
         """The base and its checkpoints."""
-        graphs = (
-            "" if triton_unavailable_reason(self._device) else " graphs"
-        )  # which draw otherwise
+        # With CUDA graphs a seed samples otherwise.
+        graphs = "" if triton_unavailable_reason(self._device) else " graphs"
         loaded_as = f"{self._device.type} {self._dtype} merged{graphs}"
         base = f"{self.model_digest} {file_digest(find_codec(self.directory))} {loaded_as}"
         yield Candidate("base", self.directory, base, self._load_tts, 0)
@@ -294,7 +293,7 @@ def _readable_records(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]
 
 
 def _recorded(record: dict[str, Any], what: str, say: Say) -> Path:
-    """The data set (`data_dir`) or the base of a run: where it says that they were, or where they
+    """The dataset (`data_dir`) or the base of a run: where it says that they were, or where they
     are when all of it was moved: training_data/NAME, checkpoints/NAME.
 
     Raises `FileNotFoundError` that names the flag with which their place is given.
@@ -307,7 +306,7 @@ def _recorded(record: dict[str, Any], what: str, say: Say) -> Path:
         say(f"{recorded} is not there any more: {moved} is taken for it")
         return moved
     name, flag = {
-        "data_dir": ("data set", "--data-dir"),
+        "data_dir": ("dataset", "--data-dir"),
         "base": ("base model", "--pretrained-ckpt-path"),
     }[what]
     raise FileNotFoundError(

@@ -79,7 +79,7 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def stranger_clips() -> list[Path]:
-    """Clips of speakers that no data set has, to tell what similarity another speaker reaches."""
+    """Clips of speakers that no dataset has, to tell what similarity another speaker reaches."""
     return sorted(SPEAKER_DIR.glob("strangers/*"))
 
 

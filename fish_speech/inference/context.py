@@ -40,7 +40,7 @@ class Context:
         self._spoken.append(utterance)
 
     def min_prompt_length(self, text: str, expected_frames: int) -> int:
-        """Columns of the prompt for `text` without any chunk already spoken.
+        """Tokens of the prompt for `text` without any chunk already spoken.
 
         Raises `ValueError` where the model's context has no room for `expected_frames` more.
         """

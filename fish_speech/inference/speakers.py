@@ -12,9 +12,11 @@ from fish_speech.files import read_json
 def list_speakers(model_dir: Path) -> list[str]:
     """The names that a model lists in its `config.json`; empty where it lists none."""
     try:
-        return read_json(model_dir / "config.json").get("speakers", [])
+        names = read_json(model_dir / "config.json").get("speakers", [])
     except (OSError, ValueError, AttributeError):  # loading the model says what is wrong with it
         return []
+    fit = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if fit else []
 
 
 def choose_speaker(

@@ -248,7 +248,7 @@ class TextToSpeech:
             raise ValueError("the model said nothing; try another seed, or train it further")
 
     def _prefill(self, reference_prefix: Tensor | None) -> PrefixCache:
-        """A prefix cache that holds the references' columns [K+1, T], if there are any.
+        """A prefix cache that holds the references' positions [K+1, T], if there are any.
 
         It is kept for the next text, which saves that work in a batch. References are always
         prefilled by themselves, so that a seed gives the same speech with a kept cache as without.

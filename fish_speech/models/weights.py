@@ -48,10 +48,12 @@ def read_checkpoint(file: str | Path, *, mapped: bool = True) -> dict[str, Any]:
 def check_sums(file: str | Path) -> None:
     """Raise `ValueError` where bytes of a file of `torch.save` changed since it was written: it
     holds checksums, which reading it does not look at."""
+    if not zipfile.is_zipfile(file):
+        return  # of PyTorch before 1.6, or cut short: whoever reads it sees that
     try:
         with zipfile.ZipFile(file) as records:
             damaged = records.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise ValueError(f"{file}: damaged or cut short; get or make it again") from error
     if damaged:
         raise ValueError(f"{file}: damaged since it was written; get or make it again")
@@ -61,7 +63,9 @@ def save_tensors(content: dict[str, Any], file: str | Path) -> None:
     """Write a dict as `torch.save` does, atomically. Raises `OSError` where the disk is full."""
     with atomic_path(file) as temporary:
         try:
-            torch.save(content, temporary)
+            # Given a path, torch writes its name into the file: the same content would differ.
+            with temporary.open("wb") as stream:
+                torch.save(content, stream)
         except RuntimeError as error:  # torch's writer does not say what went wrong
             free = shutil.disk_usage(temporary.parent).free
             raise OSError(

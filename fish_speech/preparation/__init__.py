@@ -1,4 +1,4 @@
-"""Recordings in, a data set of short transcribed clips out."""
+"""Recordings in, a dataset of short transcribed clips out."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Look at a data set before training on it: what is there, and what would spoil the voice."""
+"""Look at a dataset before training on it: what is there, and what would spoil the voice."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ WORST_CLIPS = 10  # that are named
 
 
 def check(options: Options, *, say: Callable[[str], None] = lambda message: None) -> Summary:
-    """Measure every clip of the data set at `options.input`, whoever made it; write nothing.
+    """Measure every clip of the dataset at `options.input`, whoever made it; write nothing.
 
     With `options.auto_transcribe` transcripts are compared with what a recogniser hears, where one
-    can be had. Raises `FileNotFoundError` or `ValueError` where there is no data set.
+    can be had. Raises `FileNotFoundError` or `ValueError` where there is no dataset.
     """
     folder = Path(options.input)
     if not os.path.isdir(folder):  # pathlib raises for a name that is too long
@@ -74,7 +74,7 @@ def check(options: Options, *, say: Callable[[str], None] = lambda message: None
 
 
 def inspect_clip(job: RecordingJob, recogniser: Recogniser | None = None) -> Record:
-    """Look at a clip of a data set as it is, writing nothing: its entry, or why it has none."""
+    """Look at a clip of a dataset as it is, writing nothing: its entry, or why it has none."""
     recording = job.recording
     record = new_record(job)
     try:
@@ -103,7 +103,7 @@ def inspect_clip(job: RecordingJob, recogniser: Recogniser | None = None) -> Rec
 
 
 def has_blocking_flags(summary: Summary) -> bool:
-    """Whether a voice would learn something wrong from this data set: bad sound or wrong texts."""
+    """Whether a voice would learn something wrong from this dataset: bad sound or wrong texts."""
     return any(quality.BLOCKING_FLAGS & set(clip["flags"]) for clip in summary.clips)
 
 

@@ -15,7 +15,7 @@ from fish_speech.text import is_speakable
 
 
 class Corrections:
-    """The corrections of a data set, in the file at `path`."""
+    """The corrections of a dataset, in the file at `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._changed = path, False

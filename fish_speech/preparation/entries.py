@@ -1,4 +1,4 @@
-"""The entries of the JSON files of a data set: `dataset_summary.json`, records, corrections."""
+"""The entries of the JSON files of a dataset: `dataset_summary.json`, records, corrections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_type
 class _MeasuredClip(TypedDict):
     """What every clip of a record has."""
 
-    file: str  # its path in the data set, with "/"
+    file: str  # its path in the dataset, with "/"
     speaker: str
     text: str  # its transcript
     source: str  # the recording, as people know it
@@ -92,7 +92,7 @@ def has_type(value: Any, kind: Any) -> bool:
 
 
 def is_inside(file: str) -> bool:
-    """Whether a path that was read from JSON stays in the data set."""
+    """Whether a path that was read from JSON stays in the dataset."""
     path = PurePosixPath(file)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 

@@ -1,4 +1,4 @@
-"""Encoding a data set's clips into codes: `<name>.npy` beside each `<name>.wav`."""
+"""Encoding a dataset's clips into codes: `<name>.npy` beside each `<name>.wav`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def extract_codes(
     rank: int = 0,
     world_size: int = 1,
 ) -> Extraction:
-    """Encode the clips of a data set that have no codes of this codec and this audio yet.
+    """Encode the clips of a dataset that have no codes of this codec and this audio yet.
 
     What codes were made of is recorded in `codes.json`, so that they are made again when the audio
     or the codec changes. Codes without a record (made elsewhere) are kept where they fit the audio.
@@ -67,7 +67,7 @@ def extract_codes(
                 _stamp_if_unchanged(clip.audio, record["clips"][clip.name]) for record in named
             ]
             current = all(noted)
-        if current and (clip.codes.is_file() if named else _fits(clip, codec)):
+        if current and (_has_codes(clip, codec) if named else _fits(clip, codec)):
             stamps[clip.name] = noted[0] if named else _stamp(clip.audio)
             result.kept += 1
         elif not named and (what := _foreign_array(clip.codes)):
@@ -176,6 +176,16 @@ def _duration(clip: Clip) -> float:
         return 0.0  # named as a failure when it is decoded
 
 
+def _has_codes(clip: Clip, codec: Codec) -> bool:
+    """Whether a clip's codes are there and no damaged file, as far as its header tells."""
+    try:
+        codes = np.load(clip.codes, mmap_mode="r", allow_pickle=False)
+    except Exception:  # a flipped byte raises almost anything
+        return False
+    rows = codes.shape[0] if isinstance(codes, np.ndarray) and codes.ndim == 2 else 0
+    return rows == codec.num_codebooks and codes.dtype.kind in "iu"
+
+
 def _fits(clip: Clip, codec: Codec) -> bool:
     """Whether codes made elsewhere are as long as their audio and within the codebook."""
     try:
@@ -189,7 +199,7 @@ def _foreign_array(file: Path) -> str | None:
     """What an array is that can't be meant as codes; None for codes, even bad ones."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+    except Exception:
         return None
     if not isinstance(array, np.ndarray):
         return "an archive of arrays"

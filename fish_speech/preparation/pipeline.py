@@ -1,4 +1,4 @@
-"""From recordings to a data set: the order of the work, in processes, resumable."""
+"""From recordings to a dataset: the order of the work, in processes, resumable."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prepare(
     say: Callable[[str], None] = lambda message: None,
     recogniser: Recogniser | None = None,
 ) -> Summary:
-    """Prepare every recording at `options.input` and write the summary of the whole data set.
+    """Prepare every recording at `options.input` and write the summary of the whole dataset.
 
     `say` is given messages for the user; `recogniser` replaces the whisper model that the options
     name. Raises `FileNotFoundError` or `ValueError` where there is nothing to prepare, the output
@@ -51,7 +51,7 @@ def prepare(
         say(f"the speaker {options.speaker!r} is written as {speaker}")
     sources.refuse_overlap(options.input, output)
     sources.refuse_folder_of_data_sets(output)
-    with exclusive(output, f"data set {output}"):
+    with exclusive(output, f"dataset {output}"):
         store = RecordStore(output, say)
         store.remove_leftovers()
         if options.youtube:
@@ -87,7 +87,7 @@ def prepare(
         clips = {file for file in list_audio(output) if file.with_suffix(".lab").is_file()}
         if others := sorted(map(str, clips - known)):
             named = shorten_list(others)
-            say(f"also in this data set (added by hand), and will be trained on: {named}")
+            say(f"also in this dataset (added by hand), and will be trained on: {named}")
         return summary
 
 
@@ -107,7 +107,7 @@ def _warn_of_oddities(
     if shared:
         names = " and by ".join(sorted(set().union(*(speakers[r.digest] for r in shared))))
         say(
-            f"{shorten_list(r.source for r in shared)}: in this data set as spoken by {names}; "
+            f"{shorten_list(r.source for r in shared)}: in this dataset as spoken by {names}; "
             "if that is wrong, delete the clips of one of them"
         )
 
@@ -195,7 +195,7 @@ def _benefits_from_recogniser(recording: Recording, options: Options) -> bool:
     if recording.transcript is None:
         return False
     if recording.prepared:
-        return True  # a clip of a data set: its transcript is checked
+        return True  # a clip of a dataset: its transcript is checked
     if not options.split_long:
         return False
     try:

@@ -1,4 +1,4 @@
-"""What became of each recording of a data set: one record in `.prepared/` for each.
+"""What became of each recording of a dataset: one record in `.prepared/` for each.
 
 A record is written when a recording's clips are all in place: it is what makes preparing resumable.
 """
@@ -39,7 +39,7 @@ from fish_speech.text import is_speakable
 
 _CORRECTIONS = "corrections.json"
 _TOP_FILES = (SUMMARY_NAME, _CORRECTIONS, "report.html", "codes.json")  # of prepare and extract
-STAGING = f"{RECORDS}/.tmp-clips"  # in the data set: clips that are written and not yet committed
+STAGING = f"{RECORDS}/.tmp-clips"  # in the dataset: clips that are written and not yet committed
 _DELETED = "was deleted"
 
 Key = tuple[str, str]  # (speaker, name), casefolded: file systems may not tell cases apart
@@ -74,7 +74,7 @@ class Record:
 
 
 class RecordStore:
-    """The records of the data set at `folder`; `failures` are those of this run.
+    """The records of the dataset at `folder`; `failures` are those of this run.
 
     A recording keeps its old clips until the new ones are complete: these are written under
     `STAGING`, and `commit` puts them in the place of the old ones.
@@ -100,7 +100,7 @@ class RecordStore:
         self.corrections = Corrections(folder / _CORRECTIONS)
 
     def remove_leftovers(self) -> None:
-        """Remove what killed runs left where only holders of the data set's lock write."""
+        """Remove what killed runs left where only holders of the dataset's lock write."""
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
         remove_temporaries(self.folder, _TOP_FILES)
         speakers = {record.speaker for record in self.records.values()}
@@ -124,7 +124,7 @@ class RecordStore:
                 self._write(record)
 
     def has_clips(self, record: Record) -> bool:
-        """Whether any clip of a recording is in the data set."""
+        """Whether any clip of a recording is in the dataset."""
         return self._any_exists(clip["file"] for clip in record.clips)
 
     def is_done(self, job: RecordingJob) -> bool:
@@ -380,7 +380,7 @@ def _read_record(path: Path) -> Record:
         raise ValueError(f"{path}: not a record of this program")
     names = [f"{record.speaker}/{record.name}", *_clip_files(record)]
     if not all(map(is_inside, names)):
-        raise ValueError(f"{path}: names files outside the data set")
+        raise ValueError(f"{path}: names files outside the dataset")
     return record
 
 
@@ -394,5 +394,5 @@ def _key(speaker: str, name: str) -> Key:
 
 
 def _clip_files(record: Record | None) -> set[str]:
-    """The clips that are in the data set because of a recording, or may be."""
+    """The clips that are in the dataset because of a recording, or may be."""
     return {clip["file"] for clip in record.clips} | {*record.pending} if record else set()

@@ -1,4 +1,4 @@
-"""`report.html`: a data set on one page, to look at and listen to; the flagged clips come first."""
+"""`report.html`: a dataset on one page, to look at and listen to; the flagged clips come first."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ audio { width: 15rem; height: 2rem }
 
 
 def write_report(summary: Summary, folder: Path) -> Path:
-    """Write the page into the data set at `folder`; it refers to nothing but the clips there."""
-    title = f"Data set {folder.resolve().name}"
+    """Write the page into the dataset at `folder`; it refers to nothing but the clips there."""
+    title = f"Dataset {folder.resolve().name}"
     flagged = sum(bool(clip["flags"]) for clip in summary.clips)
     totals = [
         (len(summary.clips), "clips"),

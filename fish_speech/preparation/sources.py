@@ -29,7 +29,7 @@ from fish_speech.files import (
 from fish_speech.preparation import encodings
 
 SUMMARY_NAME = "dataset_summary.json"
-RECORDS = ".prepared"  # the folder of records in a data set
+RECORDS = ".prepared"  # the folder of records in a dataset
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Recording:
     `address` is unique, whatever folder a program is started in. `problem` says why it can't be
     used, where that is known before it is decoded. `transcript` is the text beside it, white space
     collapsed, or None; `encoding` is the text's where that was guessed. `prepared`: it is a clip of
-    a data set. `origin` holds a download's provenance.
+    a dataset. `origin` holds a download's provenance.
     """
 
     path: Path
@@ -134,7 +134,7 @@ def _why_no_audio(path: Path) -> str | None:
 def drop_prepared_clips(
     found: list[InputFile], say: Callable[[str], None] = lambda message: None
 ) -> list[InputFile]:
-    """Without the clips of data sets, where there are raw recordings too: clips are made of these.
+    """Without the clips of datasets, where there are raw recordings too: clips are made of these.
 
     A file with a `.lab` beside it is a clip that was made by hand, and no raw recording.
     """
@@ -142,31 +142,31 @@ def drop_prepared_clips(
         return found
     made = sorted({str(item.data_set) for item in found if item.data_set is not None})
     if made:
-        say(f"left out, for it is a data set already: {printable(', '.join(made))}")
+        say(f"left out, for it is a dataset already: {printable(', '.join(made))}")
     return [item for item in found if item.data_set is None]
 
 
 def is_data_set(folder: str | Path) -> bool:
-    """Whether `folder` is a data set that was prepared before, or holds some."""
+    """Whether `folder` is a dataset that was prepared before, or holds some."""
     pattern = Path(folder).glob
     return any(pattern(SUMMARY_NAME)) or any(pattern(f"*/{SUMMARY_NAME}"))
 
 
 def refuse_overlap(source: str, output: Path) -> None:
-    """Raise `ValueError` where the recordings would be read from the data set to be written."""
+    """Raise `ValueError` where the recordings would be read from the dataset to be written."""
     if os.path.exists(source) and Path(source).resolve().is_relative_to(output.resolve()):
         raise ValueError(
-            f"--input {source} is in the data set --output {output}; write to another folder "
-            "(to look at a data set: --check)"
+            f"--input {source} is in the dataset --output {output}; write to another folder "
+            "(to look at a dataset: --check)"
         )
 
 
 def refuse_folder_of_data_sets(output: Path) -> None:
-    """Raise `ValueError` where a new data set would be written around others."""
+    """Raise `ValueError` where a new dataset would be written around others."""
     if not (output / RECORDS).exists() and (others := sorted(output.glob(f"*/{RECORDS}"))):
         named = printable(shorten_list(path.parent.name for path in others))
         raise ValueError(
-            f"--output {output}: holds data sets already ({named}); give the folder of one, "
+            f"--output {output}: holds datasets already ({named}); give the folder of one, "
             f"such as {output / 'NAME'}"
         )
 
@@ -348,7 +348,7 @@ def _refuse_reserved_speaker(item: InputFile) -> InputFile:
 
 
 def _data_set_of(path: Path, root: Path) -> Path | None:
-    """The data set that `path`, a file under `root`, was prepared for."""
+    """The dataset that `path`, a file under `root`, was prepared for."""
     for folder in path.parents:
         if (folder / SUMMARY_NAME).is_file() or (folder / RECORDS).is_dir():
             return folder

@@ -1,4 +1,4 @@
-"""`dataset_summary.json`: every clip of a data set with its figures, and what was left out and why.
+"""`dataset_summary.json`: every clip of a dataset with its figures, and what was left out and why.
 
 It is a function of the records alone, so it is the same however often a run broke off.
 """

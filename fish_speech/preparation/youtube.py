@@ -20,7 +20,7 @@ from fish_speech.console import error_message
 from fish_speech.files import read_json, read_text, write_json
 from fish_speech.preparation.sources import InputFile
 
-FOLDER = ".downloads"  # in the data set
+FOLDER = ".downloads"  # in the dataset
 
 
 def fetch(

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DESCRIPTION = (
-    "Give the model a voice: from a data set to a merged model that cli_tts.py speaks with."
+    "Give the model a voice: from a dataset to a merged model that cli_tts.py speaks with."
 )
 EPILOG = """\
 exit codes: 0 done, 1 done but some clips or the evaluation failed, 2 bad usage or bad input,
-  130 interrupted
+  130 interrupted (training: 143 by SIGTERM, 129 by a closed terminal)
 
 examples:
   finetune_tts.py --project me --data-dir training_data/me --full-pipeline --max-steps 300
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--project", required=True, metavar="NAME", help="the run, kept in results/NAME")
-    add("--data-dir", type=Path, metavar="DIR", help="the data set, or raw recordings")
+    add("--data-dir", type=Path, metavar="DIR", help="the dataset, or raw recordings")
     add("--debug", action="store_true", help="show where an error came from")
 
     add = parser.add_argument_group("stages (can be combined)").add_argument
@@ -101,7 +101,19 @@ def build_parser() -> argparse.ArgumentParser:
 _DATA_STAGES = ("full_pipeline", "prepare_data", "extract_tokens", "build_dataset", "train")
 _STAGES = (*_DATA_STAGES, "merge_weights", "merge_best", "evaluate", "list_checkpoints")
 _PIPELINE = ("prepare_data", "extract_tokens", "build_dataset", "train", "merge_weights")
-_BELONGS_TO = {  # flags that no other stage reads
+_BELONGS_TO = {
+    **dict.fromkeys(
+        (
+            "max_steps",
+            "learning_rate",
+            "gradient_accumulation_steps",
+            "batch_size",
+            "save_every",
+            "val_every",
+            "keep_checkpoints",
+        ),
+        ("train",),
+    ),  # flags that no other stage reads
     "resume_latest": ("train",),
     "resume_from_checkpoint": ("train",),
     "eval_every": ("train",),
@@ -130,6 +142,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if args.device not in (None, "mps"):
             raise ValueError(f"--force-mps and --device {args.device} exclude each other")
         args.device = "mps"
+    if args.model_version and args.pretrained_ckpt_path:
+        raise ValueError("--model-version and --pretrained-ckpt-path exclude each other")
     merged = args.merge_weights or args.full_pipeline
     measured = args.evaluate or args.merge_best
     if len(args.checkpoint_step or ()) > 1 and (merged or not measured):
@@ -153,7 +167,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             names = " or ".join(map(as_flag, stages))
             raise ValueError(f"{as_flag(name)} belongs to {names}: leave it out here")
     if args.data_dir is None and any(getattr(args, stage) for stage in _DATA_STAGES):
-        raise ValueError("--data-dir is missing: the data set, or the raw recordings")
+        raise ValueError("--data-dir is missing: the dataset, or the raw recordings")
 
 
 def as_flag(name: str) -> str:

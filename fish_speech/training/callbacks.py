@@ -70,9 +70,10 @@ class SaveCheckpoints(L.Callback):
         except Exception:  # that step has spoiled the adapters, or the device is gone
             return
         # Between two steps the adapters are what the last one left, so a run that ran out of
-        # memory loses nothing. (Not among several processes: the others are elsewhere, and saving
-        # waits for them.)
-        if is_out_of_memory(exception) and trainer.world_size == 1 and self._saved_step >= 0:
+        # memory, or whose messages nobody reads any more, loses nothing. (Not among several
+        # processes: the others are elsewhere, and saving waits for them.)
+        harmless = is_out_of_memory(exception) or isinstance(exception, BrokenPipeError)
+        if harmless and trainer.world_size == 1 and self._saved_step >= 0:
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:

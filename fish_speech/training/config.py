@@ -205,9 +205,7 @@ def _check_ranges(config: RunConfig) -> None:
         for key in keys:
             value = attrgetter(key)(config)
             if value is not None and not least <= value <= _MOST:
-                raise ValueError(
-                    f"config: {key} is {value}; it must be at least {least}, and below {_MOST:.0e}"
-                )
+                raise ValueError(f"config: {key} is {value}; it must be {least} to {_MOST:.0e}")
     if not 0 <= config.seed < 1 << 63:
         raise ValueError(f"config: seed is {config.seed}; it must be from 0 to below 2^63")
     for key in ("optimizer.learning_rate", "lora.alpha"):

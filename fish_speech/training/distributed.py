@@ -85,15 +85,15 @@ def barrier() -> None:
 
 @contextmanager
 def dataset_lock(data_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """No other run changes the data set meanwhile: the first process holds its lock for all.
+    """No other run changes the dataset meanwhile: the first process holds its lock for all.
 
-    Where it is taken, wait for it: several projects may be trained on one data set.
+    Where it is taken, wait for it: several projects may be trained on one dataset.
     """
     waited = False
     with ExitStack() as held:
         while is_rank_zero() and data_dir.is_dir():  # else whoever reads it says what is missing
             try:
-                held.enter_context(exclusive(data_dir, f"data set {data_dir}"))
+                held.enter_context(exclusive(data_dir, f"dataset {data_dir}"))
                 break
             except InUseError as error:
                 if not waited:

@@ -80,7 +80,7 @@ class TextToSemantic(L.LightningModule):
     """Trains what requires gradients: adapters over a frozen base, or every parameter.
 
     `run` is stored in every checkpoint (LoRA config, base, data, parent); `clip_names` are those of
-    the data set's samples. All randomness of a step follows from `seed` and the step, so a resumed
+    the dataset's samples. All randomness of a step follows from `seed` and the step, so a resumed
     run draws what an uninterrupted one would have drawn.
     """
 
@@ -171,6 +171,9 @@ class TextToSemantic(L.LightningModule):
             *totals, norm = step.read().tolist()
             self._check_finite(step, totals[0] + totals[1], "loss")
             self._check_finite(step, norm, "gradient")
+            if norm == 0:  # as where all logits are the same; every process has this norm
+                message = f"the gradient is 0 at step {step.step}: the training has diverged"
+                raise DivergedError(f"{message}; lower --learning-rate", step.step)
             metrics = loss_metrics(totals) | {
                 "gradient_norm": norm,
                 "learning_rate": step.learning_rate,

@@ -119,11 +119,11 @@ def pad_to_bucket(
 ) -> tuple[Tensor, LabelPositions]:
     """A batch padded to buckets: of T, up to `most`, and of the numbers of labels."""
     width = tokens.shape[2]
-    columns = max(width, min(bucket_size(width, steps, least), most))
+    padded = max(width, min(bucket_size(width, steps, least), most))
     size = bucket_size(
         max(len(positions.token_positions), len(positions.frame_positions), 1), steps, least
     )
-    return F.pad(tokens, (0, columns - width)), positions.repadded(width, columns).padded_to(size)
+    return F.pad(tokens, (0, padded - width)), positions.repadded(width, padded).padded_to(size)
 
 
 def loss_sums(

@@ -32,8 +32,6 @@ from fish_speech.training.runs import Checkpoint, recorded_lora
 _PROMPT = "The quick brown fox jumps over the lazy dog."
 # Rounding the merged weights moves the logits by about this share of their size.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-
-
 _WRITTEN = (*MODEL_FILES, CODEC_CONFIG_FILE, CODEC_PATTERN)
 
 
@@ -103,7 +101,7 @@ def merge(
             raise ValueError(
                 f"{folder}: the merged model differs from base + adapters by {error:.2%} "
                 "of its logits, more than rounding explains"
-                + ("; the adapters are damaged" if isnan(error) else "")
+                + ("; the adapters are damaged, or their training diverged" if isnan(error) else "")
                 + "; nothing was written"
             )
     return Merged(folder, error, _distance(adapted_logits, base_logits))
@@ -128,9 +126,9 @@ def _needed(
             "give its place with --pretrained-ckpt-path"
         )
     if file_digest(base_dir / MODEL_FILE) != record["base_digest"]:
-        raise ValueError(
-            f"{base_dir}: not the base that {checkpoint.path} was trained on ({record['base']})"
-        )
+        changed = Path(record["base"]) == base_dir.resolve()
+        what = "has changed since" if changed else f"not the base that {record['base']} was when"
+        raise ValueError(f"{base_dir}: {what} {checkpoint.path} was trained on it")
     return base_dir, recorded_lora(record)
 
 

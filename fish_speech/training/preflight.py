@@ -18,8 +18,6 @@ OUT_OF_MEMORY = (
     "--override train.gradient_checkpointing=true, --lora-config r_4_alpha_8, "
     "or shorter clips (--override data.max_length=512)"
 )
-
-
 Say = Callable[[str], None]
 
 
@@ -43,8 +41,8 @@ def preflight(
         say("warning: nothing is held out, so there is no validation loss")
     longest = max(map(data.train.num_positions, range(len(data.train))))
     longest *= 2 if config.data.reference_share else 1
-    columns = data.batch_size * min(longest, config.data.max_length)
-    needs = {chosen: expected_memory(model, columns, chosen, device) for chosen in (False, True)}
+    positions = data.batch_size * min(longest, config.data.max_length)
+    needs = {chosen: expected_memory(model, positions, chosen, device) for chosen in (False, True)}
     free = free_memory(device)
     setting = str(config.train.gradient_checkpointing).lower()
     chosen = needs[False] > 0.8 * free if setting == "auto" else setting == "true"
@@ -63,21 +61,23 @@ def preflight(
 
 
 def expected_memory(
-    model: DualARTransformer, columns: int, checkpointing: bool, device: torch.device
+    model: DualARTransformer, positions: int, checkpointing: bool, device: torch.device
 ) -> int:
-    """About how many bytes training needs for a batch of so many columns, all of them frames."""
-    labels, frames = (min(columns, chunk_size(most, device)) for most in (LABEL_CHUNK, FRAME_CHUNK))
+    """About how many bytes training needs for a batch of so many positions, all of them frames."""
+    labels, frames = (
+        min(positions, chunk_size(most, device)) for most in (LABEL_CHUNK, FRAME_CHUNK)
+    )
     c = model.config
     size = model.embeddings.weight.element_size()
     slow_learns = any(
         p.requires_grad for name, p in model.named_parameters() if not name.startswith("fast_")
     )
     n_layer = c.n_layer if slow_learns else 0  # whose activations are kept
-    # The shares were measured: what a block keeps for its backward, adapters included.
-    slow = columns * size * (8 * c.dim + 2 * c.intermediate_size)
+    # The factors were measured: what a block keeps for its backward, adapters included.
+    slow = positions * size * (8 * c.dim + 2 * c.intermediate_size)
     fast = frames * c.num_codebooks * size * (8 * c.fast_dim + 2 * c.fast_intermediate_size)
     if checkpointing:  # the inputs of all blocks, and one block
-        inputs = columns * size * n_layer * c.dim
+        inputs = positions * size * n_layer * c.dim
         inputs += frames * size * c.n_fast_layer * c.num_codebooks * c.fast_dim
         blocks = inputs + max(slow, fast)
     else:

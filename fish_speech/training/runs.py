@@ -107,6 +107,8 @@ class Run:
         """`saved_config`; where it is gone, written again from the latest checkpoint. None where
         that does not hold it either."""
         if not self.saved_config.is_file():
+            if not self.checkpoints():
+                return None
             config = self.newest().read()["run"].get("config")
             if config is None:
                 return None
@@ -182,7 +184,7 @@ class Run:
         return folder
 
     def logged(self, name: str) -> dict[int, float]:
-        """A figure of the logs, such as `validation/loss`, by step."""
+        """A metric of the logs, such as `validation/loss`, by step."""
         return {
             int(float(row["step"])) + 1: float(row[name])  # Lightning counts from 0
             for row in self.metrics()

@@ -29,7 +29,7 @@ class StepGraphs:
     """Losses and gradients of one model's batches, by one graph for each shape.
 
     Batches are padded to a few shapes. Of each the first batch is left to the caller, the second
-    is the warm-up and the third is captured, so that a data set whose batches all differ loses
+    is the warm-up and the third is captured, so that a dataset whose batches all differ loses
     nothing. The graphs share a memory pool of their own.
     """
 
@@ -115,11 +115,11 @@ class _SharedMemory:
 class _CapturedStep:
     """One shape of batch."""
 
-    def __init__(self, shared: _SharedMemory, items: int, columns: int, size: int) -> None:
+    def __init__(self, shared: _SharedMemory, items: int, length: int, size: int) -> None:
         self._shared = shared
         rows, device = shared.model.config.num_codebooks, shared.model.device
         kind = {"dtype": torch.long, "device": device}
-        self._tokens = torch.zeros(items, rows + 1, columns, **kind)
+        self._tokens = torch.zeros(items, rows + 1, length, **kind)
         self._positions = LabelPositions(
             *(torch.zeros(size, **kind) for _ in range(3)), torch.zeros(size, rows, **kind)
         )

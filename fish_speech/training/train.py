@@ -40,6 +40,8 @@ from fish_speech.training.resume import Start
 from fish_speech.training.runs import Checkpoint, Run, recorded_lora
 from fish_speech.training.step_graphs import StepGraphs
 
+_RISE = 1.3  # times the loss at the beginning, which no good training reaches
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -58,7 +60,7 @@ def train(
     say: Say,
     callbacks: Sequence[L.Callback] = (),
 ) -> Trained:
-    """Train adapters over the model in `base_dir` on the packed data set.
+    """Train adapters over the model in `base_dir` on the packed dataset.
 
     `say` is given what the user should know, `callbacks` see every step after those of the run.
     Raises `ValueError` where something doesn't fit or the loss diverges; running out of memory ends
@@ -86,7 +88,7 @@ def _train(
     if start.resumes and start.checkpoint.step >= max_steps:
         say(
             f"{start.checkpoint.path} is at step {start.checkpoint.step} of {max_steps} already; "
-            "a higher --max-steps trains on"
+            "nothing to train; a higher --max-steps trains on"
         )
         return Trained(start.checkpoint, None)
     device = resolve_device(config.device)
@@ -175,7 +177,20 @@ def _fit(
         stop.restore()
         if is_rank_zero():
             _plot(run, say)
+    _warn_of_rise(run, start.checkpoint.step if start.resumes else 0, say)
     return Trained(run.checkpoint(trainer.global_step), stop.signal)
+
+
+def _warn_of_rise(run: Run, begin: int, say: Say) -> None:
+    """Say where a training has made the model worse than it was, which ends in no error."""
+    losses = [loss for step, loss in sorted(run.logged("train/loss").items()) if step > begin]
+    part = max(1, len(losses) // 5)
+    first, last = (sum(some) / part for some in (losses[:part], losses[-part:]))
+    if last > _RISE * first:
+        say(
+            f"warning: the training loss rose from {first:.1f} to {last:.1f}: this voice is worse "
+            "than its base; lower --learning-rate"
+        )
 
 
 class _SaveRunConfig(L.Callback):
@@ -226,6 +241,11 @@ def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_
             "choose another --project"
         )
     if run["base_digest"] != base_digest:
+        if Path(run["base"]) == base_dir.resolve():
+            raise ValueError(
+                f"{checkpoint.path}: its base model {base_dir} has changed since; where that was "
+                "merged again, merge the step that it was before, or choose another --project"
+            )
         raise ValueError(
             f"{checkpoint.path}: trained over the base model {run['base']}, which is not the same "
             f"as {base_dir}; give that one with --pretrained-ckpt-path"
@@ -301,12 +321,12 @@ def _data_module(
     held_out = _held_out(data_dir, manifest, start, say)
     validation = SemanticDataset(held_out, tokenizer, **shared)
     for name in (*train.too_long, *validation.too_long):
-        say(f"left out: {name} is longer than {limit} columns")
+        say(f"left out: {name} is longer than {limit} tokens")
     if max_length < context and (train.too_long or validation.too_long):
         say(f"--override data.max_length={context} takes all that the model can speak, and memory")
     if not len(train):
         raise ValueError(
-            f"{data_dir}: every clip is longer than {limit} columns; cut them with "
+            f"{data_dir}: every clip is longer than {limit} tokens; cut them with "
             "prepare_dataset.py --split-long"
         )
     return SemanticDataModule(

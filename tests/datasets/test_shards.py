@@ -149,7 +149,7 @@ def test_a_data_set_without_any_usable_clip_is_an_error(tmp_path):
 
 
 def test_folders_that_are_no_data_sets_say_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such data set"):
+    with pytest.raises(FileNotFoundError, match="no such dataset"):
         find_clips(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no audio files"):
         find_clips(tmp_path)

@@ -1,4 +1,4 @@
-"""A look at a data set finds what would spoil a voice, whoever made the data set."""
+"""A look at a dataset finds what would spoil a voice, whoever made the dataset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fish_speech.preparation.transcribe import Transcription
 
 @pytest.fixture
 def by_hand(tmp_path, utterances):
-    """A data set laid out by hand, without a summary."""
+    """A dataset laid out by hand, without a summary."""
     for index, utterance in enumerate(utterances[:4]):
         path = tmp_path / "voice" / "Anna" / f"audio_{index}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)

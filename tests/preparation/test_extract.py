@@ -90,6 +90,17 @@ def other_codec(codec_dir, tmp_path):
     return other
 
 
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x93NUMPY\x01\x00v\x00{'descr': \x00"])
+def test_damaged_codes_are_made_again(data, codec, codec_dir, content):
+    extract_codes(data, codec, codec_dir)
+    file = data / "Ann" / "c1.npy"
+    codes = np.load(file)
+    file.write_bytes(content)
+    result = extract_codes(data, codec, codec_dir)
+    assert (result.made, result.kept, result.failed) == (1, 4, {})
+    assert np.array_equal(np.load(file), codes)
+
+
 def test_another_codec_makes_all_codes_anew(data, codec, codec_dir, other_codec):
     extract_codes(data, codec, codec_dir)
     assert extract_codes(data, load_codec(other_codec), other_codec).made == 5

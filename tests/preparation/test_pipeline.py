@@ -1,4 +1,4 @@
-"""Recordings in, a data set out: the same one however the work was done, every second accounted."""
+"""Recordings in, a dataset out: the same one however the work was done, every second accounted."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_what_is_odd_about_recordings_is_said(folder, options):
     summary = prepare(replace(options, input=str(source), speaker="Ben"), say=said.append)
     assert "take 1.wav: the text is not UTF-8 and was read as cp1252" in said[0]
     assert "take 0.wav" in said[1]
-    assert "in this data set as spoken by Anna and by Ben" in said[1]
+    assert "in this dataset as spoken by Anna and by Ben" in said[1]
     assert [account.get("encoding") for account in summary.recordings] == [
         None,
         None,
@@ -489,7 +489,7 @@ def test_clips_that_are_there_by_hand_are_named(folder, options):
     soundfile.write(other, np.zeros(8000), 16000)
     other.with_suffix(".lab").write_text("words")
     prepare(options, say=said.append)
-    assert said[-1] == (f"also in this data set (added by hand), and will be trained on: {other}")
+    assert said[-1] == (f"also in this dataset (added by hand), and will be trained on: {other}")
 
 
 def test_only_the_first_minutes_are_used(take, options, reader):
@@ -575,7 +575,7 @@ def test_what_others_are_writing_below_the_output_is_left_alone(folder, options)
 def test_a_folder_of_data_sets_is_not_made_one(folder, options):
     options = replace(options, input=str(folder(1)))
     prepare(options)
-    with pytest.raises(ValueError, match=r"holds data sets already \(voice\); give the folder"):
+    with pytest.raises(ValueError, match=r"holds datasets already \(voice\); give the folder"):
         prepare(replace(options, output=options.output.parent))
     assert {path.name for path in options.output.parent.iterdir()} == {"voice"}
 

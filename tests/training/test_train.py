@@ -66,7 +66,7 @@ def trainer(tmp_path, base_dir, monkeypatch):
 
 @pytest.fixture(params=[0, 1])
 def behind(request, monkeypatch):
-    """Steps whose figures are looked at later: none, as on a CPU, and one, as on a card."""
+    """Steps whose metrics are looked at later: none, as on a CPU, and one, as on a card."""
     monkeypatch.setattr(TextToSemantic, "_deferred_steps", lambda module: request.param)
 
 
@@ -529,7 +529,7 @@ def test_what_no_context_holds_is_not_learned_whatever_the_settings_say(trainer,
     np.save(data / f"{manifest.train[0]}.npy", np.ones((8, 600), np.int16))
     said = []
     trainer("p", "train.max_steps=1", "data.max_length=100000", data=data, said=said)
-    assert f"left out: {manifest.train[0]} is longer than the context of 512 columns" in said
+    assert f"left out: {manifest.train[0]} is longer than the context of 512 tokens" in said
 
 
 def test_a_checkpoint_that_is_gone_on_from_is_not_held_open(trainer):
@@ -635,3 +635,21 @@ def test_a_setting_that_came_after_a_run_is_as_it_is_by_default(tmp_path):
     assert (config.train.max_steps, config.train.save_every) == (7, 5)
     assert config.train.cuda_graphs
     assert config.model == before.model
+
+
+def test_a_training_that_has_collapsed_is_no_success(trainer, tmp_path):
+    """All logits are the same then, and so the loss is finite and the gradient zero."""
+    said = []
+    with pytest.raises(
+        ValueError, match=r"the gradient is 0 at step \d+: .* lower --learning-rate"
+    ):
+        trainer("p", "train.max_steps=9", "optimizer.learning_rate=1e4", said=said)
+
+
+def test_a_voice_that_became_worse_than_its_base_is_said(trainer):
+    said = []
+    trainer("p", "train.max_steps=8", "optimizer.learning_rate=0.3", said=said)
+    assert any("the training loss rose from" in line for line in said)
+    said.clear()
+    trainer("q", "train.max_steps=4", "optimizer.learning_rate=1e-3", said=said)
+    assert not any("rose" in line for line in said)

@@ -1,6 +1,6 @@
 """The layers of the DualAR transformer's two stacks.
 
-Shapes: B batch, T columns, D `dim`.
+Shapes: B batch, T positions, D `dim`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _SHORT = 16  # positions: what `short_attention` is for
 
 
 class KeyValueCache:
-    """Keys and values of the columns seen so far, for every layer of one transformer.
+    """Keys and values of the positions seen so far, for every layer of one transformer.
 
-    Room for `size` columns is taken once, `keys` and `values` [L, B, heads, size, head_dim];
+    Room for `size` positions is taken once, `keys` and `values` [L, B, heads, size, head_dim];
     attention reads a view of the `length` filled ones.
     """
 
@@ -38,7 +38,7 @@ class KeyValueCache:
         )
 
     def copy_prefix(self, other: KeyValueCache, length: int) -> None:
-        """Hold the first `length` columns of another cache, and nothing else."""
+        """Hold the first `length` positions of another cache, and nothing else."""
         self.keys[..., :length, :] = other.keys[..., :length, :]
         self.values[..., :length, :] = other.values[..., :length, :]
         self.length = length
@@ -51,11 +51,11 @@ class KeyValueCache:
         all_values[:, :, self.length : end] = values
         return all_keys[:, :, :end], all_values[:, :, :end]
 
-    def end(self, columns: int) -> int:
-        """Where so many columns behind `length` would end. Raises `IndexError` beyond `size`."""
-        end = self.length + columns
+    def end(self, count: int) -> int:
+        """Where so many positions behind `length` would end. Raises `IndexError` beyond `size`."""
+        end = self.length + count
         if end > self.size:  # some that write there check nothing
-            raise IndexError(f"{end} columns, but the cache holds {self.size}")
+            raise IndexError(f"{end} positions, but the cache holds {self.size}")
         return end
 
 

@@ -1,6 +1,6 @@
 """The DualAR transformer: a slow one over text and frames, a fast one over the codes of a frame.
 
-Shapes: B batch, T columns, K codebooks, D `dim`, V `vocab_size`, C `codebook_size`, N frames.
+Shapes: B batch, T positions, K codebooks, D `dim`, V `vocab_size`, C `codebook_size`, N frames.
 """
 
 from __future__ import annotations

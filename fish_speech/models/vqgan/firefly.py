@@ -80,7 +80,7 @@ def _prepend_state(module: nn.Module, x: Tensor, size: int, state: ConvState | N
     x = x[:, :, None]
     if size == 0:
         return x
-    # Not `torch.cat`: a single column looks the same in either order, and it would take the wrong.
+    # Not `torch.cat`: a single frame looks the same in either order, and it would take the wrong.
     order = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
     joined = torch.empty(
         *x.shape[:-1], size + x.shape[-1], dtype=x.dtype, device=x.device, memory_format=order

@@ -87,7 +87,7 @@ def test_queries_keys_and_values_turn(heads, local, size):
 
 @pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize(("columns", "heads", "local", "size"), [(8, 16, 2, 64), (3, 6, 2, 10)])
-def test_a_few_columns_attend_to_each_other(columns, heads, local, size):
+def test_a_few_positions_attend_to_each_other(columns, heads, local, size):
     def plain(q, k, v):
         parts = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)

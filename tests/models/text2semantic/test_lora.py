@@ -137,18 +137,18 @@ def test_targets_choose_the_modules(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("onto", [0, 10])
-def test_a_small_update_of_a_base_in_bf16_is_not_rounded_away(bias, onto):
+@pytest.mark.parametrize("residual", [0, 10])
+def test_a_small_update_of_a_base_in_bf16_is_not_rounded_away(bias, residual):
     """Nor where it is added to something larger, as all of a block is."""
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(256, 256, bias=bias).bfloat16(), LoRAConfig(), torch.Generator())
     nn.init.normal_(layer.lora_B, std=1e-4)
     x = torch.randn(2, 500, 256).bfloat16()
     wanted = x.float() @ layer.delta_weight().T  # far below what bf16 tells apart in the output
-    past = (onto * torch.randn(x.shape)).bfloat16() if onto else None
+    past = (residual * torch.randn(x.shape)).bfloat16() if residual else None
     plain = F.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None)
-    got = layer(x, past).float() - plain - (past.float() if onto else 0)
-    assert (got * wanted).sum() / wanted.square().sum() == pytest.approx(1, abs=0.1 + onto / 40)
+    got = layer(x, past).float() - plain - (past.float() if residual else 0)
+    assert (got * wanted).sum() / wanted.square().sum() == pytest.approx(1, abs=0.1 + residual / 40)
 
 
 def test_dropout_before_the_adapters_takes_its_share_and_keeps_the_mean():
@@ -203,17 +203,17 @@ def adapted_layers(*shapes):
 def test_gradients_of_adapted_feed_forward_are_those_of_its_formula():
     layers = adapted_layers((6, 8), (6, 8), (8, 6))
     halves = [half.requires_grad_() for layer in layers for half in (layer.lora_A, layer.lora_B)]
-    x, onto = (torch.randn(2, 3, 6, dtype=torch.double, requires_grad=True) for _ in range(2))
+    x, residual = (torch.randn(2, 3, 6, dtype=torch.double, requires_grad=True) for _ in range(2))
 
-    def out(x, onto, *_):
+    def out(x, residual, *_):
         torch.manual_seed(1)
-        return LoRAFeedForward(*layers)(x, onto)
+        return LoRAFeedForward(*layers)(x, residual)
 
     w1, w3, w2 = layers
     torch.manual_seed(1)
-    wanted = onto + w2(F.silu(w1(x)) * w3(x))
-    torch.testing.assert_close(out(x, onto), wanted)
-    assert torch.autograd.gradcheck(out, (x, onto, *halves))
+    wanted = residual + w2(F.silu(w1(x)) * w3(x))
+    torch.testing.assert_close(out(x, residual), wanted)
+    assert torch.autograd.gradcheck(out, (x, residual, *halves))
 
 
 def test_adapted_feed_forward_keeps_half_as_much_for_its_gradient():

@@ -1,11 +1,11 @@
-"""One or a few columns through a stack of transformer blocks on a CPU, compiled by numba.
+"""One or a few positions through a stack of transformer blocks on a CPU, compiled by numba.
 
 There a frame costs reading every weight once, and calling an operation takes as long as reading a
 quarter of a megabyte. So all blocks are one call, in which the threads of a `Team` share the rows
 of every product. Weights are fp32, bf16 as its bits (uint16), or int8 with a scale for each row.
 
-Shapes: C columns, L layers, D `dim`, H heads and h key/value heads of d, T columns of the cache,
-F `intermediate_size`.
+Shapes: C positions, L layers, D `dim`, H heads and h key/value heads of d, T positions of the
+cache, F `intermediate_size`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _VECTOR, _MATRIX, _CUBE, _CACHE = (
     float32[::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, :, ::1],
 )  # fmt: skip
 _INLINE = {"inline": "always", "error_model": "numpy"}
-_TILE = 16  # rows, which stay in a core's cache while columns pass
+_TILE = 16  # rows, which stay in a core's cache while positions pass
 # Whether a loop is vectorized depends on the addresses of its arrays. Results must not, or a seed
 # would speak otherwise from one start to the next: no reassociation, no reciprocals.
 _REPRODUCIBLE = {"nnan", "ninf", "nsz", "contract"}

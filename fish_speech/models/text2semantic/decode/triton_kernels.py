@@ -337,7 +337,7 @@ class Stack:
         heads, width = attention.n_head, attention.head_dim
         self._queries = torch.empty(columns, heads, width, device=device)
         self._hidden = torch.empty(columns, weight.shape[1], device=device)
-        self._parts = (
+        self._splits = (
             torch.empty(SPLITS, heads, width, device=device),
             torch.empty(SPLITS, 2, heads, device=device),
         )
@@ -348,7 +348,7 @@ class Stack:
     def launch(self, x: Tensor, place: Tensor, few: int | None = None) -> None:
         """x [C, D] (fp32) through all blocks, in place, to `place` (see `place_of`). `few` are the
         columns that are attended to then, where they are a handful."""
-        assert few or len(x) == 1  # what is attended to in parts is joined for one column
+        assert few or len(x) == 1  # splits are combined for one position only
         heads, width = self._heads, self._heads["HEAD_DIM"]
         places = triton.next_power_of_2(few) if few else KV_BLOCK
         attends = {**heads, "SPLITS": SPLITS, "KV_BLOCK": places}
@@ -364,7 +364,7 @@ class Stack:
                 self._rotary.shape[1],
                 **sizes, **heads, BIASED=wqkv.bias is not None,
             )  # fmt: skip
-            seen = self._queries, place, *self._parts, layer, width**-0.5
+            seen = self._queries, place, *self._splits, layer, width**-0.5
             if not few:
                 _split_attention[heads["HEADS"], SPLITS](
                     *seen, **attends, BLOCK=triton.next_power_of_2(width),

@@ -130,8 +130,8 @@ class _ShortAttention(torch.autograd.Function):
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy of logits [N, V] and targets [N] in fp32, negative ones left out.
 
-    The grad_out, asked for once, takes the place of the logits, which nobody else may need;
-    torch's function makes three residual_grad tensors of that size.
+    The gradient is written over the logits, so nothing else may use them, and it can be taken
+    once; torch's function makes three more tensors of that size.
     """
     return _CrossEntropy.apply(logits if triton_ops_for(logits) else logits.float(), targets)
 

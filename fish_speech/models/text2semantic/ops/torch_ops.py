@@ -90,7 +90,7 @@ def rotate(x: Tensor, rotary: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """With torch's own gradient, which keeps the attention weights: they are few."""
     (_, length, _, width), local = q.shape, k.shape[2]
-    # Heads that share a key are as good as columns of one head.
+    # Heads that share a key are as good as positions of one head.
     q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
     q = q.unflatten(1, (local, -1)).flatten(2, 3)  # [R, h, H/h * T, d]
     scores = ((q * width**-0.5) @ k.transpose(2, 3)).unflatten(2, (-1, length))

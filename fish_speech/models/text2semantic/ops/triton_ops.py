@@ -41,16 +41,9 @@ def _rms_norm(x, weight, out, eps, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rms_norm_backward(
-    grad_out,
-    residual_grad,
-    x,
-    weight,
-    out,
-    eps,
-    D: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    grad_out, residual_grad, x, weight, out, eps, D: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     at = row * D + d
     value = tl.load(x + at, mask=d < D, other=0.0).to(tl.float32)
