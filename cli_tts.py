@@ -284,7 +284,8 @@ def plan_jobs(args: argparse.Namespace, text: str) -> list[SpeechJob]:
 
 def read_input_text(args: argparse.Namespace) -> str:
     if (args.text is None) == (args.text_file is None):
-        raise ValueError('give either a text (as in: cli_tts.py "Hello.") or --text-file FILE')
+        text = 'a text (as in: cli_tts.py "Hello."; - reads standard input)'
+        raise ValueError(f"give either {text} or --text-file FILE")
     if "-" in (args.text, args.text_file):
         if sys.stdin is None:
             raise ValueError("standard input is closed; give the text itself, or --text-file FILE")

@@ -82,8 +82,11 @@ def directory_of(version: str | Path, root: Path = REPOSITORY) -> Path:
     if (entry := versions.get(str(version))) is not None:
         return root / entry.directory
     if not Path(version).exists():
+        merged = Path("checkpoints", f"{Path(version).name.removesuffix('-merged')}-merged")
+        hint = f"; there is {merged}" if (root / merged).is_dir() else ""
         raise FileNotFoundError(
             f"{version}: neither a model version ({', '.join(versions)}) nor a model directory"
+            + hint
         )
     return Path(version)
 

@@ -18,6 +18,7 @@ from fish_speech.hub import (
     CODEC_PATTERN,
     MODEL_FILES,
     check_model_dir,
+    directory_of,
     find_model,
     local_model,
     model_versions,
@@ -332,3 +333,10 @@ def test_unmerged_run_says_how_to_merge(tmp_path, given):
     (run / "checkpoints" / "step_000000100.ckpt").write_bytes(b"adapter")
     with pytest.raises(ValueError, match="--project my_voice --merge-weights"):
         check_model_dir(run / given)
+
+
+def test_a_project_s_name_leads_to_its_merged_model(tmp_path):
+    (tmp_path / "checkpoints" / "me-merged").mkdir(parents=True)
+    for name in ("me", "me-merged"):
+        with pytest.raises(FileNotFoundError, match=r"; there is checkpoints/me-merged$"):
+            directory_of(name, tmp_path)

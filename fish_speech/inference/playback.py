@@ -88,7 +88,10 @@ def _open_output(sample_rate: int) -> Output:
             except OSError as error:
                 reasons.append(str(error))
     programs = ", ".join(command.split()[0] for command in PLAYERS)
-    raise NoPlayback(f"no audio device ({'; '.join(reasons)}), or none of these works: {programs}")
+    raise NoPlayback(
+        f"no audio device ({'; '.join(reasons)}), and none of these works: {programs} (on Debian "
+        "and Ubuntu: apt install libportaudio2)"
+    )
 
 
 def _open_device(sample_rate: int) -> Output:

@@ -198,7 +198,11 @@ class _WarningLogger:
     """yt-dlp's messages: warnings are passed on, its errors are raised and said once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.warning = lambda message: say(_user_message(message))
+        self._say = say
+
+    def warning(self, message: str) -> None:
+        if "Retrying" not in message:  # what comes of it is said once
+            self._say(_user_message(message))
 
     def debug(self, message: str) -> None:
         pass

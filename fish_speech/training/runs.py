@@ -237,7 +237,9 @@ def named_checkpoint(path: str | Path) -> Checkpoint:
     if file.is_dir():
         found = checkpoints_in(file) or checkpoints_in(file / "checkpoints")
         if not found:
-            raise FileNotFoundError(f"{path}: no step_*.ckpt in this folder")
+            merged = (file / "model.pth").exists()
+            hint = ", but a model: --pretrained-ckpt-path takes that" if merged else ""
+            raise FileNotFoundError(f"{path}: no step_*.ckpt in this folder{hint}")
         return found[-1]
     if not file.is_file():
         there = ", ".join(c.path.name for c in checkpoints_in(file.parent)) or "none"
@@ -262,7 +264,9 @@ def describe_checkpoints(run: Run) -> str:
     """The list that `--list-checkpoints` prints."""
     found = run.checkpoints()
     if not found:
-        return f"📂 No checkpoints for project '{run.project}' yet."
+        others = sorted(path.parent.name for path in run.folder.parent.glob("*/checkpoints"))
+        there = f" Projects here: {', '.join(others)}." if others else ""
+        return f"📂 No checkpoints for project '{run.project}' yet.{there}"
     lines = [f"📂 Available checkpoints for project '{run.project}':"]
     losses, latest = run.logged("validation/loss"), found[-1]
     for checkpoint in found:

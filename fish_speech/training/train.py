@@ -120,8 +120,9 @@ def _module_and_data(
     shards = start.checkpoint.read()["run"].get("shards") if start.resumes else None
     if shards not in (None, manifest.shards):
         say(
-            f"the data has changed since {start.checkpoint.path}: "
-            f"going on with what {config.data.dir} holds now"
+            f"the data has changed since {start.checkpoint.path}: going on with what "
+            f"{config.data.dir} holds now (where recordings were cut anew, what is held out now may "
+            "have been learned before: a new --project measures that truly)"
         )
     data = _data_module(config, base_dir, manifest, start, say)
     data.start_step = start.checkpoint.step if start.resumes else 0

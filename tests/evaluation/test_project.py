@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_has_a_row_and_one_over_another_base_too(project, c
     assert [error is None for error in errors] == [True, False, True, False, False]
     assert "step_000000001.ckpt: damaged" in errors[1]
     assert f"{newest.name}: damaged" in errors[4]
-    assert "not the same" in errors[3]
+    assert "has changed since" in errors[3]
     assert "step_000000001: could not be measured" in capsys.readouterr().err
 
 

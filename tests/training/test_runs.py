@@ -41,6 +41,8 @@ def test_the_list_is_in_the_guides_format(tmp_path):
 
 def test_a_project_without_checkpoints_has_a_list_too():
     assert describe_checkpoints(Run.of("new")) == "📂 No checkpoints for project 'new' yet."
+    make_checkpoints("news", 100)
+    assert describe_checkpoints(Run.of("new")).endswith(" yet. Projects here: news.")
 
 
 def test_damaged_checkpoints_are_listed_as_such():
@@ -223,3 +225,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(1)}, tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"model\.pth: not a checkpoint"):
         choose_start(Run.of("p"), Path("data"), resume_from=str(tmp_path / "model.pth"))
+
+
+def test_a_merged_model_is_no_checkpoint_and_the_flag_for_it_is_named(tmp_path):
+    (tmp_path / "p-merged").mkdir()
+    (tmp_path / "p-merged" / "model.pth").touch()
+    with pytest.raises(FileNotFoundError, match="--pretrained-ckpt-path takes that"):
+        choose_start(Run.of("new"), Path("data"), checkpoint_path="p-merged")
