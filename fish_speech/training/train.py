@@ -121,8 +121,8 @@ def _module_and_data(
     if shards not in (None, manifest.shards):
         say(
             f"the data has changed since {start.checkpoint.path}: going on with what "
-            f"{config.data.dir} holds now (where recordings were cut anew, what is held out now may "
-            "have been learned before: a new --project measures that truly)"
+            f"{config.data.dir} holds now (where recordings were cut anew, what is held out now "
+            "may have been learned before: a new --project measures that truly)"
         )
     data = _data_module(config, base_dir, manifest, start, say)
     data.start_step = start.checkpoint.step if start.resumes else 0
