@@ -200,11 +200,12 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
     return board
 
 
-def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -> Path:
+def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -> None:
     """Checkpoint -> `checkpoints/<project>-merged`; `board` is of this very command."""
     from fish_speech.training.merge import merge
 
-    base_dir, lora = args.pretrained_ckpt_path, None
+    base_dir = args.pretrained_ckpt_path
+    lora = make_config(args, None).adapters if args.lora_config else None
     if args.checkpoint_path and not (args.train or args.full_pipeline):
         from fish_speech.hub import find_model
         from fish_speech.training.runs import named_checkpoint
@@ -232,7 +233,6 @@ def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -
         f"the written model is within {merged.error:.3%} of base + adapters"
     )
     print(f'speak with it: cli_tts.py "Hello there." --model-path {folder}')
-    return folder
 
 
 def run_stages(args: argparse.Namespace) -> int:

@@ -129,7 +129,12 @@ def _needed(
         changed = Path(record["base"]) == base_dir.resolve()
         what = "has changed since" if changed else f"not the base that {record['base']} was when"
         raise ValueError(f"{base_dir}: {what} {checkpoint.path} was trained on it")
-    return base_dir, recorded_lora(record)
+    recorded = recorded_lora(record)
+    if lora is not None and (what := recorded.mismatch(lora)):
+        raise ValueError(
+            f"{checkpoint.path}: trained with another --lora-config: {what}; leave the flag out"
+        )
+    return base_dir, recorded
 
 
 @torch.inference_mode()

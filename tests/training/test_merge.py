@@ -173,3 +173,9 @@ def test_the_same_merge_again_is_the_same_file(checkpoint, tmp_path):
     for name in ("one", "two"):
         merge(checkpoint(), tmp_path / name)
     assert file_digest(tmp_path / "one/model.pth") == file_digest(tmp_path / "two/model.pth")
+
+
+def test_another_lora_config_than_the_checkpoint_s_is_refused(checkpoint, tmp_path):
+    lora = LoRAConfig(4, 16, 0.0, (*LINEAR_TARGETS, *EMBEDDING_TARGETS))
+    with pytest.raises(ValueError, match="trained with another --lora-config: r 8, not 4"):
+        merge(checkpoint(), tmp_path / "merged", lora=lora)
