@@ -85,15 +85,15 @@ class PackedStack(nn.Module):
         self._norms = torch.stack([_norms(block) for block in blocks])  # [L, 2, D]
         self._bias = torch.stack([_bias(block) for block in blocks])  # [L, N] or [L, 0]
         self._eps = blocks[0].attention_norm.eps
-        self._rows = [
+        self._packed = [
             PackedWeight((len(blocks), *weight.shape), dtype) for weight in _matrices(blocks[0])
         ]
         self._attention = [block.attention for block in blocks]
         for layer, block in enumerate(blocks):
-            for rows, weight in zip(self._rows, _matrices(block), strict=True):
-                rows.fill(weight, layer)
+            for packed, weight in zip(self._packed, _matrices(block), strict=True):
+                packed.fill(weight, layer)
             del block.attention.wqkv, block.attention.wo, block.feed_forward
-        weights, scales = zip(*(rows.arrays() for rows in self._rows), strict=True)
+        weights, scales = zip(*(packed.arrays() for packed in self._packed), strict=True)
         self._arrays = (self._norms.numpy(), self._eps, weights, scales, self._bias.numpy())
         self._bytes = sum(array.nbytes for array in weights)
         self._compiled = cpu_kernels.compile_stack(weights[0].dtype)
@@ -103,7 +103,7 @@ class PackedStack(nn.Module):
     ) -> Tensor:  # [B, T, D]
         if cache is not None and len(x) == 1 and x.shape[1] <= _MAX_DECODE_POSITIONS:
             return self._decode(x, rotary, cache)
-        wqkv, wo, w13, w2 = self._rows
+        wqkv, wo, w13, w2 = self._packed
         for layer, attention in enumerate(self._attention):
             qkv = wqkv.matmul(self._norm(x, layer, 0), layer)
             qkv = qkv + self._bias[layer] if self._bias.numel() else qkv
@@ -122,7 +122,7 @@ class PackedStack(nn.Module):
         attention, (_, columns, _) = self._attention[0], x.shape
         cache.end(columns)  # which must be within it
         heads = (columns, attention.n_head, attention.head_dim)
-        queries, width = np.empty(heads, np.float32), self._rows[3].weights.shape[-1]
+        queries, width = np.empty(heads, np.float32), self._packed[3].weights.shape[-1]
         context = np.empty((columns, heads[1] * heads[2]), np.float32)
         hidden = np.empty((columns, width), np.float32)
         x = x.clone(memory_format=torch.contiguous_format)
@@ -141,21 +141,24 @@ class PackedHead(nn.Module):
 
         super().__init__()
         self.norm = norm
-        self._rows = PackedWeight((1, *weight.shape), _packed_dtype(weight.dtype))
-        self._rows.fill(weight, 0)
-        weights, scales = self._rows.arrays()
+        self._packed = PackedWeight((1, *weight.shape), _packed_dtype(weight.dtype))
+        self._packed.fill(weight, 0)
+        weights, scales = self._packed.arrays()
         self._arrays = (norm.weight.float().numpy(), norm.eps, weights[0], scales[0])
         self._compiled = cpu_kernels.compile_head(weights.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., N]
         columns = x.numel() // x.shape[-1]
         if not 0 < columns <= _MAX_DECODE_POSITIONS:
-            return self._rows.matmul(self.norm(x), 0)
+            return self._packed.matmul(self.norm(x), 0)
         from fish_speech.models.text2semantic.decode.thread_team import team_for
 
         logits = np.empty((columns, len(self._arrays[-1])), np.float32)
-        rows, team = x.detach().reshape(columns, -1).contiguous(), team_for(self._arrays[2].nbytes)
-        team.run(self._compiled, rows.numpy(), *self._arrays, logits)
+        inputs, team = (
+            x.detach().reshape(columns, -1).contiguous(),
+            team_for(self._arrays[2].nbytes),
+        )
+        team.run(self._compiled, inputs.numpy(), *self._arrays, logits)
         return torch.from_numpy(logits).view(*x.shape[:-1], -1)
 
 
