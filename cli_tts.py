@@ -19,7 +19,7 @@ from fish_speech.console import (
     error_message,
     refuse_empty_values,
     shorten_list,
-    silence_stdout,
+    silence_output,
     tolerate_unencodable,
 )
 from fish_speech.devices import (
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         say("\nInterrupted; what was not finished was not written.")
         return INTERRUPTED
     except BrokenPipeError:
-        silence_stdout()
+        silence_output()
         return FAILED
     except (ValueError, OSError) as error:
         return complain(error, args, BAD_INPUT)

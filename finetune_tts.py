@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fish_speech.console import (
     error_message,
     refuse_empty_values,
-    silence_stdout,
+    silence_output,
     tolerate_unencodable,
 )
 from fish_speech.devices import resolve_device, resolve_precision
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        silence_stdout()
+        silence_output()
         return FAILED
     except KeyboardInterrupt:
         say("interrupted; what is finished stays, the same command goes on from there")

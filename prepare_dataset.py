@@ -9,7 +9,7 @@ from pathlib import Path
 from fish_speech.console import (
     error_message,
     refuse_empty_values,
-    silence_stdout,
+    silence_output,
     tolerate_unencodable,
 )
 from fish_speech.preparation.options import WHISPER_BACKENDS, Options, Thresholds
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         say("interrupted; the same command goes on from here")
         return 130
     except BrokenPipeError:
-        silence_stdout()
+        silence_output()
         return 1
     except SystemExit:
         raise

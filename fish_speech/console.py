@@ -35,10 +35,12 @@ def refuse_empty_values(argv: Sequence[str]) -> None:
         raise ValueError(f"{empty[0]} has no value; is a shell variable not set?")
 
 
-def silence_stdout() -> None:
-    """Discard all further output: its reader has closed the pipe, as `| head` does."""
-    with suppress(OSError):  # standard output is no file of the system
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def silence_output() -> None:
+    """Discard all further output: its reader has closed the pipe, as `2>&1 | head` does. What is
+    still buffered would be an error at the program's end."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError):  # no file of the system, or none at all
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def shorten_list(names: Iterable[str], most: int = 3) -> str:
