@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     tolerate_unencodable()
     args = build_parser().parse_args(argv)
     try:
-        refuse_empty_values(sys.argv[1:] if argv is None else argv)
+        refuse_empty_values(argv)
         if args.compare or args.texts or args.whisper_model or args.speaker_encoder:
             return compare_models(args)
         return list_voices() if args.list_voices else speak(args)

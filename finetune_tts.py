@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     args.failures = 0
     try:
-        refuse_empty_values(sys.argv[1:] if argv is None else argv)
+        refuse_empty_values(argv)
         check_arguments(args)
         tune_malloc()
         limit_threads()

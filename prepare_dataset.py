@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     tolerate_unencodable()
     arguments = build_parser().parse_args(argv)
     try:
-        refuse_empty_values(sys.argv[1:] if argv is None else argv)
+        refuse_empty_values(argv)
         code = run(arguments)
         sys.stdout.flush()
         return code

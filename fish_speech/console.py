@@ -23,11 +23,14 @@ def error_message(error: BaseException) -> str:
     return str(error)
 
 
-def refuse_empty_values(argv: Sequence[str]) -> None:
+def refuse_empty_values(argv: Sequence[str] | None) -> None:
     """Raise `ValueError` where a flag is given an empty value, which would pass for a folder.
+
+    `argv` None are the arguments of the program.
 
     (`Path("")` is the working directory. Of `--flag=--`, argparse before Python 3.12 makes a list.)
     """
+    argv = sys.argv[1:] if argv is None else argv
     named = [argument.partition("=") for argument in argv if argument.startswith("--")]
     empty = [flag for flag, equals, value in named if equals and value in ("", "--")]
     empty += [flag for flag, value in pairwise(argv) if flag.startswith("-") and not value]

@@ -44,8 +44,8 @@ from fish_speech.preparation.transcribe import CachedRecogniser, load_recogniser
 from fish_speech.resources import set_threads_for_model
 from fish_speech.text import is_speakable, split_lines
 from fish_speech.tokenizer import FishTokenizer
+from fish_speech.training.resume import check_fits
 from fish_speech.training.runs import Checkpoint, Run, recorded_lora
-from fish_speech.training.train import check_fits
 
 SAMPLES = 12
 JOURNAL_NAME = "heard.jsonl"  # what the recogniser heard, kept for the next run

@@ -178,12 +178,8 @@ def _duration(clip: Clip) -> float:
 
 def _has_codes(clip: Clip, codec: Codec) -> bool:
     """Whether a clip's codes are there and no damaged file, as far as its header tells."""
-    try:
-        codes = np.load(clip.codes, mmap_mode="r", allow_pickle=False)
-    except Exception:  # a flipped byte raises almost anything
-        return False
-    rows = codes.shape[0] if isinstance(codes, np.ndarray) and codes.ndim == 2 else 0
-    return rows == codec.num_codebooks and codes.dtype.kind in "iu"
+    codes = _mapped(clip.codes)
+    return _may_be_codes(codes) and codes.shape[0] == codec.num_codebooks
 
 
 def _fits(clip: Clip, codec: Codec) -> bool:
@@ -197,14 +193,24 @@ def _fits(clip: Clip, codec: Codec) -> bool:
 
 def _foreign_array(file: Path) -> str | None:
     """What an array is that can't be meant as codes; None for codes, even bad ones."""
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except Exception:
+    array = _mapped(file)
+    if array is None or _may_be_codes(array):
         return None
     if not isinstance(array, np.ndarray):
         return "an archive of arrays"
-    whole = array.ndim == 2 and array.dtype.kind in "iu"
-    return None if whole else f"an array {list(array.shape)} of {array.dtype}"
+    return f"an array {list(array.shape)} of {array.dtype}"
+
+
+def _mapped(file: Path) -> Any:
+    """What NumPy has in a file, of which only the header is read; None for no or a damaged file."""
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception:  # a flipped byte of a header raises almost anything
+        return None
+
+
+def _may_be_codes(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype.kind in "iu"
 
 
 def _stamp(file: Path) -> list:

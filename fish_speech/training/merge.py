@@ -27,6 +27,7 @@ from fish_speech.models.text2semantic.lora import (
 from fish_speech.models.vqgan.codec import CODEC_CONFIG_FILE, find_codec
 from fish_speech.models.weights import check_sums, read_checkpoint
 from fish_speech.tokenizer import FishTokenizer
+from fish_speech.training.resume import check_fits
 from fish_speech.training.runs import Checkpoint, recorded_lora
 
 _PROMPT = "The quick brown fox jumps over the lazy dog."
@@ -125,15 +126,8 @@ def _needed(
             f"{base_dir}: the base model of {checkpoint.path} is not there any more; "
             "give its place with --pretrained-ckpt-path"
         )
-    if file_digest(base_dir / MODEL_FILE) != record["base_digest"]:
-        changed = Path(record["base"]) == base_dir.resolve()
-        what = "has changed since" if changed else f"not the base that {record['base']} was when"
-        raise ValueError(f"{base_dir}: {what} {checkpoint.path} was trained on it")
     recorded = recorded_lora(record)
-    if lora is not None and (what := recorded.mismatch(lora)):
-        raise ValueError(
-            f"{checkpoint.path}: trained with another --lora-config: {what}; leave the flag out"
-        )
+    check_fits(checkpoint, lora or recorded, file_digest(base_dir / MODEL_FILE), base_dir)
     return base_dir, recorded
 
 

@@ -91,6 +91,27 @@ def _is_in(file: Path, place: Path) -> bool:
     return place.resolve() in (file.resolve(), *file.resolve().parents[:2])
 
 
+def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_dir: Path) -> None:
+    """Raise `ValueError` where a checkpoint was trained over another base or LoRA config."""
+    run = checkpoint.read()["run"]
+    theirs = recorded_lora(run)
+    if what := theirs.mismatch(lora):
+        raise ValueError(
+            f"{checkpoint.path}: trained with another --lora-config: {what}; give that one, or "
+            "choose another --project"
+        )
+    if run["base_digest"] != base_digest:
+        if Path(run["base"]) == base_dir.resolve():
+            raise ValueError(
+                f"{checkpoint.path}: its base model {base_dir} has changed since; where that was "
+                "merged again, merge the step that it was before, or choose another --project"
+            )
+        raise ValueError(
+            f"{checkpoint.path}: trained over the base model {run['base']}, which is not the same "
+            f"as {base_dir}; give that one with --pretrained-ckpt-path"
+        )
+
+
 def check_missing_base(start: Start, base: Path) -> None:
     """Raise `ValueError` where training would resume over another base than the missing `base`,
     which would be downloaded only to be compared.

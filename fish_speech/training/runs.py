@@ -36,13 +36,9 @@ class Checkpoint:
         if "state_dict" not in content or not isinstance(record, dict):
             raise ValueError(f"{self.path}: not a checkpoint of finetune_tts.py")
         lora = record.get("lora")
-        if (
-            missing := _RECORD - record.keys()
-            or _LORA - (lora if isinstance(lora, dict) else {}).keys()
-        ):
-            raise ValueError(
-                f"{self.path}: damaged: it does not say its {', '.join(sorted(missing))}"
-            )
+        known = lora.keys() if isinstance(lora, dict) else set()
+        if missing := sorted(_RECORD - record.keys() or _LORA - known):
+            raise ValueError(f"{self.path}: damaged: it does not say its {', '.join(missing)}")
         return content
 
     def check(self) -> None:

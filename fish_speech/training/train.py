@@ -21,7 +21,7 @@ from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.files import exclusive, file_digest, remove_temporaries, write_text
 from fish_speech.models.text2semantic import ModelConfig, load_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
-from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora
+from fish_speech.models.text2semantic.lora import add_lora, load_lora
 from fish_speech.models.vqgan import CodecConfig
 from fish_speech.resources import is_out_of_memory
 from fish_speech.tokenizer import FishTokenizer
@@ -36,8 +36,8 @@ from fish_speech.training.config import RunConfig
 from fish_speech.training.distributed import is_rank_zero
 from fish_speech.training.lit_module import DivergedError, TextToSemantic
 from fish_speech.training.preflight import OUT_OF_MEMORY, Say, preflight
-from fish_speech.training.resume import Start
-from fish_speech.training.runs import Checkpoint, Run, recorded_lora
+from fish_speech.training.resume import Start, check_fits
+from fish_speech.training.runs import Checkpoint, Run
 from fish_speech.training.step_graphs import StepGraphs
 
 _RISE = 1.3  # times the loss at the beginning, which no good training reaches
@@ -230,27 +230,6 @@ def _plot(run: Run, say: Say) -> None:
         plot_losses(run, file)
     except Exception as error:
         say(f"{file}: could not be drawn: {error}")
-
-
-def check_fits(checkpoint: Checkpoint, lora: LoRAConfig, base_digest: str, base_dir: Path) -> None:
-    """Raise `ValueError` where a checkpoint was trained over another base or LoRA config."""
-    run = checkpoint.read()["run"]
-    theirs = recorded_lora(run)
-    if what := theirs.mismatch(lora):
-        raise ValueError(
-            f"{checkpoint.path}: trained with another --lora-config: {what}; give that one, or "
-            "choose another --project"
-        )
-    if run["base_digest"] != base_digest:
-        if Path(run["base"]) == base_dir.resolve():
-            raise ValueError(
-                f"{checkpoint.path}: its base model {base_dir} has changed since; where that was "
-                "merged again, merge the step that it was before, or choose another --project"
-            )
-        raise ValueError(
-            f"{checkpoint.path}: trained over the base model {run['base']}, which is not the same "
-            f"as {base_dir}; give that one with --pretrained-ckpt-path"
-        )
 
 
 def _run_record(
