@@ -9,6 +9,7 @@ from unicodedata import normalize
 
 from fish_speech.files import list_audio, list_files, read_text
 
+SUMMARY_NAME = "dataset_summary.json"
 REJECTED = "rejected"  # the folder of clips that preparing sorted out
 
 

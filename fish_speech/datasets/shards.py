@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,6 +16,7 @@ import numpy as np
 from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.protos.stream import read_shard, write_shard
 from fish_speech.datasets.protos.text_data_pb2 import Semantics, Sentence, TextData
+from fish_speech.datasets.spans import Span, SpanSet, recorded_spans, shared, whole
 from fish_speech.files import file_digest, read_json, safe_name, write_json
 from fish_speech.text import is_speakable, spoken_text
 
@@ -49,7 +50,8 @@ class Sample:
 class Manifest:
     """What was packed: shards with their digests, the clips of each split, and what was left out.
 
-    `skipped` maps a clip to the reason. `source` is the digest of everything that went in.
+    `skipped` maps a clip to the reason, `spans` to what it is known by under any name. `source` is
+    the digest of everything that went in.
     """
 
     source: str
@@ -58,12 +60,16 @@ class Manifest:
     validation: list[str] = field(default_factory=list)
     shards: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    spans: dict[str, list[Span]] = field(default_factory=dict)
     frames: int = 0
 
     def paths(self, data_dir: str | Path, split: str) -> list[Path]:
         """The shards of `train` or `validation`."""
         folder = Path(data_dir) / SHARD_FOLDER
         return [folder / name for name in self.shards if name.startswith(f"{split}-")]
+
+    def spans_of(self, names: Iterable[str]) -> SpanSet:
+        return SpanSet(span for name in names for span in self.spans.get(name, ()))
 
 
 def build_shards(
@@ -81,7 +87,8 @@ def build_shards(
     """
     clips = find_clips(data_dir)
     settings = (num_codebooks, codebook_size, validation_share)
-    source = _source_digest(clips, settings)
+    recorded = recorded_spans(Path(data_dir))
+    source = _source_digest(clips, recorded, settings)
     folder = Path(data_dir) / SHARD_FOLDER
     current = _current_manifest(folder, source)
     if current is not None:
@@ -101,13 +108,17 @@ def build_shards(
                 manifest.skipped[clip.name] = str(error)
                 continue
             manifest.frames += codes.shape[1]
+            known = recorded.get(clip.name)
+            manifest.spans[clip.name] = [whole(codes), *([known] if known else [])]
             usable.append(clip)
             spilled.put(clip.name, sentence(text, codes))
         if not usable:
             reason = next(iter(manifest.skipped.values()))
             raise ValueError(f"{data_dir}: no clip can be used; the first: {reason}")
         manifest.speakers = sorted({clip.speaker for clip in usable})
-        held_out = _choose_validation(usable, validation_share, before=_last_manifest(folder))
+        held_out = _choose_validation(
+            usable, validation_share, manifest.spans, before=_last_manifest(folder)
+        )
         for split in ("train", "validation"):
             chosen = [clip for clip in usable if (clip.name in held_out) == (split == "validation")]
             chosen.sort(key=lambda clip: clip.speaker)  # so that names and shards run alike
@@ -117,7 +128,7 @@ def build_shards(
                 spoken = (spilled.get(clip.name) for clip in group)
                 write_shard(folder / name, text_data(spoken, Path(data_dir).name, speaker))
                 manifest.shards[name] = file_digest(folder / name)
-    write_json(folder / _MANIFEST, asdict(manifest))
+    write_json(folder / _MANIFEST, vars(manifest))
     for stale in set(folder.glob("*.protos")) - {folder / name for name in manifest.shards}:
         stale.unlink()
     return manifest, True
@@ -202,33 +213,45 @@ class _SpillFile:
         return Sentence.FromString(self._file.read(size))
 
 
-def _choose_validation(clips: list[Clip], share: float, before: Manifest | None) -> set[str]:
+def _choose_validation(
+    clips: list[Clip], share: float, spans: dict[str, list[Span]], before: Manifest | None
+) -> set[str]:
     """Names of the held-out clips: about a share, at least one of two and three of twenty; but
-    never the only clip, or the last one, of a speaker.
+    never the only clip, or the last one, of a speaker, or what another clip holds as well.
 
     A hash of its name decides whether a clip is held out, not which others there are, so that a
     second stage with more clips never validates on what the first one learned (unless a larger
     share is asked for, or a speaker had no other clip). What was held out before stays so, unless a
-    smaller share is asked for; a clip that was learned is taken only where there is no other.
+    smaller share is asked for; a clip that was learned, under whatever name, is taken only where
+    there are too few others.
     """
     if share <= 0:
         return set()
+    before = before or Manifest("", [])
+    if not before.spans:  # of an earlier version
+        before = replace(before, spans=spans)
+    learned_spans, held_spans = map(before.spans_of, (before.train, before.validation))
     fractions = {clip.name: _hash_fraction(clip.name) for clip in clips}
-    names = sorted(fractions, key=fractions.__getitem__)
-    held = set(before.validation) if before else set()
-    learned = set(before.train) if held else set()  # else nothing was to be held out
+    twice = shared(spans)  # what is trained on, too, can't be held out
+    names = [name for name in sorted(fractions, key=fractions.__getitem__) if name not in twice]
+    learned = {name for name in names if learned_spans.overlaps(spans[name])}
+    held = {name for name in names if held_spans.overlaps(spans[name])} - learned
+    if not before.validation:  # nothing was to be held out
+        learned = set()
     chosen = [name for name in names if fractions[name] < share]
-    others = [name for name in names if name not in learned]
+    wanted = round(share * len(names))
+    new = [name for name in names if name not in learned]
     speakers = {clip.name: clip.speaker for clip in clips}
     left = Counter(speakers.values())
     held_out: set[str] = set()
     fewest = 3 if len(names) >= 20 else 1
     as_before = [name for name in names if name in held]
     for candidates, enough in (
-        (as_before, max(len(chosen), round(share * len(names))) + fewest),
-        (chosen, len(names)),
-        (others, fewest),
-        (names, 1),
+        (as_before, max(len(chosen), wanted) + fewest),
+        ([name for name in chosen if name not in learned], len(names)),
+        (chosen, wanted),
+        (new, fewest),
+        (names, 1 if held else fewest),  # such as where all was cut anew
     ):
         for name in candidates:
             if len(held_out) < enough and left[speakers[name]] > 1 and name not in held_out:
@@ -242,10 +265,11 @@ def _hash_fraction(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def _source_digest(clips: list[Clip], settings: tuple) -> str:
-    digest = hashlib.sha256(repr(settings).encode())
+def _source_digest(clips: list[Clip], recorded: dict[str, Span], settings: tuple) -> str:
+    digest = hashlib.sha256(repr(("spans", *settings)).encode())
     for clip in clips:
-        digest.update(repr(clip.speaker).encode())  # the dataset's name, for clips at its top
+        # The speaker is the dataset's name, for clips at its top.
+        digest.update(repr((clip.speaker, recorded.get(clip.name))).encode())
         for file in (clip.transcript, clip.codes):
             state = file.stat() if file.is_file() else None
             stamp = (state.st_size, state.st_mtime_ns) if state else None

@@ -13,6 +13,7 @@ from fish_speech.audio_decoding import audio_info
 from fish_speech.conversation import build_item
 from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.shards import load_split, read_manifest
+from fish_speech.datasets.spans import SpanSet
 from fish_speech.evaluation.measure import Say
 from fish_speech.evaluation.synthesis import Line, RealClip, plan_lines
 from fish_speech.models.text2semantic import DualARTransformer
@@ -32,12 +33,13 @@ class HeldOut:
     """The held-out clips of a packed dataset, and further real clips of its speakers."""
 
     def __init__(self, data_dir: Path, records: Sequence[dict[str, Any]] = ()) -> None:
-        """`records` are those of checkpoints: a clip that one of them was not validated on is left
-        out, for it was trained on, or is longer than training takes."""
+        """`records` are those of checkpoints: what one of them may have learned is left out."""
         self.data_dir, self.manifest = data_dir, read_manifest(data_dir)
-        kept = [set(record["held_out"]) for record in records if "held_out" in record]
+        learned = SpanSet(span for record in records for span in record.get("learned", ()))
         self.held = [
-            name for name in self.manifest.validation if all(name in names for names in kept)
+            name
+            for name in self.manifest.validation
+            if not learned.overlaps(self.manifest.spans.get(name, ()))
         ]
         self._clips = {clip.name: clip for clip in find_clips(data_dir)}
 
@@ -57,7 +59,7 @@ class HeldOut:
         Raises `NothingToMeasureError` where there is none.
         """
         if fewer := len(self.manifest.validation) - len(self.held):
-            say(f"left out: {fewer} held-out clips that the checkpoints were not validated on")
+            say(f"left out: {fewer} held-out clips that a checkpoint may have learned")
         held = [
             self._line(clip.read_text(), clip.speaker, _real_clip(clip))
             for clip in self._of(self.held)

@@ -15,7 +15,7 @@ from typing import Any
 
 from fish_speech.audio_decoding import wav_breaks_off
 from fish_speech.console import error_message
-from fish_speech.datasets.clips import REJECTED
+from fish_speech.datasets.clips import REJECTED, SUMMARY_NAME
 from fish_speech.files import (
     AUDIO_SUFFIXES,
     read_json,
@@ -30,7 +30,6 @@ from fish_speech.preparation.entries import ClipEntry, SkippedEntry, has_type, i
 from fish_speech.preparation.job import RecordingJob
 from fish_speech.preparation.sources import (
     RECORDS,
-    SUMMARY_NAME,
     Recording,
     has_vanished,
     printable,

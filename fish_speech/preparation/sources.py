@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 
 from fish_speech.audio_decoding import audio_info
 from fish_speech.console import shorten_list
-from fish_speech.datasets.clips import REJECTED, is_rejected
+from fish_speech.datasets.clips import REJECTED, SUMMARY_NAME, is_rejected
 from fish_speech.files import (
     AUDIO_SUFFIXES,
     SIDECAR_SUFFIXES,
@@ -28,7 +28,6 @@ from fish_speech.files import (
 )
 from fish_speech.preparation import encodings
 
-SUMMARY_NAME = "dataset_summary.json"
 RECORDS = ".prepared"  # the folder of records in a dataset
 
 

@@ -10,13 +10,12 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from fish_speech.datasets.clips import REJECTED
+from fish_speech.datasets.clips import REJECTED, SUMMARY_NAME
 from fish_speech.files import write_json, write_text
 from fish_speech.preparation import quality
 from fish_speech.preparation.entries import ClipEntry, SkippedEntry
 from fish_speech.preparation.options import Thresholds
 from fish_speech.preparation.records import STAGING, RecordStore
-from fish_speech.preparation.sources import SUMMARY_NAME
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,7 @@ def _summary_lists(store: RecordStore, rejected: list[ClipEntry]) -> tuple[list,
             {
                 "source": record.source,
                 "speaker": record.speaker,
+                "digest": record.digest,
                 "clips": len(record.clips),
                 "duration": record.duration,
                 "in_clips": round(in_clips, 3),

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
 from fish_speech.datasets.shards import Manifest, Sample, load_split
+from fish_speech.datasets.spans import SpanSet
 from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.files import exclusive, file_digest, remove_temporaries, write_text
 from fish_speech.models.text2semantic import ModelConfig, load_model
@@ -121,8 +122,7 @@ def _module_and_data(
     if shards not in (None, manifest.shards):
         say(
             f"the data has changed since {start.checkpoint.path}: going on with what "
-            f"{config.data.dir} holds now (where recordings were cut anew, what is held out now "
-            "may have been learned before: a new --project measures that truly)"
+            f"{config.data.dir} holds now"
         )
     data = _data_module(config, base_dir, manifest, start, say)
     data.start_step = start.checkpoint.step if start.resumes else 0
@@ -253,7 +253,7 @@ def _run_record(
         "base": str(base_dir.resolve()),
         "base_digest": base_digest,
         "shards": manifest.shards,
-        "held_out": [sample.name for sample in data.validation.samples],
+        "learned": _learned(manifest, start, data).as_list(),
         "speakers": _named_speakers(manifest),
         "lora": asdict(config.lora),
         "config": config.to_yaml(),
@@ -266,15 +266,26 @@ def _named_speakers(manifest: Manifest) -> list[str]:
     return manifest.speakers if len(manifest.speakers) > 1 else []
 
 
+def _learned(manifest: Manifest, start: Start, data: SemanticDataModule) -> SpanSet:
+    """All that this run's checkpoints may have learned from: every clip it doesn't validate on, and
+    what the checkpoint had learned from which it starts."""
+    validated = {sample.name for sample in data.validation.samples}
+    own = manifest.spans_of(name for name in manifest.spans if name not in validated)
+    return SpanSet([*_learned_before(start).as_list(), *own.as_list()])
+
+
+def _learned_before(start: Start) -> SpanSet:
+    run = start.checkpoint.read()["run"] if start.checkpoint is not None else {}
+    return SpanSet(run.get("learned", ()))  # earlier versions noted names
+
+
 def _held_out(data_dir: Path, manifest: Manifest, start: Start, say: Say) -> list[Sample]:
     """The samples to validate on: none that the checkpoint which it starts from learned from."""
     samples = load_split(data_dir, manifest, "validation")
-    before = start.checkpoint.read()["run"] if start.checkpoint is not None else {}
-    if before.get("data_dir") != str(data_dir.resolve()) or "held_out" not in before:
-        return samples
-    unknown = [sample for sample in samples if sample.name in before["held_out"]]
-    if learned := len(samples) - len(unknown):
-        say(f"left out of validation: {learned} clips, not held out from {start.checkpoint.path}")
+    learned = _learned_before(start)
+    unknown = [s for s in samples if not learned.overlaps(manifest.spans[s.name])]
+    if known := len(samples) - len(unknown):
+        say(f"left out of validation: {known} clips that {start.checkpoint.path} learned from")
     return unknown
 
 

@@ -1,5 +1,7 @@
+import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -92,6 +94,62 @@ def test_what_is_held_out_stays_so_when_clips_are_added(tmp_path):
     assert again.validation == many.validation
     less, _ = build(voice, validation_share=0.01)
     assert len(less.validation) == 1
+
+
+def test_a_clip_is_known_under_any_name(tmp_path):
+    data = make_data_set(tmp_path / "voice", {"Ann": 40})
+    before, _ = build(data)
+    for file in sorted(data.glob("Ann/clip_*"), reverse=True):  # as where earlier ones come in
+        file.rename(file.with_stem(f"clip_{int(file.stem[-4:]) + 7:04d}"))
+    after, _ = build(data)
+    assert not set(before.validation) & set(after.validation)
+    held, held_after = before.spans_of(before.validation), after.spans_of(after.validation)
+    assert held.as_list() == held_after.as_list()
+
+
+def prepare(data, seconds, count):
+    """Make a dataset of one recording, cut into clips of so many seconds."""
+    shutil.rmtree(data / "Ann", ignore_errors=True)
+    make_data_set(data, {"Ann": count})
+    rng = np.random.default_rng(count)
+    for file in data.glob("Ann/*.npy"):  # other cuts have other codes
+        np.save(file, rng.integers(0, 1000, (8, 9), dtype=np.int16))
+    clips = [
+        {"file": f"Ann/clip_{number:04d}.wav", "speaker": "Ann", "source": "talk.wav",
+         "start": number * seconds - 0.2, "end": (number + 1) * seconds}
+        for number in range(count)
+    ]  # fmt: skip
+    recordings = [{"source": "talk.wav", "speaker": "Ann", "digest": "0123abcd"}]
+    summary = json.dumps({"clips": clips, "recordings": recordings})
+    (data / "dataset_summary.json").write_text(summary)
+
+
+def test_what_was_held_out_of_a_recording_stays_so_when_it_is_cut_anew(tmp_path):
+    data = tmp_path / "voice"
+    prepare(data, 4, 40)
+    long, _ = build(data)
+    prepare(data, 2, 80)
+    short, _ = build(data)
+    assert len(short.validation) == 2 * len(long.validation) == 6
+    assert not long.spans_of(long.train).overlaps(
+        span for name in short.validation for span in short.spans[name]
+    )
+    prepare(data, 4.9, 32)  # none of which lies within what was held out
+    other, _ = build(data)
+    assert len(other.validation) == 3
+
+
+def test_what_two_clips_hold_is_not_held_out(tmp_path):
+    data = make_data_set(tmp_path / "voice", {"Ann": 30})
+    before, _ = build(data)
+    for name in before.validation:
+        for suffix in (".wav", ".lab", ".npy"):
+            shutil.copy(data / f"{name}{suffix}", data / "Ann" / f"copy of {name[4:]}{suffix}")
+    after, _ = build(data)
+    assert len(after.validation) == len(before.validation)
+    assert not after.spans_of(after.train).overlaps(
+        [span for name in after.validation for span in after.spans[name]]
+    )
 
 
 def test_who_has_no_usable_clip_is_no_speaker(tmp_path):

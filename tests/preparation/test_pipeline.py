@@ -20,6 +20,8 @@ import soundfile
 
 from fish_speech import files
 from fish_speech.audio import save_audio
+from fish_speech.datasets.spans import recorded_spans
+from fish_speech.files import file_digest
 from fish_speech.preparation import transcribe
 from fish_speech.preparation.align import Word
 from fish_speech.preparation.options import Thresholds
@@ -40,7 +42,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_folder_with_transcripts_becomes_a_data_set(folder, options, utterances):
-    summary = prepare(replace(options, input=str(folder(3))))
+    source = folder(3)
+    summary = prepare(replace(options, input=str(source)))
     wav = options.output / "Me" / "take_1_0001.wav"
     info = soundfile.info(wav)
     assert (info.samplerate, info.channels, info.subtype) == (44_100, 1, "PCM_16")
@@ -55,6 +58,9 @@ def test_a_folder_with_transcripts_becomes_a_data_set(folder, options, utterance
     assert clip["source"].endswith("recordings/take 1.wav")
     assert clip["loudness"] == pytest.approx(-23, abs=0.2)
     assert 0 <= clip["start"] < clip["end"] <= utterances[1].duration + 1e-3
+    assert recorded_spans(options.output)["Me/take_1_0001"] == [
+        file_digest(source / "take 1.wav"), clip["start"], clip["end"]
+    ]  # fmt: skip
     assert summary.failed == 0
 
 

@@ -1,0 +1,98 @@
+"""By what a clip is known, whatever it is named: its codes, and its stretch of a recording."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fish_speech.datasets.clips import SUMMARY_NAME
+from fish_speech.files import read_json
+
+_SHARED_SECONDS = 0.3  # neighbours may share the pause between them
+
+Span = list[Any]  # [digest, start, end] in seconds; a list, as JSON has it
+
+
+def recorded_spans(data_dir: Path) -> dict[str, Span]:
+    """From which recording, and where in it, each clip of a prepared dataset was cut.
+
+    Nothing where there is no summary, or none of this version: the codes are known all the same.
+    """
+    try:
+        summary = read_json(data_dir / SUMMARY_NAME)
+        digests = {(r["speaker"], r["source"]): r["digest"] for r in summary["recordings"]}
+        return {
+            clip["file"].removesuffix(".wav"): [
+                digests[clip["speaker"], clip["source"]], float(clip["start"]), float(clip["end"])
+            ]
+            for clip in summary["clips"]
+        }  # fmt: skip
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def whole(codes: np.ndarray) -> Span:
+    """The span of a clip that is known by its codes alone."""
+    return [hashlib.sha256(np.ascontiguousarray(codes).tobytes()).hexdigest()[:16], 0.0, 1.0]
+
+
+class SpanSet:
+    """Stretches of recordings, such as those that a checkpoint has learned from."""
+
+    def __init__(self, spans: Iterable[Span] = ()) -> None:
+        stretches = defaultdict(list)
+        for source, start, end in spans:
+            stretches[source].append((start, end))
+        self._stretches = {source: _merged(parts) for source, parts in stretches.items()}
+
+    def overlaps(self, spans: Iterable[Span]) -> bool:
+        """Whether any of a clip's spans is in part among these, beyond a pause that it shares."""
+        return any(self._overlaps(*span) for span in spans)
+
+    def as_list(self) -> list[Span]:
+        known = self._stretches.items()
+        return [[source, *stretch] for source, stretches in known for stretch in stretches]
+
+    def _overlaps(self, source: str, start: float, end: float) -> bool:
+        margin = _margin(start, end)
+        parts = self._stretches.get(source, ())
+        before = bisect_right(parts, (end - margin,)) - 1  # the last that begins early enough
+        return before >= 0 and parts[before][1] > start + margin
+
+
+def shared(spans: dict[str, list[Span]]) -> set[str]:
+    """The clips that are in part in another clip, too."""
+    stretches = defaultdict(list)
+    for name, known in spans.items():
+        for source, start, end in known:
+            stretches[source].append((start, end, name))
+    found = set()
+    for parts in stretches.values():
+        furthest, last = 0.0, ""
+        for start, end, name in sorted(parts):
+            if start + _margin(start, end) < furthest:
+                found |= {name, last}
+            if end > furthest:
+                furthest, last = end, name
+    return found
+
+
+def _margin(start: float, end: float) -> float:
+    return min(_SHARED_SECONDS, (end - start) / 2)
+
+
+def _merged(stretches: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same stretches in order, those joined that touch."""
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(stretches):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
