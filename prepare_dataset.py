@@ -9,6 +9,7 @@ from pathlib import Path
 from fish_speech.console import (
     error_message,
     refuse_empty_values,
+    say,
     silence_output,
     tolerate_unencodable,
 )
@@ -20,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="exit codes: 0 done, 1 some inputs failed or a problem was found, "
-        "2 bad usage or bad input, 130 interrupted",
+        "2 bad usage, bad input or a full disk, 130 interrupted",
     )
     add = parser.add_argument
     add("--input", help="a recording, a folder of them, or a web address with --youtube")
@@ -138,10 +139,6 @@ def show(summary, arguments: argparse.Namespace) -> None:
         print(f"Report: {write_report(summary, arguments.check or arguments.output)}")
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
     tolerate_unencodable()
     arguments = build_parser().parse_args(argv)
@@ -170,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         else:  # a mistake of ours, which would come again
             what = f"{type(error).__name__}: {what} (--debug shows where)"
         say(f"error: {what}")
-        return 1
+        return 2
 
 
 if __name__ == "__main__":

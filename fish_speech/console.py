@@ -16,6 +16,13 @@ def tolerate_unencodable() -> None:
             stream.reconfigure(errors="replace")
 
 
+def say(message: str) -> None:
+    """Print a line on standard error, above the progress bar where there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(message, sys.stderr)
+
+
 def error_message(error: BaseException) -> str:
     """An error's message; of a system error the file and the reason, without the error number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
