@@ -16,6 +16,7 @@ from fish_speech.console import (
     silence_output,
     tolerate_unencodable,
 )
+from fish_speech.console import say as print_line
 from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.files import shown_path
 from fish_speech.resources import limit_threads, tune_malloc
@@ -43,6 +44,7 @@ def make_config(
 
 def prepare_stage(args: argparse.Namespace) -> None:
     """Recordings -> `training_data/<project>`."""
+    from fish_speech.preparation.check import describe
     from fish_speech.preparation.pipeline import Options, prepare
 
     output = prepared_dir(args)
@@ -60,8 +62,9 @@ def prepare_stage(args: argparse.Namespace) -> None:
         ),
         say=say,
     )
+    print(describe(summary))
     if not summary.clips:
-        raise ValueError(f"{args.data_dir}: no clip came out; see {output}/dataset_summary.json")
+        raise ValueError(f"{args.data_dir}: no clip came out of it, for the reasons above")
     say(f"{output}: {len(summary.clips)} clips, {summary.minutes} minutes")
     args.failures += summary.failed
 
@@ -330,7 +333,7 @@ def say(message: str) -> None:
     from fish_speech.training.distributed import is_rank_zero
 
     if is_rank_zero():
-        print(message, file=sys.stderr, flush=True)
+        print_line(message)
 
 
 def main(argv: list[str] | None = None) -> int:
