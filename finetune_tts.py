@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fish_speech.console import (
+    counted,
     error_message,
     refuse_empty_values,
     silence_output,
@@ -65,7 +66,7 @@ def prepare_stage(args: argparse.Namespace) -> None:
     print(describe(summary))
     if not summary.clips:
         raise ValueError(f"{args.data_dir}: no clip came out of it, for the reasons above")
-    say(f"{output}: {len(summary.clips)} clips, {summary.minutes} minutes")
+    say(f"{output}: {counted(len(summary.clips), 'clip')}, {summary.minutes} minutes")
     args.failures += summary.failed
 
 
@@ -97,7 +98,7 @@ def extract_stage(
             raise
         raise MemoryError("out of memory; try --batch-size-extract 1") from error
     share = f" (this process's share of {world_size})" if world_size > 1 else ""
-    say(f"codes: {result.made} clips encoded, {result.kept} up to date{share}")
+    say(f"codes: {counted(result.made, 'clip')} encoded, {result.kept} up to date{share}")
     failed = gather(result.failed)
     for name, reason in failed.items():
         say(f"failed: {name}: {reason}")
@@ -127,8 +128,8 @@ def build_stage(
         say(f"left out: {reason}")
     args.failures += len(left_out)
     say(
-        f"shards: {len(manifest.train)} clips to train on, {len(manifest.validation)} held out"
-        + ("" if rebuilt else " (unchanged)")
+        f"shards: {counted(len(manifest.train), 'clip')} to train on, "
+        f"{len(manifest.validation)} held out" + ("" if rebuilt else " (unchanged)")
     )
     return manifest
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from fish_speech.console import (
+    counted,
     error_message,
     refuse_empty_values,
     say,
@@ -119,9 +120,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 1 if summary.failed or has_blocking_flags(summary) or not summary.clips else 0
     summary = prepare(options, say=say)
     show(summary, arguments)
-    last = f"{options.output}: {len(summary.clips)} clips, {summary.minutes} minutes"
+    last = f"{options.output}: {counted(len(summary.clips), 'clip')}, {summary.minutes} minutes"
     if summary.failed:
-        last += f"; {summary.failed} inputs failed, named above with the reason"
+        last += f"; {counted(summary.failed, 'input')} failed, named above with the reason"
     print(last)
     if summary.failed or not summary.clips:
         return 1

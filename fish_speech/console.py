@@ -53,6 +53,11 @@ def silence_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what there is of it: `1 clip`, `2 clips`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def shorten_list(names: Iterable[str], most: int = 3) -> str:
     """The first names, joined, and how many more there are."""
     names = list(names)

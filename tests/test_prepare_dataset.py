@@ -78,7 +78,7 @@ def test_the_guides_first_command(home, capsys):
         clip.with_suffix(".lab").read_text() == SAMPLES[0].with_suffix(".txt").read_text().strip()
     )
     printed = capsys.readouterr().out
-    assert printed.strip().endswith("training_data/note_lm: 1 clips, 0.06 minutes")
+    assert printed.strip().endswith("training_data/note_lm: 1 clip, 0.06 minutes")
     assert "fit to train on" in printed
 
 
@@ -137,8 +137,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_done(
     assert run("--input", "samples", "--output", "data") == 1
     printed = capsys.readouterr()
     assert f"samples/{name}: {reason}" in printed.out
-    assert printed.out.strip().splitlines()[-1].startswith("data: 1 clips")
-    assert "1 inputs failed" in printed.out.strip().splitlines()[-1]
+    assert printed.out.strip().splitlines()[-1].startswith("data: 1 clip,")
+    assert "1 input failed" in printed.out.strip().splitlines()[-1]
     assert "Traceback" not in printed.err
 
 
@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_read_is_named_and_the_rest_is_done(home, capsys
     assert run("--input", "samples", "--output", "data") == 1
     printed = capsys.readouterr().out
     assert "samples/closed: cannot be read (Permission denied)" in printed
-    assert "data: 1 clips" in printed
+    assert "data: 1 clip," in printed
 
 
 def test_a_clip_that_is_all_clipping_is_flagged_and_dropped(home, capsys):
@@ -210,7 +210,7 @@ def test_a_clip_that_is_all_clipping_is_flagged_and_dropped(home, capsys):
         SAMPLES[2].stem + " is loud.",
     )
     assert run("--input", "samples", "--output", "data", "--drop-flagged") == 0
-    assert "data: 1 clips" in capsys.readouterr().out
+    assert "data: 1 clip," in capsys.readouterr().out
     entry = json.loads((home / "data" / "rejected" / "data" / "loud_0001.json").read_text())
     assert "clipping" in entry["reason"].split(", ")
 
@@ -354,7 +354,7 @@ def test_a_progress_bar_covers_no_message_and_is_not_shown_for_nothing(home, mon
     bars = [line.split(":")[0] for line in lines if "[" in line]
     assert bars == ["preparing"]
     assert run("--input", "samples", "--output", "data", "--normalize") == 0
-    assert terminal.lines()[len(lines) - 1 :] == ["1 of 1 recordings were prepared before", ""]
+    assert terminal.lines()[len(lines) - 1 :] == ["prepared before: 1 of 1 recording", ""]
 
 
 def test_ctrl_c_exits_with_130(home, capsys, monkeypatch):

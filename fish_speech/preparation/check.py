@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fish_speech.audio_decoding import audio_info, truncation
+from fish_speech.console import counted
 from fish_speech.datasets.clips import Clip, is_rejected
 from fish_speech.files import list_files, shown_path, sidecar_of
 from fish_speech.preparation import quality, segment, sources
@@ -134,9 +135,9 @@ def describe(summary: Summary) -> str:
     if estimated := sum(clip.get("estimated", False) for clip in clips):
         lines += [
             "",
-            f"Estimated: the text of {estimated} of {len(clips)} clips is what should take as long "
-            "to say; listen to some of them (prepare_dataset.py --report), or let whisper find the "
-            "words (--auto-transcribe)",
+            f"Estimated: the text of {estimated} of {counted(len(clips), 'clip')} is what should "
+            "take as long to say; listen to some of them (prepare_dataset.py --report), or let "
+            "whisper find the words (--auto-transcribe)",
         ]
     if summary.skipped:
         lines += ["", "Left out"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fish_speech.audio_decoding import audio_info
-from fish_speech.console import shorten_list
+from fish_speech.console import counted, shorten_list
 from fish_speech.files import exclusive, list_audio, sidecar_of
 from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.job import RecordingJob
@@ -72,7 +72,7 @@ def prepare(
             [job for job in jobs if not store.is_done(job)] for jobs in (plain, assisted)
         )
         if before := len(recordings) - len(plain) - len(assisted):
-            say(f"{before} of {len(recordings)} recordings were prepared before")
+            say(f"prepared before: {before} of {counted(len(recordings), 'recording')}")
         # Closed before the summary is written: no worker may still write clips then.
         workers = in_processes(prepare_recording, plain, options.num_workers, desc="preparing")
         with closing(workers) as done:

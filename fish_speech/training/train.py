@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from fish_speech.console import counted
 from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
 from fish_speech.datasets.shards import Manifest, Sample, load_split
 from fish_speech.devices import resolve_device, resolve_precision
@@ -274,7 +275,8 @@ def _held_out(data_dir: Path, manifest: Manifest, start: Start, say: Say) -> lis
         return samples
     unknown = [sample for sample in samples if sample.name in before["held_out"]]
     if learned := len(samples) - len(unknown):
-        say(f"left out of validation: {learned} clips, not held out from {start.checkpoint.path}")
+        clips = counted(learned, "clip")
+        say(f"left out of validation: {clips}, not held out from {start.checkpoint.path}")
     return unknown
 
 

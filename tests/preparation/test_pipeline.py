@@ -81,7 +81,7 @@ def test_nothing_is_done_twice(folder, options):
     before = {path: path.stat().st_mtime_ns for path in options.output.rglob("*.wav")}
     said = []
     prepare(options, say=said.append)
-    assert said == ["2 of 2 recordings were prepared before"]
+    assert said == ["prepared before: 2 of 2 recordings"]
     assert {path: path.stat().st_mtime_ns for path in options.output.rglob("*.wav")} == before
 
 
@@ -265,7 +265,7 @@ def test_a_full_disk_keeps_what_is_finished(folder, options, monkeypatch, tmp_pa
     assert len(list(options.output.rglob("*.lab"))) == 2
     said = []
     prepare(options, say=said.append)
-    assert said == ["2 of 3 recordings were prepared before"]
+    assert said == ["prepared before: 2 of 3 recordings"]
     whole = replace(options, output=tmp_path / "whole" / "voice")
     prepare(whole)
     assert tree(options.output) == tree(whole.output)

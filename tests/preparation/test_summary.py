@@ -245,7 +245,7 @@ def test_a_record_with_a_key_of_another_version_counts(folder, options):
     record.write_text(json.dumps({**json.loads(record.read_text()), "mood": "calm"}))
     said = []
     prepare(options, say=said.append)
-    assert said == ["1 of 1 recordings were prepared before"]
+    assert said == ["prepared before: 1 of 1 recording"]
 
 
 def damage(record: Path, how: str) -> None:
