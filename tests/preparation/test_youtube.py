@@ -181,6 +181,15 @@ def test_a_playlist_gives_what_can_be_had_and_names_the_rest(server, tmp_path):
     assert {entry["source"][-5:] for entry in summary.skipped} == {"a.wav", "b.wav"}
 
 
+def test_a_text_that_was_put_beside_a_download_needs_no_recogniser(server, tmp_path, utterances):
+    soundfile.write(server.folder / "a.wav", utterances[0].samples, 16_000)
+    address, output = f"{server.address}/a.wav", tmp_path / "data"
+    (found,) = youtube.fetch(address, output / youtube.FOLDER, "me")
+    found.path.with_suffix(".txt").write_text(utterances[0].text)
+    (clip,) = prepare(Options(address, output, youtube=True)).clips
+    assert clip["text"] == utterances[0].text
+
+
 def test_playlists_of_playlists_are_followed_and_what_is_gone_is_named(monkeypatch, tmp_path):
     folder = tmp_path / "downloads"
     channel, videos = "https://y/channel", "https://y/channel/videos"
