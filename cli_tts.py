@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
 from fish_speech.console import (
+    counted,
     error_message,
     refuse_empty_values,
     shorten_list,
@@ -278,7 +279,7 @@ def plan_jobs(args: argparse.Namespace, text: str) -> list[SpeechJob]:
     )
     lines = len(split_lines(text))
     if args.batch and len(jobs) < lines * takes:
-        say(f"{lines - len(jobs) // takes} of {lines} lines have no words: left out")
+        say(f"{lines - len(jobs) // takes} of {counted(lines, 'line')} without words: left out")
     return jobs
 
 

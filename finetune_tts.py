@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fish_speech.console import (
+    counted,
     error_message,
     refuse_empty_values,
     silence_output,
     tolerate_unencodable,
 )
+from fish_speech.console import say as print_line
 from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.files import shown_path
 from fish_speech.resources import limit_threads, tune_malloc
@@ -43,6 +45,7 @@ def make_config(
 
 def prepare_stage(args: argparse.Namespace) -> None:
     """Recordings -> `training_data/<project>`."""
+    from fish_speech.preparation.check import describe
     from fish_speech.preparation.pipeline import Options, prepare
 
     output = prepared_dir(args)
@@ -60,9 +63,10 @@ def prepare_stage(args: argparse.Namespace) -> None:
         ),
         say=say,
     )
+    print(describe(summary))
     if not summary.clips:
-        raise ValueError(f"{args.data_dir}: no clip came out; see {output}/dataset_summary.json")
-    say(f"{output}: {len(summary.clips)} clips, {summary.minutes} minutes")
+        raise ValueError(f"{args.data_dir}: no clip came out of it, for the reasons above")
+    say(f"{output}: {counted(len(summary.clips), 'clip')}, {summary.minutes} minutes")
     args.failures += summary.failed
 
 
@@ -94,7 +98,7 @@ def extract_stage(
             raise
         raise MemoryError("out of memory; try --batch-size-extract 1") from error
     share = f" (this process's share of {world_size})" if world_size > 1 else ""
-    say(f"codes: {result.made} clips encoded, {result.kept} up to date{share}")
+    say(f"codes: {counted(result.made, 'clip')} encoded, {result.kept} up to date{share}")
     failed = gather(result.failed)
     for name, reason in failed.items():
         say(f"failed: {name}: {reason}")
@@ -124,8 +128,8 @@ def build_stage(
         say(f"left out: {reason}")
     args.failures += len(left_out)
     say(
-        f"shards: {len(manifest.train)} clips to train on, {len(manifest.validation)} held out"
-        + ("" if rebuilt else " (unchanged)")
+        f"shards: {counted(len(manifest.train), 'clip')} to train on, "
+        f"{len(manifest.validation)} held out" + ("" if rebuilt else " (unchanged)")
     )
     return manifest
 
@@ -330,7 +334,7 @@ def say(message: str) -> None:
     from fish_speech.training.distributed import is_rank_zero
 
     if is_rank_zero():
-        print(message, file=sys.stderr, flush=True)
+        print_line(message)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 from fish_speech.console import (
+    counted,
     error_message,
     refuse_empty_values,
+    say,
     silence_output,
     tolerate_unencodable,
 )
@@ -20,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="exit codes: 0 done, 1 some inputs failed or a problem was found, "
-        "2 bad usage or bad input, 130 interrupted",
+        "2 bad usage, bad input or a full disk, 130 interrupted",
     )
     add = parser.add_argument
     add("--input", help="a recording, a folder of them, or a web address with --youtube")
@@ -118,9 +120,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 1 if summary.failed or has_blocking_flags(summary) or not summary.clips else 0
     summary = prepare(options, say=say)
     show(summary, arguments)
-    last = f"{options.output}: {len(summary.clips)} clips, {summary.minutes} minutes"
+    last = f"{options.output}: {counted(len(summary.clips), 'clip')}, {summary.minutes} minutes"
     if summary.failed:
-        last += f"; {summary.failed} inputs failed, named above with the reason"
+        last += f"; {counted(summary.failed, 'input')} failed, named above with the reason"
     print(last)
     if summary.failed or not summary.clips:
         return 1
@@ -136,10 +138,6 @@ def show(summary, arguments: argparse.Namespace) -> None:
         from fish_speech.preparation.report import write_report
 
         print(f"Report: {write_report(summary, arguments.check or arguments.output)}")
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         else:  # a mistake of ours, which would come again
             what = f"{type(error).__name__}: {what} (--debug shows where)"
         say(f"error: {what}")
-        return 1
+        return 2
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 _UNKNOWN_SIZES = {0, *range(0x7FFFF000 - 64, 0x7FFFF001), 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF}
 _WAV_HEADER = 44  # bytes, the shortest
 _LARGEST_WAV = 8 + 0xFFFFFFFF  # bytes, for its sizes have 32 bits
+_CODEC_DELAY = 0.05  # seconds; an Ogg file may state so much more than it decodes to
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def truncation(path: str | Path, seconds: float) -> str | None:
     """How a file that decoded to `seconds` of audio is truncated, in words; None if it is not."""
     path = _existing(path)
     expected = max(audio_info(path).duration or 0.0, seconds / _data_share(path))
-    if seconds < 0.97 * expected:
+    if seconds < min(0.97 * expected, expected - _CODEC_DELAY):
         return f"breaks off after {seconds:.1f} of {expected:.1f} s"
     return None if _ogg_is_complete(path) else f"breaks off after {seconds:.1f} s"
 

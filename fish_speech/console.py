@@ -16,6 +16,13 @@ def tolerate_unencodable() -> None:
             stream.reconfigure(errors="replace")
 
 
+def say(message: str) -> None:
+    """Print a line on standard error, above the progress bar where there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(message, sys.stderr)
+
+
 def error_message(error: BaseException) -> str:
     """An error's message; of a system error the file and the reason, without the error number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
@@ -44,6 +51,11 @@ def silence_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, AttributeError):  # no file of the system, or none at all
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what there is of it: `1 clip`, `2 clips`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def shorten_list(names: Iterable[str], most: int = 3) -> str:

@@ -45,19 +45,29 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     name = f"{_TEMPORARY_PREFIX}{os.getpid()}-{_short_digest(path.name)}{path.suffix}"
     temporary = path.with_name(name)
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and (
-            error.filename is None or str(temporary) in (error.filename, error.filename2)
-        ):
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-        raise
+        with errors_naming(path, temporary):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):  # it may be what failed
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Raise system errors that name no file, or only `temporary`, as errors of `path`.
+
+    (A full disk is noticed when a file is written, and open files don't know their names.)
+    """
+    try:
+        yield
+    except OSError as error:
+        of_temporary = temporary and str(temporary) in (error.filename, error.filename2)
+        if error.errno and (error.filename is None or of_temporary):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _short_digest(name: str) -> str:
@@ -259,7 +269,8 @@ def exclusive(folder: str | Path, what: str) -> Iterator[None]:
         ) from error
     try:
         program = Path(sys.argv[0]).name
-        holder.write_text(f"process {os.getpid()} ({program})", encoding="utf-8")
+        with errors_naming(holder):
+            holder.write_text(f"process {os.getpid()} ({program})", encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)

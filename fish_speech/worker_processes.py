@@ -34,6 +34,8 @@ def in_processes(
     workers = min(len(jobs), num_workers or min(resources.available_cores(), 1 + len(jobs) // 16))
     if sys.platform == "win32":
         workers = min(workers, 61)  # which is all that Windows waits for at once
+    if not jobs:  # nor a progress bar
+        return
     with tqdm(total=len(jobs), desc=desc, unit="file", disable=None) as progress:
         if workers <= 1:
             for job in jobs:

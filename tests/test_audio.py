@@ -144,6 +144,17 @@ def test_files_that_break_off_are_told_from_whole_ones(tmp_path, name, options):
     assert audio_decoding.truncation(path, seconds()).startswith("breaks off after ")
 
 
+@pytest.mark.parametrize(
+    ("subtype", "rate", "length"), [("OPUS", 48_000, 0.15), ("VORBIS", 8_000, 0.8)]
+)
+def test_a_short_file_is_whole_although_its_codec_delays_it(tmp_path, subtype, rate, length):
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, sine(220, length, rate), rate, format="OGG", subtype=subtype)
+    waveform, _ = audio.load_audio(path)
+    assert waveform.shape[1] / rate < 0.97 * audio_decoding.audio_info(path).duration
+    assert audio_decoding.truncation(path, waveform.shape[1] / rate) is None
+
+
 def test_a_picture_that_outlasts_the_sound_breaks_nothing_off(tmp_path):
     import av
 

@@ -128,7 +128,7 @@ def test_a_batch_goes_on_where_it_was_and_remakes_what_has_changed(run, takes, c
     batch = ("--text-file", "lines.txt", "--batch", "-o", "takes")
     assert run(*batch) == 0
     assert {"takes/0001.wav", "takes/0003.wav"} < set(files("takes"))
-    assert "1 of 3 lines have no words: left out" in capsys.readouterr().err
+    assert "1 of 3 lines without words: left out" in capsys.readouterr().err
     assert run(*batch) == 0
     assert len(takes) == 2
     assert "0 synthesized, 2 skipped (already done), 0 failed" in capsys.readouterr().err

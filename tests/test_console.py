@@ -12,6 +12,7 @@ import pytest
 import cli_tts
 import finetune_tts
 import prepare_dataset
+from fish_speech.console import counted
 from tests.conftest import ROOT
 
 
@@ -71,3 +72,7 @@ def test_an_empty_value_is_refused_in_one_line(program, words, flag, monkeypatch
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f": {flag} has no value; is a shell variable not set?")
     assert not list(tmp_path.iterdir())
+
+
+def test_one_of_something_takes_no_s():
+    assert [counted(number, "clip") for number in range(3)] == ["0 clips", "1 clip", "2 clips"]

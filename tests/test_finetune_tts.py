@@ -155,6 +155,22 @@ def test_recordings_are_evaluated_by_what_was_prepared_of_them(project, monkeypa
     flags = ("--data-dir", "raw", "--full-pipeline", "--max-steps", 1, "--learning-rate", "1e-3")
     assert project(*flags) == 1
     assert [str(request.data_dir) for request in asked] == ["training_data/p"]
+    assert "\nVerdict: fit to train on\n" in capsys.readouterr().out
+
+
+def test_what_preparing_leaves_out_is_named(project, capsys, monkeypatch):
+    def offline(*_, **__):
+        raise ValueError("no model")
+
+    monkeypatch.setattr("fish_speech.preparation.pipeline.load_recogniser", offline)
+    os.mkdir("raw")
+    shutil.copy(ROOT / "samples/rms_001.flac", "raw")
+    shutil.copy(ROOT / "samples/rms_002.flac", "raw")
+    shutil.copy(ROOT / "samples/rms_001.txt", "raw")
+    assert project("--data-dir", "raw", "--prepare-data") == 1
+    printed = capsys.readouterr().out
+    assert "\n  raw/rms_002.flac: it has no text beside it, and the recogniser" in printed
+    assert "\nVerdict: fit to train on, without what is left out\n" in printed
 
 
 def test_a_resumed_run_says_that_its_data_is_another(project, tmp_path, capsys):
@@ -561,7 +577,7 @@ def test_adapters_trained_by_the_reference_merge(project, tmp_path, capsys):
     assert (tmp_path / "checkpoints/p-merged/model.pth").is_file()
     assert project("--merge-weights", "--checkpoint-path", "theirs.ckpt",
                    "--lora-config", "r_4_alpha_8") == 2  # fmt: skip
-    assert "do not fit the base model and LoRA config" in capsys.readouterr().err
+    assert "not fit for the base model and LoRA config" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")

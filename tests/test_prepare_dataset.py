@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import soundfile
 
 import prepare_dataset
+from fish_speech.preparation.transcribe import Transcription
 
 REPOSITORY = Path(prepare_dataset.__file__).parent
 SAMPLES = sorted((REPOSITORY / "samples").glob("*.flac"))
@@ -75,7 +78,7 @@ def test_the_guides_first_command(home, capsys):
         clip.with_suffix(".lab").read_text() == SAMPLES[0].with_suffix(".txt").read_text().strip()
     )
     printed = capsys.readouterr().out
-    assert printed.strip().endswith("training_data/note_lm: 1 clips, 0.06 minutes")
+    assert printed.strip().endswith("training_data/note_lm: 1 clip, 0.06 minutes")
     assert "fit to train on" in printed
 
 
@@ -134,8 +137,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_done(
     assert run("--input", "samples", "--output", "data") == 1
     printed = capsys.readouterr()
     assert f"samples/{name}: {reason}" in printed.out
-    assert printed.out.strip().splitlines()[-1].startswith("data: 1 clips")
-    assert "1 inputs failed" in printed.out.strip().splitlines()[-1]
+    assert printed.out.strip().splitlines()[-1].startswith("data: 1 clip,")
+    assert "1 input failed" in printed.out.strip().splitlines()[-1]
     assert "Traceback" not in printed.err
 
 
@@ -196,7 +199,7 @@ def test_a_folder_that_cannot_be_read_is_named_and_the_rest_is_done(home, capsys
     assert run("--input", "samples", "--output", "data") == 1
     printed = capsys.readouterr().out
     assert "samples/closed: cannot be read (Permission denied)" in printed
-    assert "data: 1 clips" in printed
+    assert "data: 1 clip," in printed
 
 
 def test_a_clip_that_is_all_clipping_is_flagged_and_dropped(home, capsys):
@@ -207,7 +210,7 @@ def test_a_clip_that_is_all_clipping_is_flagged_and_dropped(home, capsys):
         SAMPLES[2].stem + " is loud.",
     )
     assert run("--input", "samples", "--output", "data", "--drop-flagged") == 0
-    assert "data: 1 clips" in capsys.readouterr().out
+    assert "data: 1 clip," in capsys.readouterr().out
     entry = json.loads((home / "data" / "rejected" / "data" / "loud_0001.json").read_text())
     assert "clipping" in entry["reason"].split(", ")
 
@@ -246,9 +249,11 @@ def test_bad_input_ends_in_one_line(home, capsys):
         (["--input", "samples", "--output", "samples"], "write to another folder"),
         (["--input", "samples", "--output", "d", "--speaker", "../.."], "needs a letter"),
         (["--input", "https://youtube.com/watch?v=x", "--output", "data"], "--youtube"),
+        (["--input", "http://127.0.0.1:1/a", "--output", "d", "--youtube"],
+         "a video has no transcript beside it; add --auto-transcribe"),
         (["--input", "samples", "--output", "d", "--max-duration", "-1"], "--max-duration -1"),
         (["--input", "samples", "--output", "d", "--min-snr", "nan"], "--min-snr nan"),
-    ):
+    ):  # fmt: skip
         assert run(*words) == 2
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ")
@@ -275,10 +280,81 @@ def test_an_output_that_cannot_be_written_is_said(home, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr("fish_speech.preparation.recording.save_audio", full)
-    assert run("--input", "samples", "--output", "data") == 1
+    assert run("--input", "samples", "--output", "data") == 2
     error = capsys.readouterr().err
     assert ": no space left on device; what is finished stays" in error
     assert "goes on from there" in error
+
+
+def test_a_full_disk_is_one_line_that_names_a_file(home, capsys, monkeypatch):
+    """Of files that are being written the system names none."""
+
+    class Listener:
+        identity = "listener"
+
+        def transcribe(self, samples):
+            return Transcription("The tide had gone out.")
+
+    (home / "samples" / "first.txt").unlink()
+    monkeypatch.setattr(
+        "fish_speech.preparation.pipeline.load_recogniser", lambda *_, **__: Listener()
+    )
+    command = ("--input", "samples", "--output", "data", "--auto-transcribe")
+    opened, full = Path.open, "heard.jsonl"
+
+    def write(file, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open_full(self, *words, **options):
+        file = opened(self, *words, **options)
+        if self.name == full:
+            monkeypatch.setattr(file, "write", partial(write, file), raising=False)
+        return file
+
+    monkeypatch.setattr(Path, "open", open_full)
+    goes_on = "what is finished stays, the same command goes on from there"
+    assert run(*command) == 2
+    reason = f"no space left on device; {goes_on}"
+    assert capsys.readouterr().err == f"error: data/.prepared/heard.jsonl: {reason}\n"
+    full = ".lock-holder"
+    assert run(*command) == 2
+    assert capsys.readouterr().err == f"error: data/.lock-holder: {reason}\n"
+    full = ""
+    assert run(*command) == 0
+
+
+class Terminal(io.StringIO):
+    """A terminal of 80 columns."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def lines(self) -> list[str]:
+        """What is on the screen: what was written at the start of a line covers what was there."""
+        lines = []
+        for written in self.getvalue().split("\n"):
+            shown = ""
+            for part in written.split("\r"):
+                shown = part + shown[len(part) :]
+            lines.append(shown.rstrip())
+        return lines
+
+
+def test_a_progress_bar_covers_no_message_and_is_not_shown_for_nothing(home, monkeypatch):
+    assert run("--input", "samples", "--output", "data") == 0
+    label = home / "data" / "data" / "first_0001.lab"
+    label.write_text("...")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run("--input", "samples", "--output", "data", "--normalize") == 0
+    lines = terminal.lines()
+    assert (
+        "data/data/first_0001.lab: has no letter in it; the text from before is put back" in lines
+    )
+    bars = [line.split(":")[0] for line in lines if "[" in line]
+    assert bars == ["preparing"]
+    assert run("--input", "samples", "--output", "data", "--normalize") == 0
+    assert terminal.lines()[len(lines) - 1 :] == ["prepared before: 1 of 1 recording", ""]
 
 
 def test_ctrl_c_exits_with_130(home, capsys, monkeypatch):
@@ -316,7 +392,7 @@ def test_going_on_is_not_promised_where_the_same_would_happen_again(home, capsys
         raise KeyError("speech")
 
     monkeypatch.setattr("fish_speech.preparation.pipeline.write_summary", mistake)
-    assert run("--input", "samples", "--output", "data") == 1
+    assert run("--input", "samples", "--output", "data") == 2
     error = capsys.readouterr().err
     assert error == "error: KeyError: 'speech' (--debug shows where)\n"
 
@@ -329,5 +405,5 @@ def test_a_panic_of_rust_code_is_one_line(monkeypatch, capsys):
         raise PanicException("index out of bounds")
 
     monkeypatch.setattr(prepare_dataset, "run", panic)
-    assert prepare_dataset.main(["--input", "in", "--output", "out"]) == 1
+    assert prepare_dataset.main(["--input", "in", "--output", "out"]) == 2
     assert capsys.readouterr().err.startswith("error: PanicException: index out of bounds (")

@@ -33,7 +33,10 @@ class Clip:
         """The transcript. Raises `ValueError` that names the file where it is missing or empty."""
         if not self.transcript.is_file():
             raise ValueError(f"{self.transcript}: the transcript is missing")
-        text = read_text(self.transcript).strip()
+        try:
+            text = read_text(self.transcript).strip()
+        except ValueError as error:
+            raise ValueError(f"{error}, or let prepare_dataset.py --input read it") from error
         if not text:
             raise ValueError(f"{self.transcript}: the transcript is empty")
         return text

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fish_speech.audio_decoding import audio_info
+from fish_speech.console import counted
 from fish_speech.conversation import build_item
 from fish_speech.datasets.clips import Clip, find_clips
 from fish_speech.datasets.shards import load_split, read_manifest
@@ -59,7 +60,7 @@ class HeldOut:
         Raises `NothingToMeasureError` where there is none.
         """
         if fewer := len(self.manifest.validation) - len(self.held):
-            say(f"left out: {fewer} held-out clips that a checkpoint may have learned")
+            say(f"left out: {counted(fewer, 'held-out clip')} that a checkpoint may have learned")
         held = [
             self._line(clip.read_text(), clip.speaker, _real_clip(clip))
             for clip in self._of(self.held)
@@ -83,7 +84,8 @@ class HeldOut:
                 f"{none}, so there is nothing to speak; give --texts FILE, or {hold}"
             )
         if count > len(held) + len(more):
-            say(f"{len(held) + len(more)} texts for {count} samples: --texts FILE gives more")
+            texts = counted(len(held) + len(more), "text")
+            say(f"{texts} for {count} samples: --texts FILE gives more")
         return plan_lines([*more, *held], count, self.references)
 
     def _line(self, text: str, speaker: str, recording: RealClip | None = None) -> Line:

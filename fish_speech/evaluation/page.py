@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fish_speech.audio_decoding import audio_info
+from fish_speech.console import counted
 from fish_speech.evaluation.charts import charts
 from fish_speech.evaluation.leaderboard import (
     Estimate,
@@ -170,8 +171,8 @@ def _listen(board: Leaderboard, grid: _PlayerGrid) -> str:
     rows = "".join(grid.row(sample, columns) for sample in board.samples)
     kinds = {sample.referenced for sample in board.samples}
     note = (
-        f"<p class='hint'>{len(grid.left_out)} samples are not in this page, which would be too "
-        "large: they are links to the files beside it.</p>"
+        f"<p class='hint'>Links to the files beside this page, which else would be too large: "
+        f"{counted(len(grid.left_out), 'sample')}.</p>"
         if grid.left_out else ""
     )  # fmt: skip
     return (

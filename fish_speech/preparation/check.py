@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from fish_speech.audio_decoding import audio_info, truncation
-from fish_speech.datasets.clips import is_rejected
-from fish_speech.files import list_files, read_text, shown_path, sidecar_of
+from fish_speech.console import counted
+from fish_speech.datasets.clips import Clip, is_rejected
+from fish_speech.files import list_files, shown_path, sidecar_of
 from fish_speech.preparation import quality, segment, sources
 from fish_speech.preparation.entries import ClipEntry, time_span
 from fish_speech.preparation.job import LONGEST_UNCUT, RecordingJob
@@ -85,7 +86,8 @@ def inspect_clip(job: RecordingJob, recogniser: Recogniser | None = None) -> Rec
             other = sidecar_of(recording.path)
             there = f", only {other.name}: prepare it, with --input" if other else ""
             raise ValueError(f"has no transcript {label.name}{there}")
-        text = sources.collapse_whitespace(read_text(label))  # as training reads it: in UTF-8 only
+        read = Clip(recording.name, recording.speaker, recording.path).read_text  # as training
+        text = sources.collapse_whitespace(read())
         speech = job.find_speech(LONGEST_UNCUT)
         whole = Segment(0.0, speech.duration, text)
         if recogniser is not None:
@@ -130,6 +132,13 @@ def describe(summary: Summary) -> str:
         lines += ["", "Worst clips"]
         worst = sorted(clips, key=lambda clip: -len(clip["flags"]))[:WORST_CLIPS]
         lines += [f"  {c['file']}: {', '.join(c['flags'])}" for c in worst if c["flags"]]
+    if estimated := sum(clip.get("estimated", False) for clip in clips):
+        lines += [
+            "",
+            f"Estimated: the text of {estimated} of {counted(len(clips), 'clip')} is what should "
+            "take as long to say; listen to some of them (prepare_dataset.py --report), or let "
+            "whisper find the words (--auto-transcribe)",
+        ]
     if summary.skipped:
         lines += ["", "Left out"]
         lines += [f"  {e['source']}{time_span(e)}: {e['reason']}" for e in summary.skipped]
@@ -141,7 +150,11 @@ def _verdict(summary: Summary) -> str:
         return "nothing to train on"
     if has_blocking_flags(summary):
         return "some of this would spoil training"
-    return "fit to train on, without what is left out" if summary.skipped else "fit to train on"
+    verdict = "fit to train on, without what is left out" if summary.skipped else "fit to train on"
+    repeats = ["duplicate_of" in clip for clip in summary.clips]
+    if sum(repeats) > len(repeats) / 2:
+        verdict += f", but {sum(repeats)} of {len(repeats)} clips say again what another one says"
+    return verdict
 
 
 def _histogram(durations: list[float], width: int = 40) -> list[str]:

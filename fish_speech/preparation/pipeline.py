@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fish_speech.audio_decoding import audio_info
-from fish_speech.console import shorten_list
-from fish_speech.files import exclusive, list_audio
+from fish_speech.console import counted, shorten_list
+from fish_speech.files import exclusive, list_audio, sidecar_of
 from fish_speech.preparation import sources, youtube
 from fish_speech.preparation.job import RecordingJob
 from fish_speech.preparation.options import Options
@@ -72,7 +72,7 @@ def prepare(
             [job for job in jobs if not store.is_done(job)] for jobs in (plain, assisted)
         )
         if before := len(recordings) - len(plain) - len(assisted):
-            say(f"{before} of {len(recordings)} recordings were prepared before")
+            say(f"prepared before: {before} of {counted(len(recordings), 'recording')}")
         # Closed before the summary is written: no worker may still write clips then.
         workers = in_processes(prepare_recording, plain, options.num_workers, desc="preparing")
         with closing(workers) as done:
@@ -83,6 +83,7 @@ def prepare(
         summary = write_summary(
             store, options.thresholds, options.min_duration, drop_flagged=options.drop_flagged
         )
+        _advise_on_language(options, summary, say)
         known = {output / clip["file"] for r in store.records.values() for clip in r.clips}
         clips = {file for file in list_audio(output) if file.with_suffix(".lab").is_file()}
         if others := sorted(map(str, clips - known)):
@@ -112,6 +113,16 @@ def _warn_of_oddities(
         )
 
 
+def _advise_on_language(options: Options, summary: Summary, say: Callable[[str], None]) -> None:
+    """Say which languages a small model took the speech for, where they are not English."""
+    found = {account.get("language", "en") for account in summary.recordings} - {"en"}
+    small = options.whisper_model in ("tiny", "base")
+    if found and small and options.auto_transcribe and options.language is None:
+        say(f"whisper {options.whisper_model} took speech for {shorten_list(sorted(found))}: if "
+            "that is wrong give --language; if it is right a larger model hears far better, such "
+            "as --whisper-model medium")  # fmt: skip
+
+
 def _validated(options: Options) -> Options:
     """The options with what they imply. Raises `ValueError` for values that make no sense."""
     for flag, value in (
@@ -128,6 +139,11 @@ def _validated(options: Options) -> Options:
         )
     if options.num_workers < 0:
         raise ValueError(f"--num-workers {options.num_workers}: must be 0 (automatic) or more")
+    downloads = Path(options.output, youtube.FOLDER)
+    if options.youtube and not (
+        options.auto_transcribe or any(map(sidecar_of, downloads.glob("*")))
+    ):  # said before the download, which may be long
+        raise ValueError("--youtube: a video has no transcript beside it; add --auto-transcribe")
     return replace(
         options,
         output=Path(options.output),
@@ -209,6 +225,8 @@ def _with_recogniser(
     jobs: list[RecordingJob], recogniser: CachedRecogniser | None
 ) -> Iterator[Record]:
     """The records of the jobs that need the recogniser, one after the other."""
+    if not jobs:  # nor a progress bar
+        return
     with tqdm(desc="recognising", unit="s", unit_scale=True, disable=None) as progress:
         progress.total = round(sum(job.seconds for job in jobs))
         for job in jobs:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fish_speech.devices import resolve_device
+from fish_speech.files import errors_naming, file_digest
 from fish_speech.preparation.align import Word
 from fish_speech.preparation.error_rates import normal
 from fish_speech.preparation.options import WHISPER_BACKENDS
@@ -75,8 +76,6 @@ class _Whisper:
 
     def __init__(self, backend: str, model: str, language: str | None) -> None:
         if Path(model).is_file():
-            from fish_speech.files import file_digest
-
             model = file_digest(model)[:16]
         self.name, self.language = f"{backend} {model}", language
 
@@ -338,7 +337,7 @@ class CachedRecogniser:
             return read(self._entries[key])
         entry = self._entries[key] = compute()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with errors_naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, **entry}, ensure_ascii=False) + "\n")
         return read(entry)
 

@@ -182,6 +182,8 @@ def _user_message(message: str) -> str:
 
 
 def _remedy(reason: str) -> str:
+    if "No space left" in reason:
+        return "Make room on the disk; the same command goes on where this one stopped"
     if re.search(r"resolve|[Nn]ame resolution|Network is unreachable", reason):
         return "Is there a network? The same command goes on where this one stopped"
     if re.search(r"time[d ]+out|Giving up|resolv|[Cc]onnection|HTTP Error 5", reason):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from fish_speech.console import counted
 from fish_speech.datasets.semantic import SemanticDataModule
 from fish_speech.devices import triton_unavailable_reason
 from fish_speech.models.text2semantic import DualARTransformer
@@ -33,8 +34,8 @@ def preflight(
     batches become CUDA graphs, which need as much memory again."""
     minutes = sum(map(data.train.num_frames, range(len(data.train)))) / frame_rate / 60
     say(
-        f"training on {len(data.train)} utterances ({minutes:.1f} minutes), "
-        f"{len(data.validation)} held out, {len(data.train.by_speaker)} speaker(s); "
+        f"training on {counted(len(data.train), 'utterance')} ({minutes:.1f} minutes), "
+        f"{len(data.validation)} held out, {counted(len(data.train.by_speaker), 'speaker')}; "
         f"batch {data.batch_size} x {data.accumulate}, device {device}, base in {model.dtype}"
     )
     if not len(data.validation):

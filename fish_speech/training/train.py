@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from fish_speech.console import counted
 from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
 from fish_speech.datasets.shards import Manifest, Sample, load_split
 from fish_speech.datasets.spans import SpanSet
@@ -285,7 +286,8 @@ def _held_out(data_dir: Path, manifest: Manifest, start: Start, say: Say) -> lis
     learned = _learned_before(start)
     unknown = [s for s in samples if not learned.overlaps(manifest.spans[s.name])]
     if known := len(samples) - len(unknown):
-        say(f"left out of validation: {known} clips that {start.checkpoint.path} learned from")
+        clips = counted(known, "clip")
+        say(f"left out of validation: {clips} that {start.checkpoint.path} learned from")
     return unknown
 
 

@@ -282,7 +282,7 @@ def test_held_out_clips_that_do_not_count_are_told(project, capsys):
         torch.save(content, checkpoint.path)
     assert finetune("--evaluate", "--eval-samples", 1, "--checkpoint-step", 2) == 0
     said = capsys.readouterr().err
-    assert "left out: 1 held-out clips that a checkpoint may have learned" in said
+    assert "left out: 1 held-out clip that a checkpoint may have learned" in said
 
 
 def test_steps_are_measured_in_their_order_whatever_the_flag_says(project):

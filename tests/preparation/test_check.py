@@ -11,6 +11,7 @@ import soundfile
 
 from fish_speech.preparation import check
 from fish_speech.preparation.options import Options, Thresholds
+from fish_speech.preparation.pipeline import prepare
 from fish_speech.preparation.report import write_report
 from fish_speech.preparation.summary import Summary
 from fish_speech.preparation.transcribe import Transcription
@@ -41,6 +42,33 @@ def test_a_good_data_set_is_fit(by_hand):
     assert "3-5 s     3 █" in text
     assert "Verdict: fit to train on" in text
     assert {path: path.stat().st_mtime_ns for path in by_hand.rglob("*")} == before
+
+
+def test_a_data_set_of_one_sentence_is_no_more_than_that(by_hand, utterances):
+    anna, verdicts = by_hand / "Anna", []
+    for number in range(5):
+        soundfile.write(
+            anna / f"z_{number}.wav", (0.9 - 0.1 * number) * utterances[0].samples, 16_000
+        )
+        (anna / f"z_{number}.lab").write_text(utterances[0].text)
+        verdicts.append(check.describe(look(by_hand)).splitlines()[-1])
+    assert set(verdicts[:4]) == {"Verdict: fit to train on"}
+    repeats = "but 5 of 9 clips say again what another one says"
+    assert verdicts[4] == f"Verdict: fit to train on, {repeats}"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_texts_that_training_can_not_read_are_named_with_the_remedy(by_hand, tmp_path, encoding):
+    label = by_hand / "Anna" / "audio_0.lab"
+    text = f"{label.read_text()} Café."
+    label.write_bytes(text.encode(encoding))
+    (entry,) = look(by_hand).skipped
+    assert "audio_0.lab: not UTF-8 text" in entry["reason"]
+    assert entry["reason"].endswith("save it as UTF-8, or let prepare_dataset.py --input read it")
+    options = Options(input=str(by_hand), output=tmp_path / "anew", num_workers=1)
+    clips = {clip["file"]: clip["text"] for clip in prepare(options).clips}
+    assert clips["Anna/audio_0_0001.wav"] == text
+    assert not look(tmp_path / "anew").skipped
 
 
 def test_everything_that_is_wrong_is_named(by_hand, utterances):

@@ -24,6 +24,7 @@ from fish_speech.datasets.spans import recorded_spans
 from fish_speech.files import file_digest
 from fish_speech.preparation import transcribe
 from fish_speech.preparation.align import Word
+from fish_speech.preparation.check import describe
 from fish_speech.preparation.options import Thresholds
 from fish_speech.preparation.pipeline import _make_jobs, prepare, prepare_recording
 from fish_speech.preparation.plan import make_plan
@@ -86,7 +87,7 @@ def test_nothing_is_done_twice(folder, options):
     before = {path: path.stat().st_mtime_ns for path in options.output.rglob("*.wav")}
     said = []
     prepare(options, say=said.append)
-    assert said == ["2 of 2 recordings were prepared before"]
+    assert said == ["prepared before: 2 of 2 recordings"]
     assert {path: path.stat().st_mtime_ns for path in options.output.rglob("*.wav")} == before
 
 
@@ -270,7 +271,7 @@ def test_a_full_disk_keeps_what_is_finished(folder, options, monkeypatch, tmp_pa
     assert len(list(options.output.rglob("*.lab"))) == 2
     said = []
     prepare(options, say=said.append)
-    assert said == ["2 of 3 recordings were prepared before"]
+    assert said == ["prepared before: 2 of 3 recordings"]
     whole = replace(options, output=tmp_path / "whole" / "voice")
     prepare(whole)
     assert tree(options.output) == tree(whole.output)
@@ -290,12 +291,56 @@ def test_a_long_recording_gets_its_script_from_a_recogniser(take, options, reade
     assert listener.asked == asked > 0
 
 
-def test_a_long_recording_gets_its_script_without_a_recogniser(take, options):
+def test_a_long_recording_gets_its_script_without_a_recogniser(take, options, reader):
     recording = take(16, (0.4, 0.7, 0.3))
     recording.path.with_suffix(".lab").write_text(" ".join(recording.texts))
     summary = prepare(replace(options, input=str(recording.path)))
     check_texts(summary, recording)
     assert all(clip["estimated"] for clip in summary.clips)
+    count = len(summary.clips)
+    assert f"\nEstimated: the text of {count} of {count} clips is what should" in describe(summary)
+    (recording.path.parent / "long.lab").unlink()
+    with_words = replace(options, input=str(recording.path), auto_transcribe=True)
+    heard = prepare(with_words, recogniser=reader(recording))
+    assert "Estimated" not in describe(heard)
+
+
+@pytest.mark.parametrize(
+    ("model", "language", "detected", "hint"),
+    [
+        ("base", None, "de", True),
+        ("base", None, "en", False),
+        ("base", "de", "de", False),
+        ("medium", None, "de", False),
+    ],
+)
+def test_a_small_model_that_takes_speech_for_another_language_is_told(
+    folder, options, model, language, detected, hint
+):
+    class Listener:
+        identity = "listener"
+
+        def __init__(self, language=None):
+            self.language = language
+
+        def detect_language(self, samples):
+            return detected
+
+        def with_language(self, language):
+            return Listener(language)
+
+        def transcribe(self, samples):
+            return Transcription("Das Boot liegt am Strand und das Meer ist weit.")
+
+    options = replace(
+        options, input=str(folder(1, texts=False)), auto_transcribe=True, whisper_model=model,
+        language=language,
+    )  # fmt: skip
+    said = []
+    prepare(options, recogniser=Listener(language), say=said.append)
+    assert [line.startswith("whisper base took speech for de: if that") for line in said] == (
+        [True] * hint
+    )
 
 
 def test_a_script_that_is_read_without_a_pause_is_cut_and_flagged(tmp_path, options, utterances):

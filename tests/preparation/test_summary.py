@@ -245,7 +245,7 @@ def test_a_record_with_a_key_of_another_version_counts(folder, options):
     record.write_text(json.dumps({**json.loads(record.read_text()), "mood": "calm"}))
     said = []
     prepare(options, say=said.append)
-    assert said == ["1 of 1 recordings were prepared before"]
+    assert said == ["prepared before: 1 of 1 recording"]
 
 
 def damage(record: Path, how: str) -> None:
@@ -422,7 +422,7 @@ def test_a_download_that_failed_under_another_title_is_forgotten_when_it_succeed
     origin = {"url": "https://example.org/3", "title": "entry 3"}
     found = [InputFile(path.with_name("none"), "Me", origin=origin, problem="timed out")]
     monkeypatch.setattr("fish_speech.preparation.youtube.fetch", lambda *_, **__: found)
-    options = replace(options, input="https://example.org", youtube=True)
+    options = replace(options, input="https://example.org", youtube=True, auto_transcribe=True)
     assert [entry["reason"] for entry in prepare(options).skipped] == ["timed out"]
     found[:] = [InputFile(path, "Me", origin={**origin, "title": "The third"})]
     summary = prepare(options)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import soundfile
 from fish_speech.preparation import youtube
 from fish_speech.preparation.options import Options
 from fish_speech.preparation.pipeline import prepare
+from fish_speech.preparation.transcribe import Transcription
 
 # yt-dlp leaves the socket of a refused download to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -133,6 +137,17 @@ def test_what_can_not_be_reached_is_said_without_exceptions(tmp_path, address, r
     assert "caused by" not in str(caught.value)
 
 
+def test_a_full_disk_is_not_for_want_of_a_newer_yt_dlp(server, tmp_path, monkeypatch):
+    soundfile.write(server.folder / "a.wav", np.zeros(16_000), 16_000)
+
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("yt_dlp.downloader.common.FileDownloader.slow_down", full)
+    with pytest.raises(ValueError, match=r"No space left on device\. Make room on the disk; the"):
+        youtube.fetch(f"{server.address}/a.wav", tmp_path / "downloads", "me")
+
+
 def test_a_missing_video_ends_in_one_line_with_the_remedy(server, tmp_path):
     with pytest.raises(ValueError, match="404") as caught:
         youtube.fetch(f"{server.address}/none.webm", tmp_path / "downloads", "me")
@@ -157,9 +172,22 @@ def test_a_playlist_gives_what_can_be_had_and_names_the_rest(server, tmp_path):
     assert [item.problem is None for item in found] == [True, False]
     assert "404" in found[1].problem
     options = Options(f"{server.address}/feed.xml", tmp_path / "data", youtube=True)
-    summary = prepare(replace(options, auto_transcribe=False))
+    with pytest.raises(ValueError, match="add --auto-transcribe"):
+        prepare(options)
+    assert not (tmp_path / "data").exists()  # and nothing was downloaded
+    reader = SimpleNamespace(identity="reader", transcribe=lambda samples: Transcription(""))
+    summary = prepare(replace(options, auto_transcribe=True), recogniser=reader)
     assert summary.failed == 2
     assert {entry["source"][-5:] for entry in summary.skipped} == {"a.wav", "b.wav"}
+
+
+def test_a_text_that_was_put_beside_a_download_needs_no_recogniser(server, tmp_path, utterances):
+    soundfile.write(server.folder / "a.wav", utterances[0].samples, 16_000)
+    address, output = f"{server.address}/a.wav", tmp_path / "data"
+    (found,) = youtube.fetch(address, output / youtube.FOLDER, "me")
+    found.path.with_suffix(".txt").write_text(utterances[0].text)
+    (clip,) = prepare(Options(address, output, youtube=True)).clips
+    assert clip["text"] == utterances[0].text
 
 
 def test_playlists_of_playlists_are_followed_and_what_is_gone_is_named(monkeypatch, tmp_path):
