@@ -17,7 +17,7 @@ from fish_speech.console import (
     tolerate_unencodable,
 )
 from fish_speech.devices import resolve_device, resolve_precision
-from fish_speech.files import shown_path
+from fish_speech.files import file_digest, shown_path
 from fish_speech.resources import limit_threads, tune_malloc
 from fish_speech.signals import interrupt_on_termination
 from fish_speech.training.arguments import as_flag, build_parser, check_arguments, does_any_of
@@ -262,9 +262,10 @@ def run_stages(args: argparse.Namespace) -> int:
 
 def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
     """The stages up to training. Returns the signal that stopped it early, if one did."""
-    from fish_speech.datasets.clips import is_raw, is_source_of
+    from fish_speech.datasets.clips import find_clips, is_raw, is_source_of
     from fish_speech.hub import find_model
     from fish_speech.training import distributed
+    from fish_speech.training.resume import check_fits
 
     everything, data_dir = args.full_pipeline, args.data_dir
     training = everything or args.train
@@ -288,6 +289,7 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             )
         if not (training or args.extract_tokens or args.build_dataset):
             return None
+        find_clips(data_dir)  # which refuses what is no dataset before a model is downloaded
         if training:
             start = find_start(args, config, run)
         goes_on = start.resumes if training else run.checkpoints()
@@ -308,6 +310,9 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
                 distributed.check_trained_by(world_size, config.train)
         # The first process downloads or packs, the others then find what it made.
         base_dir = distributed.rank_zero_first(lambda: find_model(config.base))
+        if training and start.checkpoint:  # else another base's codec would encode all clips first
+            digest = file_digest(base_dir / "model.pth")
+            check_fits(start.checkpoint, config.adapters, digest, base_dir)
         with distributed.dataset_lock(data_dir, say):
             # What Lightning starts finds the clips encoded, and the lock given back.
             failed: set[str] = set()

@@ -181,6 +181,55 @@ def test_another_base_is_refused_before_it_is_downloaded(project, tmp_path, monk
     assert said.endswith("fish-speech-1.5: choose another --project")
 
 
+def test_what_is_no_dataset_is_said_before_a_model_is_downloaded(project, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "_missing_files", lambda entry, place: ["model.pth"])
+    monkeypatch.setattr(hub, "_download", lambda entry, place: pytest.fail("downloaded"))
+    assert finetune_tts.main(["--project", "p", "--data-dir", "nowhere", "--train"]) == 2
+    assert "error: nowhere: no such dataset" in capsys.readouterr().err
+
+
+def test_another_base_is_refused_before_its_codec_encodes_the_clips(
+    project, tmp_path, base_dir, capsys
+):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 1) == 0
+    capsys.readouterr()
+    other = shutil.copytree(base_dir, tmp_path / "other")
+    with next(other.glob("firefly-gan-vq-*.pth")).open("ab") as codec:
+        codec.write(bytes(8))
+    with (other / "model.pth").open("ab") as model:
+        model.write(bytes(8))
+    assert project(*TRAIN, "--max-steps", 2, base=other) == 2
+    said = capsys.readouterr().err
+    assert "which is not the same as" in said
+    assert "codes:" not in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--data-dir", "nowhere", "--train"),
+        ("--data-dir", "data", "--train", "--override", "no.key=1"),
+        ("--data-dir", "data", "--train", "--lora-config", "nothing"),
+        ("--merge-weights",),
+        ("--evaluate",),
+    ],
+)
+def test_a_usage_error_does_not_wait_for_lightning(project, flags):
+    program = (
+        "import sys; from finetune_tts import main\n"
+        "status = main(['--project', 'p', *sys.argv[1:]])\n"
+        "print(status, 'lightning' in sys.modules)"
+    )
+    done = subprocess.run(
+        [PYTHON, "-c", program, *flags],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["2", "False"], done.stderr
+
+
 def test_its_own_base_is_downloaded_where_a_project_was_moved(
     project, tmp_path, monkeypatch, capsys, base_dir
 ):

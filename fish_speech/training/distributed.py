@@ -27,6 +27,9 @@ def process_group() -> Iterator[tuple[int, int]]:
     Those of torchrun and SLURM start together; until the block ends they are a group for
     `barrier`. A process alone, or one that Lightning starts once the data is ready, is (0, 1).
     """
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & os.environ.keys():
+        yield 0, 1  # at once: Lightning, which knows these environments, takes seconds to import
+        return
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     if TorchElasticEnvironment.detect():

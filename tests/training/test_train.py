@@ -23,8 +23,9 @@ from fish_speech.resources import peak_memory
 from fish_speech.text import split_text
 from fish_speech.training.callbacks import AtomicCheckpoints, Progress
 from fish_speech.training.config import compose_config
-from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
+from fish_speech.training.lit_module import TextToSemantic
 from fish_speech.training.loss import loss_sums
+from fish_speech.training.optimizer import OptimizerConfig
 from fish_speech.training.preflight import expected_memory
 from fish_speech.training.resume import choose_start
 from fish_speech.training.runs import Run
