@@ -202,12 +202,15 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
 
 def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -> None:
     """Checkpoint -> `checkpoints/<project>-merged`; `board` is of this very command."""
+    from fish_speech.hub import directory_of, find_model
     from fish_speech.training.merge import merge
+    from fish_speech.training.resume import projects_over
 
     base_dir = args.pretrained_ckpt_path
+    if args.model_version:
+        base_dir = directory_of(args.model_version)
     lora = make_config(args, None).adapters if args.lora_config else None
     if args.checkpoint_path and not (args.train or args.full_pipeline):
-        from fish_speech.hub import find_model
         from fish_speech.training.runs import named_checkpoint
 
         checkpoint = named_checkpoint(args.checkpoint_path)
@@ -227,11 +230,17 @@ def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -
         f"merging {checkpoint.path}"
         + (", the latest; to merge only what measures best there is --merge-best" if odd else "")
     )
+    over = projects_over(run.folder.parent, folder)
     merged = merge(checkpoint, folder, base_dir=base_dir, lora=lora)
     say(
         f"merged: {folder}; the adapters move the logits by {merged.change:.2%}, "
         f"the written model is within {merged.error:.3%} of base + adapters"
     )
+    if stranded := over - projects_over(run.folder.parent, folder):
+        say(
+            f"warning: {', '.join(sorted(stranded))} can't go on: trained over what {folder} was "
+            "before; merging the same step as then (--checkpoint-step) brings that back"
+        )
     print(f'speak with it: cli_tts.py "Hello there." --model-path {folder}')
 
 
@@ -282,6 +291,11 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             distributed.barrier()
             args.data_dir = data_dir = prepared_dir(args)  # for the stages after training too
             config.data.dir = str(data_dir)
+        elif args.speaker:
+            raise ValueError(
+                f"--speaker {args.speaker}: {data_dir} is prepared, its folders name who speaks; "
+                "leave the flag out"
+            )
         elif not everything and is_source_of(prepared_dir(args), data_dir):
             raise ValueError(
                 f"{data_dir}: recordings that are not prepared; what this project prepared is "

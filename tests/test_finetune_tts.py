@@ -358,6 +358,13 @@ def test_a_setting_that_cannot_be_is_refused_before_the_clips_are_encoded(
         (("--evaluate", "--eval-every", 3), "--eval-every belongs to --train"),
         (("--merge-weights", "--batch-size-extract", 3), "--batch-size-extract belongs to"),
         (("--merge-weights", "--num-workers-extract", 3), "--num-workers-extract belongs to"),
+        (("--merge-weights", "--precision", "bf16"), "--train or --evaluate or --merge-best"),
+        (("--merge-weights", "--num-workers", 1), "--num-workers belongs to --train: leave it out"),
+        (("--evaluate", "--seed", 3), "--seed belongs to --train: leave it out here"),
+        (("--evaluate", "--override", "seed=3"), "or --train or --merge-weights: leave it out"),
+        (("--evaluate", "--lora-config", "r_4_alpha_8"), "belongs to --train or --merge-weights"),
+        (("--list-checkpoints", "--devices", 2), "--devices belongs to --train: leave it out"),
+        ((*TRAIN[:2], "--full-pipeline", "--speaker", "Ann"), "--speaker Ann: data is prepared"),
     ],
 )
 def test_a_flag_without_its_stage_is_refused(project, capsys, flags, message):
@@ -365,6 +372,35 @@ def test_a_flag_without_its_stage_is_refused(project, capsys, flags, message):
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: --")
     assert message in said
+
+
+@pytest.mark.parametrize("stage", ["--merge-weights", "--evaluate"])
+def test_a_model_version_that_is_not_the_projects_base_is_refused(
+    project, tmp_path, monkeypatch, capsys, stage
+):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 1) == 0
+    monkeypatch.setattr(hub, "REPOSITORY", tmp_path)
+    for version, problem in (("1.5", "fish-speech-1.5: "), ("tiny", "tiny")):
+        assert finetune_tts.main(["--project", "p", stage, "--model-version", version]) == 2
+        assert problem in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "checkpoints/p-merged").exists()
+
+
+def test_merging_another_step_says_which_project_it_leaves_without_a_base(
+    project, tmp_path, capsys
+):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 2, "--save-every", 1) == 0
+    assert project("--merge-weights") == 0
+    base = tmp_path / "checkpoints/p-merged"
+    assert project(*TRAIN, "--max-steps", 1, name="over", base=base) == 0
+    for step, stranded in ((2, False), (1, True), (2, False)):
+        capsys.readouterr()
+        assert project("--merge-weights", "--checkpoint-step", step) == 0
+        said = "over can't go on: trained over what checkpoints/p-merged was before"
+        assert (said in capsys.readouterr().err) == stranded
+    assert project(*TRAIN, "--max-steps", 2, name="over", base=base) == 0  # brought back
 
 
 @pytest.mark.parametrize(

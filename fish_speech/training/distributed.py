@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from fish_speech.console import Say
 from fish_speech.files import InUseError, exclusive
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def barrier() -> None:
 
 
 @contextmanager
-def dataset_lock(data_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+def dataset_lock(data_dir: Path, say: Say) -> Iterator[None]:
     """No other run changes the dataset meanwhile: the first process holds its lock for all.
 
     Where it is taken, wait for it: several projects may be trained on one dataset.

@@ -484,6 +484,16 @@ def test_running_out_of_memory_says_what_to_change_and_following_it_loses_nothin
     torch.testing.assert_close(adapters(smaller), adapters(whole), atol=1e-5, rtol=1e-4)
 
 
+def test_running_out_of_memory_beside_graphs_is_first_to_go_without_them(trainer, monkeypatch):
+    def hungry(module, batch, index):
+        module.graphs = object()  # as on a card
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(TextToSemantic, "training_step", hungry)
+    with pytest.raises(MemoryError, match=r"try --override train\.cuda_graphs=false"):
+        trainer("p", "train.max_steps=1")
+
+
 @pytest.mark.parametrize("every", [1, 2, 100])
 def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
     trainer, monkeypatch, behind, every
