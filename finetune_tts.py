@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 import traceback
@@ -192,7 +193,7 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
             raise
         if args.debug:
             traceback.print_exc()
-        say(f"not evaluated: {error}")  # the pipeline goes on
+        say(f"not evaluated: {error_message(error)}")  # the pipeline goes on
         args.failures += not isinstance(error, NothingToMeasureError)
         return None
     print(board.recommendation)
@@ -377,6 +378,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         expected = isinstance(error, ValueError | OSError | MemoryError)
         what = error_message(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            what += "; make room, and the same command goes on from there"
         what = what if expected else f"{type(error).__name__}: {what} (--debug shows where)"
         print(f"error: {what}", file=sys.stderr)  # of every process, not only the first
         return BAD_INPUT

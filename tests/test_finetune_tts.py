@@ -1,5 +1,6 @@
 """finetune_tts.py as its users run it."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 import finetune_tts
 from fish_speech import hub
-from fish_speech.files import exclusive
+from fish_speech.files import exclusive, file_digest
 from tests.conftest import ROOT, golden_tensors
 from tests.synthetic_data import make_data_set
 
@@ -385,6 +386,28 @@ def test_a_model_version_that_is_not_the_projects_base_is_refused(
         assert finetune_tts.main(["--project", "p", stage, "--model-version", version]) == 2
         assert problem in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "checkpoints/p-merged").exists()
+
+
+def test_a_disk_that_is_full_while_merging_leaves_the_voice_that_was_there(
+    project, tmp_path, monkeypatch, capsys
+):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 2, "--save-every", 1) == 0
+    assert project("--merge-weights", "--checkpoint-step", 1) == 0
+    before = file_digest(tmp_path / "checkpoints/p-merged/model.pth")
+
+    def full(state, folder, **more):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "model.pth"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fish_speech.training.merge.save_model", full)
+        assert project("--merge-weights") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    file = tmp_path / "checkpoints/p-merged/model.pth"
+    assert said.startswith(f"error: {file}: no space left on device; make room, and the same")
+    assert file_digest(file) == before
+    assert project("--merge-weights") == 0
+    assert file_digest(file) != before
 
 
 def test_merging_another_step_says_which_project_it_leaves_without_a_base(
