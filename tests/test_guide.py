@@ -108,10 +108,11 @@ def test_every_link_in_writing_leads_somewhere():
 def test_every_command_of_the_guide_works_as_typed(tmp_path, monkeypatch, base_dir, capsys):
     monkeypatch.chdir(tmp_path)
     # The published weights can't be had here; the small golden model stands in their place.
-    monkeypatch.setattr(
-        "fish_speech.hub.find_model",
-        lambda version, root=None: base_dir if version == "1.5" else Path(version),
-    )
+    for name in ("hub.find_model", "hub.directory_of", "evaluation.project.directory_of"):
+        monkeypatch.setattr(
+            f"fish_speech.{name}",
+            lambda version, root=None: base_dir if version == "1.5" else Path(version),
+        )
     for name, count in (
         ("samples", 3),
         ("raw_audio", 3),
