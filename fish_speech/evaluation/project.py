@@ -291,7 +291,7 @@ def _planned(run: Run, say: Say) -> list[Checkpoint]:
     left = [checkpoint for checkpoint in found[:-1] if not checkpoint.was_due()]
     if left:
         steps = ", ".join(str(checkpoint.step) for checkpoint in left)
-        say(f"not measured: step {steps}, where training was interrupted (--checkpoint-step does)")
+        say(f"not measured: step {steps}, left by an interruption (--checkpoint-step measures it)")
     return [checkpoint for checkpoint in found if checkpoint not in left]
 
 

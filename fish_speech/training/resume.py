@@ -160,9 +160,9 @@ def _latest_of_same_data(
 
 
 def _newest_of_projects(results: Path) -> Iterator[tuple[Checkpoint, dict[str, Any]]]:
-    """Each project's newest checkpoint and its record, where they can be read: another project's
-    damage is not this one's."""
+    """Each project's newest checkpoint and its record, where they can be read: what is damaged
+    there, another's, or being replaced, is no fault of this project."""
     for folder in results.iterdir() if results.is_dir() else ():
         if found := Run(folder).checkpoints():
-            with suppress(ValueError):
+            with suppress(ValueError, OSError):
                 yield found[-1], found[-1].read()["run"]

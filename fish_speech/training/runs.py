@@ -61,7 +61,7 @@ class Checkpoint:
         """Whether its run would have saved it without an interruption; True where it can't tell."""
         from omegaconf import OmegaConf
 
-        with suppress(ValueError, KeyError):
+        with suppress(ValueError, KeyError, AttributeError):
             train = OmegaConf.create(self.read()["run"]["config"]).train
             return self.step % train.save_every == 0 or self.step == train.max_steps
         return True

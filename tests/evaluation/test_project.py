@@ -234,7 +234,7 @@ def test_what_only_an_interruption_left_is_not_measured(project, capsys):
     assert finetune("--evaluate", "--eval-samples", 1) == 0
     board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
     assert [row.step for row in board.rows] == [0, 2, 4, 5]
-    assert "not measured: step 1, where training was interrupted" in capsys.readouterr().err
+    assert "not measured: step 1, left by an interruption" in capsys.readouterr().err
     assert finetune("--evaluate", "--eval-samples", 1, "--checkpoint-step", 1) == 0
     assert [row.step for row in Leaderboard.read(f"{FOLDER}/leaderboard.json").rows] == [0, 1]
 
