@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 import traceback
@@ -19,7 +20,7 @@ from fish_speech.console import (
 )
 from fish_speech.console import say as print_line
 from fish_speech.devices import resolve_device, resolve_precision
-from fish_speech.files import shown_path
+from fish_speech.files import file_digest, shown_path
 from fish_speech.resources import limit_threads, tune_malloc
 from fish_speech.signals import interrupt_on_termination
 from fish_speech.training.arguments import as_flag, build_parser, check_arguments, does_any_of
@@ -196,7 +197,7 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
             raise
         if args.debug:
             traceback.print_exc()
-        say(f"not evaluated: {error}")  # the pipeline goes on
+        say(f"not evaluated: {error_message(error)}")  # the pipeline goes on
         args.failures += not isinstance(error, NothingToMeasureError)
         return None
     print(board.recommendation)
@@ -206,12 +207,15 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
 
 def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -> None:
     """Checkpoint -> `checkpoints/<project>-merged`; `board` is of this very command."""
+    from fish_speech.hub import directory_of, find_model
     from fish_speech.training.merge import merge
+    from fish_speech.training.resume import projects_over
 
     base_dir = args.pretrained_ckpt_path
+    if args.model_version:
+        base_dir = directory_of(args.model_version)
     lora = make_config(args, None).adapters if args.lora_config else None
     if args.checkpoint_path and not (args.train or args.full_pipeline):
-        from fish_speech.hub import find_model
         from fish_speech.training.runs import named_checkpoint
 
         checkpoint = named_checkpoint(args.checkpoint_path)
@@ -231,11 +235,17 @@ def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -
         f"merging {checkpoint.path}"
         + (", the latest; to merge only what measures best there is --merge-best" if odd else "")
     )
+    over = projects_over(run.folder.parent, folder)
     merged = merge(checkpoint, folder, base_dir=base_dir, lora=lora)
     say(
         f"merged: {folder}; the adapters move the logits by {merged.change:.2%}, "
         f"the written model is within {merged.error:.3%} of base + adapters"
     )
+    if stranded := over - projects_over(run.folder.parent, folder):
+        say(
+            f"warning: {', '.join(sorted(stranded))} can't go on: trained over what {folder} was "
+            "before; merging the same step as then (--checkpoint-step) brings that back"
+        )
     print(f'speak with it: cli_tts.py "Hello there." --model-path {folder}')
 
 
@@ -266,9 +276,10 @@ def run_stages(args: argparse.Namespace) -> int:
 
 def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
     """The stages up to training. Returns the signal that stopped it early, if one did."""
-    from fish_speech.datasets.clips import is_raw, is_source_of
+    from fish_speech.datasets.clips import find_clips, is_raw, is_source_of
     from fish_speech.hub import find_model
     from fish_speech.training import distributed
+    from fish_speech.training.resume import check_fits
 
     everything, data_dir = args.full_pipeline, args.data_dir
     training = everything or args.train
@@ -285,6 +296,11 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             distributed.barrier()
             args.data_dir = data_dir = prepared_dir(args)  # for the stages after training too
             config.data.dir = str(data_dir)
+        elif args.speaker:
+            raise ValueError(
+                f"--speaker {args.speaker}: {data_dir} is prepared, its folders name who speaks; "
+                "leave the flag out"
+            )
         elif not everything and is_source_of(prepared_dir(args), data_dir):
             raise ValueError(
                 f"{data_dir}: recordings that are not prepared; what this project prepared is "
@@ -292,6 +308,7 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
             )
         if not (training or args.extract_tokens or args.build_dataset):
             return None
+        find_clips(data_dir)  # which refuses what is no dataset before a model is downloaded
         if training:
             start = find_start(args, config, run)
         goes_on = start.resumes if training else run.checkpoints()
@@ -312,6 +329,9 @@ def data_and_training(args: argparse.Namespace, run: Run) -> int | None:
                 distributed.check_trained_by(world_size, config.train)
         # The first process downloads or packs, the others then find what it made.
         base_dir = distributed.rank_zero_first(lambda: find_model(config.base))
+        if training and start.checkpoint:  # else another base's codec would encode all clips first
+            digest = file_digest(base_dir / "model.pth")
+            check_fits(start.checkpoint, config.adapters, digest, base_dir)
         with distributed.dataset_lock(data_dir, say):
             # What Lightning starts finds the clips encoded, and the lock given back.
             failed: set[str] = set()
@@ -362,6 +382,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         expected = isinstance(error, ValueError | OSError | MemoryError)
         what = error_message(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            what += "; make room, and the same command goes on from there"
         what = what if expected else f"{type(error).__name__}: {what} (--debug shows where)"
         print(f"error: {what}", file=sys.stderr)  # of every process, not only the first
         return BAD_INPUT

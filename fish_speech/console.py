@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
+
+Say = Callable[[str], None]  # how a piece of work tells the user something, a line each
 
 
 def tolerate_unencodable() -> None:

@@ -96,6 +96,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if path.exists():
             path.rename(old)
         temporary.rename(path)
+    except OSError as error:
+        inside = str(error.filename).removeprefix(str(temporary))
+        if inside != str(error.filename):  # a name that is gone with the error
+            raise type(error)(error.errno, error.strerror, f"{path}{inside}") from error
+        raise
     finally:
         if old.exists() and not path.exists():  # interrupted between the two
             old.rename(path)

@@ -1,5 +1,6 @@
 """finetune_tts.py as its users run it."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 import finetune_tts
 from fish_speech import hub
-from fish_speech.files import exclusive
+from fish_speech.files import exclusive, file_digest
 from tests.conftest import ROOT, golden_tensors
 from tests.synthetic_data import make_data_set
 
@@ -197,6 +198,55 @@ def test_another_base_is_refused_before_it_is_downloaded(project, tmp_path, monk
     assert said.endswith("fish-speech-1.5: choose another --project")
 
 
+def test_what_is_no_dataset_is_said_before_a_model_is_downloaded(project, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "_missing_files", lambda entry, place: ["model.pth"])
+    monkeypatch.setattr(hub, "_download", lambda entry, place: pytest.fail("downloaded"))
+    assert finetune_tts.main(["--project", "p", "--data-dir", "nowhere", "--train"]) == 2
+    assert "error: nowhere: no such dataset" in capsys.readouterr().err
+
+
+def test_another_base_is_refused_before_its_codec_encodes_the_clips(
+    project, tmp_path, base_dir, capsys
+):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 1) == 0
+    capsys.readouterr()
+    other = shutil.copytree(base_dir, tmp_path / "other")
+    with next(other.glob("firefly-gan-vq-*.pth")).open("ab") as codec:
+        codec.write(bytes(8))
+    with (other / "model.pth").open("ab") as model:
+        model.write(bytes(8))
+    assert project(*TRAIN, "--max-steps", 2, base=other) == 2
+    said = capsys.readouterr().err
+    assert "which is not the same as" in said
+    assert "codes:" not in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--data-dir", "nowhere", "--train"),
+        ("--data-dir", "data", "--train", "--override", "no.key=1"),
+        ("--data-dir", "data", "--train", "--lora-config", "nothing"),
+        ("--merge-weights",),
+        ("--evaluate",),
+    ],
+)
+def test_a_usage_error_does_not_wait_for_lightning(project, flags):
+    program = (
+        "import sys; from finetune_tts import main\n"
+        "status = main(['--project', 'p', *sys.argv[1:]])\n"
+        "print(status, 'lightning' in sys.modules)"
+    )
+    done = subprocess.run(
+        [PYTHON, "-c", program, *flags],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["2", "False"], done.stderr
+
+
 def test_its_own_base_is_downloaded_where_a_project_was_moved(
     project, tmp_path, monkeypatch, capsys, base_dir
 ):
@@ -325,6 +375,13 @@ def test_a_setting_that_cannot_be_is_refused_before_the_clips_are_encoded(
         (("--evaluate", "--eval-every", 3), "--eval-every belongs to --train"),
         (("--merge-weights", "--batch-size-extract", 3), "--batch-size-extract belongs to"),
         (("--merge-weights", "--num-workers-extract", 3), "--num-workers-extract belongs to"),
+        (("--merge-weights", "--precision", "bf16"), "--train or --evaluate or --merge-best"),
+        (("--merge-weights", "--num-workers", 1), "--num-workers belongs to --train: leave it out"),
+        (("--evaluate", "--seed", 3), "--seed belongs to --train: leave it out here"),
+        (("--evaluate", "--override", "seed=3"), "or --train or --merge-weights: leave it out"),
+        (("--evaluate", "--lora-config", "r_4_alpha_8"), "belongs to --train or --merge-weights"),
+        (("--list-checkpoints", "--devices", 2), "--devices belongs to --train: leave it out"),
+        ((*TRAIN[:2], "--full-pipeline", "--speaker", "Ann"), "--speaker Ann: data is prepared"),
     ],
 )
 def test_a_flag_without_its_stage_is_refused(project, capsys, flags, message):
@@ -332,6 +389,57 @@ def test_a_flag_without_its_stage_is_refused(project, capsys, flags, message):
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: --")
     assert message in said
+
+
+@pytest.mark.parametrize("stage", ["--merge-weights", "--evaluate"])
+def test_a_model_version_that_is_not_the_projects_base_is_refused(
+    project, tmp_path, monkeypatch, capsys, stage
+):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 1) == 0
+    monkeypatch.setattr(hub, "REPOSITORY", tmp_path)
+    for version, problem in (("1.5", "fish-speech-1.5: "), ("tiny", "tiny")):
+        assert finetune_tts.main(["--project", "p", stage, "--model-version", version]) == 2
+        assert problem in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "checkpoints/p-merged").exists()
+
+
+def test_a_disk_that_is_full_while_merging_leaves_the_voice_that_was_there(
+    project, tmp_path, monkeypatch, capsys
+):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 2, "--save-every", 1) == 0
+    assert project("--merge-weights", "--checkpoint-step", 1) == 0
+    before = file_digest(tmp_path / "checkpoints/p-merged/model.pth")
+
+    def full(state, folder, **more):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "model.pth"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fish_speech.training.merge.save_model", full)
+        assert project("--merge-weights") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    file = tmp_path / "checkpoints/p-merged/model.pth"
+    assert said.startswith(f"error: {file}: no space left on device; make room, and the same")
+    assert file_digest(file) == before
+    assert project("--merge-weights") == 0
+    assert file_digest(file) != before
+
+
+def test_merging_another_step_says_which_project_it_leaves_without_a_base(
+    project, tmp_path, capsys
+):
+    keep_codes(tmp_path)
+    assert project(*TRAIN, "--max-steps", 2, "--save-every", 1) == 0
+    assert project("--merge-weights") == 0
+    base = tmp_path / "checkpoints/p-merged"
+    assert project(*TRAIN, "--max-steps", 1, name="over", base=base) == 0
+    for step, stranded in ((2, False), (1, True), (2, False)):
+        capsys.readouterr()
+        assert project("--merge-weights", "--checkpoint-step", step) == 0
+        said = "over can't go on: trained over what checkpoints/p-merged was before"
+        assert (said in capsys.readouterr().err) == stranded
+    assert project(*TRAIN, "--max-steps", 2, name="over", base=base) == 0  # brought back
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # ruff: noqa: E501 (commands stand here as they are typed)
 """The commands of the user's guide, as typed there, on small data with small step counts."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ import cli_tts
 import finetune_tts
 import prepare_dataset
 from fish_speech.training.arguments import EPILOG
+from fish_speech.training.config import _GROUPS, _KEYS
 from tests.conftest import ROOT
 from tests.synthetic_data import make_data_set
 
@@ -70,6 +72,20 @@ def test_no_command_that_stands_in_writing_is_refused():
         finetune_tts.check_arguments(args)
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_flag_is_read(name):
+    """By its name: as an attribute, or as a key."""
+    read = {"help", *_KEYS, *_GROUPS}
+    for file in [ROOT / name, *(ROOT / "fish_speech").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                read.add(node.slice.value)
+    flags = {action.dest for action in PROGRAMS[name].build_parser()._actions}
+    assert flags - read == set()
+
+
 def test_every_link_in_writing_leads_somewhere():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
     pages += [*ROOT.glob("checkpoints/*/README.md"), *ROOT.glob("recipes/*/README.md")]
@@ -92,10 +108,11 @@ def test_every_link_in_writing_leads_somewhere():
 def test_every_command_of_the_guide_works_as_typed(tmp_path, monkeypatch, base_dir, capsys):
     monkeypatch.chdir(tmp_path)
     # The published weights can't be had here; the small golden model stands in their place.
-    monkeypatch.setattr(
-        "fish_speech.hub.find_model",
-        lambda version, root=None: base_dir if version == "1.5" else Path(version),
-    )
+    for name in ("hub.find_model", "hub.directory_of", "evaluation.project.directory_of"):
+        monkeypatch.setattr(
+            f"fish_speech.{name}",
+            lambda version, root=None: base_dir if version == "1.5" else Path(version),
+        )
     for name, count in (
         ("samples", 3),
         ("raw_audio", 3),

@@ -10,9 +10,10 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fish_speech.audio import load_audio
+from fish_speech.console import Say
 from fish_speech.evaluation.held_out import HeldOut
 from fish_speech.evaluation.leaderboard import Leaderboard
-from fish_speech.evaluation.measure import Say, measure
+from fish_speech.evaluation.measure import measure
 from fish_speech.evaluation.project import build_scorer
 from fish_speech.evaluation.recommend import Commands
 from fish_speech.evaluation.synthesis import Candidate

@@ -9,8 +9,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from fish_speech.console import Say
 from fish_speech.evaluation.leaderboard import Leaderboard
-from fish_speech.evaluation.measure import Say, measure
+from fish_speech.evaluation.measure import measure
 from fish_speech.evaluation.metric_columns import verdict
 from fish_speech.evaluation.page import HTML_NAME
 from fish_speech.evaluation.project import JOURNAL_NAME, build_scorer, read_texts, write

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fish_speech.console import Say
 from fish_speech.evaluation.intervals import estimate, proportion
 from fish_speech.evaluation.leaderboard import (
     Estimate,
@@ -28,7 +29,6 @@ from fish_speech.preparation.error_rates import NORMALISATION, Errors
 from fish_speech.resources import is_out_of_memory
 
 AUDIO_FOLDER = "audio"
-Say = Callable[[str], None]
 Metrics = dict[str, Estimate | None]
 # Further metrics of a candidate; the function gives its model, which is loaded at the first call.
 ExtraMetrics = Callable[[Candidate, Callable[[], TextToSpeech]], Metrics]

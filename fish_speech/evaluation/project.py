@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from fish_speech.console import Say
 from fish_speech.devices import resolve_device, resolve_precision, triton_unavailable_reason
 from fish_speech.evaluation.asr import choose_recogniser
 from fish_speech.evaluation.held_out import HeldOut
 from fish_speech.evaluation.intervals import estimate
-from fish_speech.evaluation.leaderboard import Leaderboard
-from fish_speech.evaluation.measure import AUDIO_FOLDER, Metrics, Say, measure
+from fish_speech.evaluation.leaderboard import MIN_SAMPLES, Leaderboard
+from fish_speech.evaluation.measure import AUDIO_FOLDER, Metrics, measure
 from fish_speech.evaluation.page import write_markdown, write_page
 from fish_speech.evaluation.recommend import Commands, literal
 from fish_speech.evaluation.resynthesis import Resynthesis
@@ -33,7 +34,7 @@ from fish_speech.files import (
     safe_name,
     shown_path,
 )
-from fish_speech.hub import check_model_dir
+from fish_speech.hub import check_model_dir, directory_of
 from fish_speech.inference import TextToSpeech
 from fish_speech.models.text2semantic import DualARTransformer
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
@@ -73,13 +74,14 @@ class Request:
     @classmethod
     def of_flags(cls, flags: Mapping[str, Any]) -> Request:
         """From those of `finetune_tts.py` (None: not given)."""
+        version = flags["model_version"]
         given = {
             "steps": flags["checkpoint_step"],
             "texts": flags["texts"],
             "samples": flags["eval_samples"],
             "brief": not flags["evaluate"],  # nobody asked for it in so many words
             "data_dir": flags["data_dir"],
-            "base_dir": flags["pretrained_ckpt_path"],
+            "base_dir": directory_of(version) if version else flags["pretrained_ckpt_path"],
             "device": flags["device"],
             "precision": flags["precision"],
             "whisper_model": flags["whisper_model"],
@@ -159,7 +161,7 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     nothing to measure or nothing to measure it with.
     """
     checkpoints = [run.checkpoint(step) for step in sorted(set(request.steps))]
-    checkpoints = checkpoints or run.checkpoints() or [run.checkpoint()]  # which says what to do
+    checkpoints = checkpoints or _planned(run, say) or [run.checkpoint()]  # which says what to do
     records = _readable_records(checkpoints)
     newest = records[-1]  # which knows where things are now
     data = HeldOut(request.data_dir or _recorded(newest, "data_dir", say), records)
@@ -176,6 +178,9 @@ def evaluate(run: Run, request: Request, say: Say) -> Leaderboard:
     usual = SAMPLES // 2 if request.brief and device.type == "cpu" else SAMPLES
     samples = request.samples or usual
     lines = data.plan(more_texts, samples, say)
+    if (texts := len({line.text for line in lines})) < MIN_SAMPLES:
+        say(f"too few different texts to tell ({texts}): each is spoken once, to be listened to")
+        lines = [line for line in lines if line.seed == 0]
     base = AdaptedBase(base_dir, device, resolve_precision(request.precision, device))
     folder = evaluation_folder(run)
     with exclusive(folder, f"the evaluation of project '{run.project}'"):
@@ -277,6 +282,17 @@ def read_texts(file: Path) -> list[str]:
     if not texts:
         raise ValueError(f"--texts {file}: no line has a letter or a number")
     return texts
+
+
+def _planned(run: Run, say: Say) -> list[Checkpoint]:
+    """The checkpoints without those that only an interruption left before the latest: measuring one
+    takes minutes."""
+    found = run.checkpoints()
+    left = [checkpoint for checkpoint in found[:-1] if not checkpoint.was_due()]
+    if left:
+        steps = ", ".join(str(checkpoint.step) for checkpoint in left)
+        say(f"not measured: step {steps}, left by an interruption (--checkpoint-step measures it)")
+    return [checkpoint for checkpoint in found if checkpoint not in left]
 
 
 def _readable_records(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:

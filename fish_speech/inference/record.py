@@ -14,13 +14,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fish_speech.audio import audio_writer
+from fish_speech.console import Say
 from fish_speech.files import atomic_path
 from fish_speech.inference.jobs import SpeechJob, check_output
 from fish_speech.inference.playback import NoPlayback, Player
 from fish_speech.inference.speech import Piece
 from fish_speech.inference.streaming import SilenceTrimmer
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

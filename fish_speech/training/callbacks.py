@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
+from fish_speech.console import Say
 from fish_speech.files import atomic_path
 from fish_speech.models.weights import read_checkpoint, save_tensors
 from fish_speech.resources import is_out_of_memory
@@ -45,7 +45,7 @@ class SaveCheckpoints(L.Callback):
     that the latest is always of the training at hand.
     """
 
-    def __init__(self, run: Run, every: int, keep: int | None, say: Callable[[str], None]) -> None:
+    def __init__(self, run: Run, every: int, keep: int | None, say: Say) -> None:
         self.run, self.every, self.keep, self.say = run, every, keep, say
         self._saved_step = -1  # until training starts there is nothing to save
 

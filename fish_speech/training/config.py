@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from fish_speech.hub import model_versions
 from fish_speech.models.text2semantic.lora import LoRAConfig
-from fish_speech.training.lit_module import SCHEDULES, OptimizerConfig
+from fish_speech.training.optimizer import SCHEDULES, OptimizerConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _FILE = "text2semantic_finetune"
@@ -229,7 +228,7 @@ def _check_ranges(config: RunConfig) -> None:
         raise ValueError(
             f"config: optimizer.schedule is {schedule!r}; use one of {', '.join(SCHEDULES)}"
         )
-    if strategy not in ("auto", *StrategyRegistry.available_strategies()):
+    if not _is_strategy(strategy):
         raise ValueError(
             f"config: train.strategy is {strategy!r}, none of Lightning's; use auto or ddp"
         )
@@ -245,3 +244,11 @@ def _check_ranges(config: RunConfig) -> None:
             "use auto, true or false"
         )
     config.adapters  # noqa: B018 (its own checks)
+
+
+def _is_strategy(name: str) -> bool:
+    if name in ("auto", "ddp"):
+        return True
+    from lightning.pytorch.strategies import StrategyRegistry  # seconds, for whoever wants others
+
+    return name in StrategyRegistry.available_strategies()

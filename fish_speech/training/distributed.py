@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from fish_speech.console import Say
 from fish_speech.files import InUseError, exclusive
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ def process_group() -> Iterator[tuple[int, int]]:
     Those of torchrun and SLURM start together; until the block ends they are a group for
     `barrier`. A process alone, or one that Lightning starts once the data is ready, is (0, 1).
     """
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & os.environ.keys():
+        yield 0, 1  # at once: Lightning, which knows these environments, takes seconds to import
+        return
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     if TorchElasticEnvironment.detect():
@@ -84,7 +88,7 @@ def barrier() -> None:
 
 
 @contextmanager
-def dataset_lock(data_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+def dataset_lock(data_dir: Path, say: Say) -> Iterator[None]:
     """No other run changes the dataset meanwhile: the first process holds its lock for all.
 
     Where it is taken, wait for it: several projects may be trained on one dataset.

@@ -121,7 +121,7 @@ def _needed(
             )
         return base_dir, lora
     base_dir = Path(base_dir or record["base"])
-    if not base_dir.is_dir():
+    if not (base_dir / MODEL_FILE).is_file():
         raise FileNotFoundError(
             f"{base_dir}: the base model of {checkpoint.path} is not there any more; "
             "give its place with --pretrained-ckpt-path"

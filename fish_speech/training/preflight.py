@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from fish_speech.console import counted
+from fish_speech.console import Say, counted
 from fish_speech.datasets.semantic import SemanticDataModule
 from fish_speech.devices import triton_unavailable_reason
 from fish_speech.models.text2semantic import DualARTransformer
@@ -14,12 +12,16 @@ from fish_speech.resources import free_memory
 from fish_speech.training.config import RunConfig
 from fish_speech.training.loss import FRAME_CHUNK, LABEL_CHUNK, chunk_size
 
-OUT_OF_MEMORY = (
-    "out of memory; try --batch-size 1 with --gradient-accumulation-steps, "
-    "--override train.gradient_checkpointing=true, --lora-config r_4_alpha_8, "
-    "or shorter clips (--override data.max_length=512)"
-)
-Say = Callable[[str], None]
+
+def out_of_memory(*, graphs: bool) -> str:
+    """What is said of it, `graphs`: where batches became CUDA graphs."""
+    return (
+        "out of memory; try "
+        + ("--override train.cuda_graphs=false (half the memory), " if graphs else "")
+        + "--batch-size 1 with --gradient-accumulation-steps, "
+        "--override train.gradient_checkpointing=true, --lora-config r_4_alpha_8, "
+        "or shorter clips (--override data.max_length=512)"
+    )
 
 
 def preflight(
@@ -53,7 +55,7 @@ def preflight(
         f"checkpointing, {free / 1e9:.1f} GB are free"
     )
     if needs[chosen] > free:
-        say(f"warning: this may not fit: {OUT_OF_MEMORY}")
+        say(f"warning: this may not fit: {out_of_memory(graphs=False)}")
     alone = config.train.devices * config.train.num_nodes == 1
     possible = (
         config.train.cuda_graphs and alone and not chosen and not triton_unavailable_reason(device)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fish_speech.files import file_digest
+from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
 from fish_speech.models.text2semantic.lora import LoRAConfig
 from fish_speech.training.runs import (
     Checkpoint,
@@ -128,23 +133,36 @@ def check_missing_base(start: Start, base: Path) -> None:
             )
 
 
+def projects_over(results: Path, model_dir: Path) -> set[str]:
+    """The projects that were trained over the model which is in this folder now."""
+    file, place = model_dir / MODEL_FILE, str(model_dir.resolve())
+    over = {
+        checkpoint.path.parents[1].name: record["base_digest"]
+        for checkpoint, record in _newest_of_projects(results)
+        if record["base"] == place
+    }
+    digest = file_digest(file) if over and file.is_file() else None
+    return {project for project, wanted in over.items() if wanted == digest}
+
+
 def _latest_of_same_data(
     run: Run, data_dir: Path, lora: LoRAConfig | None, base: Path | None
 ) -> Checkpoint | None:
     """The newest checkpoint of another project with the same data, LoRA config and base."""
     wanted = str(data_dir.resolve())
-    candidates = []
-    for folder in run.folder.parent.iterdir() if run.folder.parent.is_dir() else ():
-        if found := Run(folder).checkpoints():
-            candidates.append(found[-1])
-    candidates.sort(key=lambda c: c.path.stat().st_mtime, reverse=True)
-    for checkpoint in candidates:
-        try:
-            record = checkpoint.read()["run"]
-        except ValueError:
-            continue  # another project's damage is not this one's
+    found = []
+    for checkpoint, record in _newest_of_projects(run.folder.parent):
         same_lora = lora is None or lora.is_compatible(recorded_lora(record))
         same_base = base is None or Path(record["base"]) == base.resolve()
         if record["data_dir"] == wanted and same_lora and same_base:
-            return checkpoint
-    return None
+            found.append(checkpoint)
+    return max(found, key=lambda checkpoint: checkpoint.path.stat().st_mtime, default=None)
+
+
+def _newest_of_projects(results: Path) -> Iterator[tuple[Checkpoint, dict[str, Any]]]:
+    """Each project's newest checkpoint and its record, where they can be read: what is damaged
+    there, another's, or being replaced, is no fault of this project."""
+    for folder in results.iterdir() if results.is_dir() else ():
+        if found := Run(folder).checkpoints():
+            with suppress(ValueError, OSError):
+                yield found[-1], found[-1].read()["run"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -55,6 +56,15 @@ class Checkpoint:
             return bool(self.read())
         except ValueError:
             return False
+
+    def was_due(self) -> bool:
+        """Whether its run would have saved it without an interruption; True where it can't tell."""
+        from omegaconf import OmegaConf
+
+        with suppress(ValueError, KeyError, AttributeError):
+            train = OmegaConf.create(self.read()["run"]["config"]).train
+            return self.step % train.save_every == 0 or self.step == train.max_steps
+        return True
 
     def has_run_record(self) -> bool:
         """Whether it says what it was trained on; upstream's checkpoints do not."""

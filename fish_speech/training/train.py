@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from fish_speech.console import counted
+from fish_speech.console import Say, counted
 from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
 from fish_speech.datasets.shards import Manifest, Sample, load_split
 from fish_speech.datasets.spans import SpanSet
@@ -37,7 +37,7 @@ from fish_speech.training.callbacks import (
 from fish_speech.training.config import RunConfig
 from fish_speech.training.distributed import is_rank_zero
 from fish_speech.training.lit_module import DivergedError, TextToSemantic
-from fish_speech.training.preflight import OUT_OF_MEMORY, Say, preflight
+from fish_speech.training.preflight import out_of_memory, preflight
 from fish_speech.training.resume import Start, check_fits
 from fish_speech.training.runs import Checkpoint, Run
 from fish_speech.training.step_graphs import StepGraphs
@@ -174,7 +174,7 @@ def _fit(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryError(OUT_OF_MEMORY) from error
+        raise MemoryError(out_of_memory(graphs=module.graphs is not None)) from error
     finally:
         stop.restore()
         if is_rank_zero():

@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_has_a_row_and_one_over_another_base_too(project, c
         file.write_bytes(b"PK nothing")
     content = torch.load(folder / "step_000000002.ckpt", weights_only=True)
     torch.save({**content, "run": {**content["run"], "base_digest": "other"}}, strange)
-    assert finetune("--evaluate", "--eval-samples", 1) == 1
+    assert finetune("--evaluate", "--eval-samples", 1, "--checkpoint-step", 1, 2, 3, 4) == 1
     board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
     errors = [row.error for row in board.rows]
     assert [error is None for error in errors] == [True, False, True, False, False]
@@ -214,6 +214,30 @@ def test_other_instruments_listen_where_they_are_named(project, monkeypatch, xve
     results = [result for sample in told for result in sample.spoken.values()]
     assert [(result.heard, result.wer) for result in results] == [(SENTENCE, 0.0)] * 4
     assert all(-1 <= row.estimate("similarity").mean <= 1 for row in board.rows)
+
+
+def test_too_few_texts_are_said_before_they_are_spoken_and_spoken_once(project, capsys):
+    for name in HeldOut(Path("training_data/p")).held[1:]:
+        Path("training_data/p", f"{name}.lab").unlink()
+    assert finetune("--evaluate", "--eval-samples", 4) == 0
+    said = capsys.readouterr().err
+    warning = "too few different texts to tell (1): each is spoken once"
+    assert 0 < said.index(warning) < said.index("base: ")
+    board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
+    assert [sample.referenced for sample in board.samples] == [False, True]
+
+
+def test_what_only_an_interruption_left_is_not_measured(project, capsys):
+    """The latest is, wherever training was stopped."""
+    folder = Run.of("p").checkpoint_folder
+    shutil.copy(folder / "step_000000002.ckpt", folder / "step_000000001.ckpt")
+    shutil.copy(folder / "step_000000004.ckpt", folder / "step_000000005.ckpt")
+    assert finetune("--evaluate", "--eval-samples", 1) == 0
+    board = Leaderboard.read(f"{FOLDER}/leaderboard.json")
+    assert [row.step for row in board.rows] == [0, 2, 4, 5]
+    assert "not measured: step 1, left by an interruption" in capsys.readouterr().err
+    assert finetune("--evaluate", "--eval-samples", 1, "--checkpoint-step", 1) == 0
+    assert [row.step for row in Leaderboard.read(f"{FOLDER}/leaderboard.json").rows] == [0, 1]
 
 
 def test_where_nothing_is_recommended_nothing_is_merged_and_the_reason_is_said(project, capsys):

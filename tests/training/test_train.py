@@ -24,8 +24,9 @@ from fish_speech.resources import peak_memory
 from fish_speech.text import split_text
 from fish_speech.training.callbacks import AtomicCheckpoints, Progress
 from fish_speech.training.config import compose_config
-from fish_speech.training.lit_module import OptimizerConfig, TextToSemantic
+from fish_speech.training.lit_module import TextToSemantic
 from fish_speech.training.loss import loss_sums
+from fish_speech.training.optimizer import OptimizerConfig
 from fish_speech.training.preflight import expected_memory
 from fish_speech.training.resume import choose_start
 from fish_speech.training.runs import Run
@@ -490,6 +491,16 @@ def test_running_out_of_memory_says_what_to_change_and_following_it_loses_nothin
     quarters = ("data.batch_size=1", "train.gradient_accumulation_steps=4")
     smaller = trainer("p", *quarters, *options, resume_latest=True)
     torch.testing.assert_close(adapters(smaller), adapters(whole), atol=1e-5, rtol=1e-4)
+
+
+def test_running_out_of_memory_beside_graphs_is_first_to_go_without_them(trainer, monkeypatch):
+    def hungry(module, batch, index):
+        module.graphs = object()  # as on a card
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(TextToSemantic, "training_step", hungry)
+    with pytest.raises(MemoryError, match=r"try --override train\.cuda_graphs=false"):
+        trainer("p", "train.max_steps=1")
 
 
 @pytest.mark.parametrize("every", [1, 2, 100])
