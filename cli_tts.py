@@ -3,25 +3,24 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first, for the other imports take a moment
+    from fish_speech.signals import exit_on_termination
+
+    exit_on_termination()
+
 import argparse
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
-from fish_speech.console import (
-    error_message,
-    refuse_empty_values,
-    shorten_list,
-    silence_output,
-    tolerate_unencodable,
-)
+from fish_speech.console import error_message, run_program, shorten_list
 from fish_speech.devices import (
     PRECISIONS,
     resolve_device,
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from fish_speech.inference import Piece, Settings, TextToSpeech
     from fish_speech.inference.jobs import SpeechJob
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, BAD_INPUT = 0, 1, 2
 OUT_OF_MEMORY = {  # what to try, by the kind of device
     "cpu": "--quantize int8, --precision bf16 or a shorter reference",
     "cuda": "--precision bf16, a shorter reference or --device cpu",
@@ -58,7 +57,10 @@ examples:
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage='%(prog)s "TEXT" [options]  (--help lists them)',
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("text", nargs="?", help="what to speak; '-' reads standard input")
@@ -121,39 +123,42 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    tolerate_unencodable()
-    args = build_parser().parse_args(argv)
-    try:
-        refuse_empty_values(argv)
-        if args.compare or args.texts or args.whisper_model or args.speaker_encoder:
-            return compare_models(args)
-        return list_voices() if args.list_voices else speak(args)
-    except KeyboardInterrupt:
-        say("\nInterrupted; what was not finished was not written.")
-        return INTERRUPTED
-    except BrokenPipeError:
-        silence_output()
-        return FAILED
-    except (ValueError, OSError) as error:
-        return complain(error, args, BAD_INPUT)
-    except SystemExit:
-        raise
-    except BaseException as error:  # out of memory, a driver's failure, a panic of Rust code, ...
-        return complain(error, args, FAILED)
+    return run_program(
+        parse_arguments,
+        work,
+        argv,
+        interrupted=lambda: say("\nInterrupted; what was not finished was not written."),
+        failed=complain,
+    )
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.text and not any(word.startswith("-") for word in rest):
+        parser.error(f'put the text in quotes: cli_tts.py "{" ".join([args.text, *rest])}"')
+    if rest:
+        parser.error(f"unknown: {' '.join(rest)}")
+    return args
+
+
+def work(args: argparse.Namespace) -> int:
+    if args.compare or args.texts or args.whisper_model or args.speaker_encoder:
+        return compare_models(args)
+    return list_voices() if args.list_voices else speak(args)
 
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def complain(error: BaseException, args: argparse.Namespace, status: int) -> int:
-    if args.debug:
-        traceback.print_exc()
-    what = error_message(error)
-    if not isinstance(error, ValueError | OSError) and is_out_of_memory(error):
+def complain(error: BaseException, args: argparse.Namespace) -> int:
+    """Print an error; returns the exit status."""
+    expected, what = isinstance(error, ValueError | OSError), error_message(error)
+    if not expected and is_out_of_memory(error):
         what = f"out of memory; try {OUT_OF_MEMORY[resolve_device(args.device).type]}"
     say(f"cli_tts.py: {what or type(error).__name__}")
-    return status
+    return BAD_INPUT if expected else FAILED
 
 
 def setup_fish_speech(model_path: str | None = None) -> tuple[Path, Path]:
@@ -350,7 +355,9 @@ def attempt(
     except Exception as error:
         if not (isinstance(error, ValueError | OSError) or is_out_of_memory(error)):
             raise
-        complain(error, args, FAILED)
+        if args.debug:
+            traceback.print_exc()
+        complain(error, args)
         return False
 
 

@@ -1,12 +1,61 @@
-"""Printing to terminals and pipes of any encoding."""
+"""How the programs end, and print to terminals and pipes of any encoding."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
+
+
+def run_program(
+    parse: Callable[[Sequence[str] | None], Namespace],
+    work: Callable[[Namespace], int],
+    argv: Sequence[str] | None,
+    *,
+    interrupted: Callable[[], object],
+    failed: Callable[[BaseException, Namespace], int],
+) -> int:
+    """The exit status of a program, which is that of `work`, given the arguments parsed.
+
+    `interrupted` and `failed` print why it ended otherwise; the status is then 130, or what
+    `failed` returns. `argv` None are the arguments of the process.
+    """
+    args = None
+    try:
+        if sys.stderr is None:  # closed; `print` would take standard output, and tqdm fail
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        tolerate_unencodable()
+        args = parse(argv)
+        refuse_empty_values(argv)
+        status = work(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        silence_output()
+        return 1
+    except SystemExit:
+        raise
+    except BaseException as error:  # out of memory, a driver's failure, a panic of Rust code, ...
+        if _is_interrupt(error):
+            interrupted()
+            return 130
+        if args is None:
+            raise
+        if args.debug:
+            traceback.print_exc()
+        return failed(error, args)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether it came of Ctrl+C, also through a library that failed while it cleaned up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def tolerate_unencodable() -> None:

@@ -552,6 +552,24 @@ def test_bad_usage_is_said_in_a_line_and_ends_with_2(run, arguments, message, ca
     assert files() == ["latin.txt"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Hello", "there,", "my friend", "--play"],
+         'put the text in quotes: cli_tts.py "Hello there, my friend"'),
+        (["Hi.", "--sped", "2"], "unknown: --sped 2"),
+        (["Hi.", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    ],
+)  # fmt: skip
+def test_what_the_flags_cannot_mean_is_said_beside_one_line_of_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli_tts.main(arguments)
+    usage, said = capsys.readouterr().err.splitlines()
+    assert "--help" in usage
+    assert said.endswith(f": error: {message}")
+    assert end.value.code == 2
+
+
 def test_a_line_beyond_the_context_fails_and_the_others_are_spoken(run, takes, capsys):
     write_text("lines.txt", "One.\na" + "\u0301" * 3000 + "\nThree.")
     assert run("--text-file", "lines.txt", "--batch", "-o", "takes") == 1
