@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", action="store_true", help="one audio file for every line")
     add("-o", "--output", metavar="FILE",
         help=f"audio file ({', '.join(SAVE_FORMATS)}); with --batch a folder; '-' writes WAV to "
-        "standard output (default: output/<first words>.wav, nothing with --play)")
+        "standard output (default: output/<first words>.wav, a free name; nothing with --play)")
     add("--play", action="store_true", help="play the speech while it is made")
     add("--trim-silence", action="store_true", help="cut silence at both ends")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -276,8 +276,9 @@ def plan_jobs(args: argparse.Namespace, text: str) -> list[SpeechJob]:
             raise ValueError("standard output is closed; give -o FILE")
         output = None
     else:
-        default = default_output(text, args.batch)
-        output = default if args.output is None else Path(args.output)
+        output = (
+            default_output(text, args.batch, takes) if args.output is None else Path(args.output)
+        )
     jobs = plan(
         text, output, batch=args.batch, seed=args.seed, takes=takes, playback_only=playback_only
     )

@@ -93,6 +93,18 @@ def test_without_an_output_the_first_words_name_the_file(run):
     assert files() == ["output/Hello_wide_world.wav"]
 
 
+def test_a_take_is_replaced_only_where_its_file_is_asked_for(run, capsys):
+    assert run("Hello!") == run("Hello!", "--seed", 7) == 0
+    assert capsys.readouterr().out == "output/Hello.wav\noutput/Hello-2.wav\n"
+    first, second = Path("output/Hello.wav").read_bytes(), Path("output/Hello-2.wav").read_bytes()
+    assert first != second
+    assert run("Hello!", "--num-samples", 2) == run("Hello!", "--num-samples", 2) == 0
+    names = [f"output/Hello{name}.wav" for name in ("_1", "_2", "-2_1", "-2_2")]
+    assert capsys.readouterr().out.splitlines() == names
+    assert run("Hello!", "--seed", 7, "-o", "output/Hello.wav") == 0
+    assert Path("output/Hello.wav").read_bytes() == second
+
+
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 def test_the_suffix_chooses_the_format(run, suffix):
     assert run("Hello.", "-o", f"a.{suffix}") == 0

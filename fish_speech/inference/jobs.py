@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +43,21 @@ class SpeechJob:
     playback_only: bool = False
 
 
-def default_output(text: str, batch: bool) -> Path:
-    """`output/<first words>`: a folder for a batch, else a WAV file. Other words give another."""
+def default_output(text: str, batch: bool, takes: int = 1) -> Path:
+    """`output/<first words>`: a folder for a batch, else a WAV file. Other words give another.
+
+    A name that nobody gave replaces no earlier take: of a file, the first that is free.
+    """
     name = safe_name(text, max_length=40)
     if name != safe_name(text):
         name += f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-    return Path("output", name + ("" if batch else ".wav"))
+    if batch:  # which goes on in the same folder
+        return Path("output", name)
+    for number in count(1):
+        output = Path("output", f"{name}-{number}.wav" if number > 1 else f"{name}.wav")
+        files = (_numbered_path(output, None, take + 1, takes) for take in range(takes))
+        if not any(file.exists() for file in files):
+            return output
 
 
 def plan(
