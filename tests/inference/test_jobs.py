@@ -175,7 +175,7 @@ def test_a_batch_killed_while_files_get_other_names_never_mixes_them_up(tmp_path
     replace = os.replace
 
     def killed(source, target):
-        if Path(target).name == "0002.wav":
+        if Path(target).name == "0001.wav":  # the other has its new name then
             raise KeyboardInterrupt
         replace(source, target)
 
