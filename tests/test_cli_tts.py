@@ -711,6 +711,21 @@ def test_help_loads_nothing_heavy():
     assert not {"torch", "soundfile", "av", "tqdm", "omegaconf"} & set(loaded)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["...", "-o", "a.wav"],
+        ["Hi.", "-o", "a.xyz"],
+        ["Hi.", "--temperature", "-1"],
+        ["Hi.", "--reference-audio", "none.wav"],
+    ],
+)
+def test_what_is_wrong_with_the_arguments_is_said_before_pytorch_is_loaded(arguments):
+    """It takes seconds."""
+    code = f"import sys, cli_tts; print(cli_tts.main({arguments!r}), 'torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT) == b"2 False\n"
+
+
 def test_a_real_run_pipes_wav_and_shows_no_progress_bar_to_a_pipe(voice):
     short = ["--max-new-tokens", "8", "--retries", "0", "--temperature", "100", "--top-p", "1"]
     result = subprocess.run(
