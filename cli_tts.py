@@ -3,26 +3,25 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first, for the other imports take a moment
+    from fish_speech.signals import exit_on_termination
+
+    exit_on_termination()
+
 import argparse
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
-from fish_speech.console import (
-    counted,
-    error_message,
-    refuse_empty_values,
-    shorten_list,
-    silence_output,
-    tolerate_unencodable,
-)
+from fish_speech.console import complain, counted, run_program, shorten_list
 from fish_speech.devices import (
     PRECISIONS,
     resolve_device,
@@ -38,14 +37,14 @@ if TYPE_CHECKING:
     from fish_speech.inference import Piece, Settings, TextToSpeech
     from fish_speech.inference.jobs import SpeechJob
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED = 0, 1
 OUT_OF_MEMORY = {  # what to try, by the kind of device
     "cpu": "--quantize int8, --precision bf16 or a shorter reference",
     "cuda": "--precision bf16, a shorter reference or --device cpu",
     "mps": "a shorter reference or --device cpu",
 }
 EPILOG = """\
-exit status: 0 spoken; 1 some texts failed or have a gap; 2 bad usage or bad input; 130 interrupted
+exit status: 0 spoken; 1 some texts failed or have a gap; 2 bad usage, bad input or an error; 130 interrupted
 
 examples:
   cli_tts.py "Hello there." --play
@@ -59,7 +58,10 @@ examples:
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage='%(prog)s "TEXT" [options]  (--help lists them)',
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("text", nargs="?", help="what to speak; '-' reads standard input")
@@ -67,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", action="store_true", help="one audio file for every line")
     add("-o", "--output", metavar="FILE",
         help=f"audio file ({', '.join(SAVE_FORMATS)}); with --batch a folder; '-' writes WAV to "
-        "standard output (default: output/<first words>.wav, nothing with --play)")
+        "standard output (default: output/<first words>.wav, a free name; nothing with --play)")
     add("--play", action="store_true", help="play the speech while it is made")
     add("--trim-silence", action="store_true", help="cut silence at both ends")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -122,39 +124,45 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    tolerate_unencodable()
-    args = build_parser().parse_args(argv)
-    try:
-        refuse_empty_values(argv)
+    return run_program(
+        parse_arguments,
+        work,
+        argv,
+        interrupted=lambda: say("\nInterrupted; what was not finished was not written."),
+    )
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.text and not any(word.startswith("-") for word in rest):
+        parser.error(f'put the text in quotes: cli_tts.py "{" ".join([args.text, *rest])}"')
+    if rest:
+        parser.error(f"unknown: {' '.join(rest)}")
+    return args
+
+
+def work(args: argparse.Namespace) -> int:
+    with advice_on_memory(args):
         if args.compare or args.texts or args.whisper_model or args.speaker_encoder:
             return compare_models(args)
         return list_voices() if args.list_voices else speak(args)
-    except KeyboardInterrupt:
-        say("\nInterrupted; what was not finished was not written.")
-        return INTERRUPTED
-    except BrokenPipeError:
-        silence_output()
-        return FAILED
-    except (ValueError, OSError) as error:
-        return complain(error, args, BAD_INPUT)
-    except SystemExit:
-        raise
-    except BaseException as error:  # out of memory, a driver's failure, a panic of Rust code, ...
-        return complain(error, args, FAILED)
 
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def complain(error: BaseException, args: argparse.Namespace, status: int) -> int:
-    if args.debug:
-        traceback.print_exc()
-    what = error_message(error)
-    if not isinstance(error, ValueError | OSError) and is_out_of_memory(error):
-        what = f"out of memory; try {OUT_OF_MEMORY[resolve_device(args.device).type]}"
-    say(f"cli_tts.py: {what or type(error).__name__}")
-    return status
+@contextmanager
+def advice_on_memory(args: argparse.Namespace) -> Iterator[None]:
+    """Raise it as a `MemoryError` that says what to change where memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = OUT_OF_MEMORY[resolve_device(args.device).type]
+        raise MemoryError(f"out of memory; try {advice}") from error
 
 
 def setup_fish_speech(model_path: str | None = None) -> tuple[Path, Path]:
@@ -272,8 +280,9 @@ def plan_jobs(args: argparse.Namespace, text: str) -> list[SpeechJob]:
             raise ValueError("standard output is closed; give -o FILE")
         output = None
     else:
-        default = default_output(text, args.batch)
-        output = default if args.output is None else Path(args.output)
+        output = (
+            default_output(text, args.batch, takes) if args.output is None else Path(args.output)
+        )
     jobs = plan(
         text, output, batch=args.batch, seed=args.seed, takes=takes, playback_only=playback_only
     )
@@ -345,13 +354,14 @@ def attempt(
 
     options = {"play": args.play, "trim_silence": args.trim_silence, "say": say}
     try:
-        return record_job(job, pieces, tts.sample_rate, **options).complete
+        with advice_on_memory(args):
+            return record_job(job, pieces, tts.sample_rate, **options).complete
     except BrokenPipeError:
         raise
-    except Exception as error:
-        if not (isinstance(error, ValueError | OSError) or is_out_of_memory(error)):
-            raise
-        complain(error, args, FAILED)
+    except (ValueError, OSError, MemoryError) as error:
+        if args.debug:
+            traceback.print_exc()
+        complain(error)
         return False
 
 

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first, for the other imports take a moment
+    from fish_speech.signals import exit_on_termination
+
+    exit_on_termination()
+
 import argparse
-import errno
-import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fish_speech.console import (
-    counted,
-    error_message,
-    refuse_empty_values,
-    silence_output,
-    tolerate_unencodable,
-)
+from fish_speech.console import counted, error_message, run_program
 from fish_speech.console import say as print_line
 from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.files import file_digest, shown_path
@@ -32,7 +29,7 @@ if TYPE_CHECKING:
     from fish_speech.training.resume import Start
     from fish_speech.training.runs import Run
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED = 0, 1
 
 
 def make_config(
@@ -265,7 +262,7 @@ def run_stages(args: argparse.Namespace) -> int:
             named = "resume_from_checkpoint" if args.resume_from_checkpoint else "checkpoint_path"
             other = f"--resume-latest in place of {as_flag(named)}"
             say(f"stopped; {other if getattr(args, named) else 'the same command'} goes on")
-            return INTERRUPTED if stopped_by == signal.SIGINT else 128 + stopped_by
+            return 128 + stopped_by
     board = None
     if args.evaluate or (everything and args.evaluate is None):
         board = evaluate_stage(args, run)
@@ -358,35 +355,21 @@ def say(message: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    tolerate_unencodable()
-    args = build_parser().parse_args(argv)
+    going_on = "interrupted; what is finished stays, the same command goes on from there"
+    return run_program(
+        lambda argv: build_parser().parse_args(argv),
+        work,
+        argv,
+        interrupted=lambda: say(going_on),
+    )
+
+
+def work(args: argparse.Namespace) -> int:
     args.failures = 0
-    try:
-        refuse_empty_values(argv)
-        check_arguments(args)
-        tune_malloc()
-        limit_threads()
-        code = run_stages(args)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        silence_output()
-        return FAILED
-    except KeyboardInterrupt:
-        say("interrupted; what is finished stays, the same command goes on from there")
-        return INTERRUPTED
-    except SystemExit:
-        raise
-    except BaseException as error:  # a panic of Rust code is no `Exception`
-        if args.debug:
-            raise
-        expected = isinstance(error, ValueError | OSError | MemoryError)
-        what = error_message(error)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            what += "; make room, and the same command goes on from there"
-        what = what if expected else f"{type(error).__name__}: {what} (--debug shows where)"
-        print(f"error: {what}", file=sys.stderr)  # of every process, not only the first
-        return BAD_INPUT
+    check_arguments(args)
+    tune_malloc()
+    limit_threads()
+    return run_stages(args)
 
 
 if __name__ == "__main__":

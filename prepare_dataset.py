@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first, for the other imports take a moment
+    from fish_speech.signals import exit_on_termination
+
+    exit_on_termination()
+
 import argparse
 import sys
 from pathlib import Path
 
-from fish_speech.console import (
-    counted,
-    error_message,
-    refuse_empty_values,
-    say,
-    silence_output,
-    tolerate_unencodable,
-)
+from fish_speech.console import counted, run_program, say
 from fish_speech.preparation.options import WHISPER_BACKENDS, Options, Thresholds
 from fish_speech.signals import interrupt_on_termination
 
@@ -141,34 +139,12 @@ def show(summary, arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    tolerate_unencodable()
-    arguments = build_parser().parse_args(argv)
-    try:
-        refuse_empty_values(argv)
-        code = run(arguments)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here")
-        return 130
-    except BrokenPipeError:
-        silence_output()
-        return 1
-    except SystemExit:
-        raise
-    except BaseException as error:  # a panic of Rust code is no `Exception`
-        if arguments.debug:
-            raise
-        what = error_message(error)
-        if isinstance(error, ValueError | FileNotFoundError | PermissionError):
-            say(f"error: {what}")
-            return 2
-        if isinstance(error, OSError):
-            what += "; what is finished stays, the same command goes on from there"
-        else:  # a mistake of ours, which would come again
-            what = f"{type(error).__name__}: {what} (--debug shows where)"
-        say(f"error: {what}")
-        return 2
+    return run_program(
+        lambda argv: build_parser().parse_args(argv),
+        run,
+        argv,
+        interrupted=lambda: say("interrupted; the same command goes on from here"),
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,64 @@
-"""Printing to terminals and pipes of any encoding."""
+"""How the programs end, and print to terminals and pipes of any encoding."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
 Say = Callable[[str], None]  # how a piece of work tells the user something, a line each
+
+
+def run_program(
+    parse: Callable[[Sequence[str] | None], Namespace],
+    work: Callable[[Namespace], int],
+    argv: Sequence[str] | None,
+    *,
+    interrupted: Callable[[], object],
+) -> int:
+    """The exit status of a program: that of `work`, given the arguments parsed; 2 where that ends
+    in an error, 130 where it is interrupted, which `interrupted` tells the user.
+
+    `argv` None are the arguments of the process.
+    """
+    args = None
+    try:
+        if sys.stderr is None:  # closed; `print` would take standard output, and tqdm fail
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        tolerate_unencodable()
+        args = parse(argv)
+        refuse_empty_values(argv)
+        status = work(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        silence_output()
+        return 1
+    except SystemExit:
+        raise
+    except BaseException as error:  # out of memory, a driver's failure, a panic of Rust code, ...
+        if _is_interrupt(error):
+            interrupted()
+            return 130
+        if args is None:
+            raise
+        if args.debug:
+            traceback.print_exc()
+        complain(error)
+        return 2
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether it came of Ctrl+C, also through a library that failed while it cleaned up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def tolerate_unencodable() -> None:
@@ -23,6 +73,16 @@ def say(message: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(message, sys.stderr)
+
+
+def complain(error: BaseException) -> None:
+    """Print an error as the user can read it."""
+    what = error_message(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        what += "; make room, and the same command goes on from there"
+    if not isinstance(error, ValueError | OSError | MemoryError):  # a mistake of ours
+        what = f"{type(error).__name__}: {what} (--debug shows where)"
+    print(f"error: {what}", file=sys.stderr, flush=True)
 
 
 def error_message(error: BaseException) -> str:

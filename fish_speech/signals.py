@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import threading
-from typing import Any
+from types import FrameType
+
+
+def exit_on_termination() -> None:
+    """End at once, without a word, on the `stop_signals`: while a program is being imported nothing
+    has to be put in order, and `KeyboardInterrupt` would be a traceback."""
+    _handle_stop_signals(lambda *_: os._exit(130))
 
 
 def interrupt_on_termination() -> None:
-    """Turn the `stop_signals` into `KeyboardInterrupt`, except those that are ignored (nohup)."""
-    for number in stop_signals():
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+    """Turn the `stop_signals` into `KeyboardInterrupt`."""
+    _handle_stop_signals(_interrupt_outside_imports)
     sys.unraisablehook = _reraise_interrupt
 
 
-def _reraise_interrupt(ignored: Any) -> None:
+def _handle_stop_signals(handler: object) -> None:
+    for number in stop_signals():
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, handler)
+
+
+def _interrupt_outside_imports(number: int, frame: FrameType | None) -> None:
+    """Raise `KeyboardInterrupt`, but once an import that is going on is over: in it NumPy raises
+    another error for it, others swallow it or abort."""
+    outer = frame
+    while outer is not None and not outer.f_code.co_filename.startswith("<frozen importlib"):
+        outer = outer.f_back
+    if outer is None:
+        signal.default_int_handler(number, frame)
+    _interrupt_soon()
+
+
+def _reraise_interrupt(ignored: sys.UnraisableHookArgs) -> None:
     """Interrupt once more where Python ignored it: in a destructor, or in a callback from C.
 
     Only once, so as not to disturb a program that is already ending.
@@ -28,6 +50,10 @@ def _reraise_interrupt(ignored: Any) -> None:
     sys.unraisablehook = sys.__unraisablehook__
     if sys.is_finalizing():
         return
+    _interrupt_soon()
+
+
+def _interrupt_soon() -> None:
     again = threading.Timer(0.05, _interrupt)
     again.daemon = True
     again.start()

@@ -93,6 +93,18 @@ def test_without_an_output_the_first_words_name_the_file(run):
     assert files() == ["output/Hello_wide_world.wav"]
 
 
+def test_a_take_is_replaced_only_where_its_file_is_asked_for(run, capsys):
+    assert run("Hello!") == run("Hello!", "--seed", 7) == 0
+    assert capsys.readouterr().out == "output/Hello.wav\noutput/Hello-2.wav\n"
+    first, second = Path("output/Hello.wav").read_bytes(), Path("output/Hello-2.wav").read_bytes()
+    assert first != second
+    assert run("Hello!", "--num-samples", 2) == run("Hello!", "--num-samples", 2) == 0
+    names = [f"output/Hello{name}.wav" for name in ("_1", "_2", "-2_1", "-2_2")]
+    assert capsys.readouterr().out.splitlines() == names
+    assert run("Hello!", "--seed", 7, "-o", "output/Hello.wav") == 0
+    assert Path("output/Hello.wav").read_bytes() == second
+
+
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 def test_the_suffix_chooses_the_format(run, suffix):
     assert run("Hello.", "-o", f"a.{suffix}") == 0
@@ -528,7 +540,7 @@ def test_a_text_without_words_is_bad_input(run, text, capsys):
     [
         ([], "give either a text"),
         (["Hi.", "--text-file", "x"], "give either a text"),
-        (["--text-file", "none.txt"], "cli_tts.py: none.txt: no such file or directory"),
+        (["--text-file", "none.txt"], "error: none.txt: no such file or directory"),
         (["--text-file", "latin.txt"], "latin.txt: not UTF-8 text"),
         (["Hi.", "-o", "a.xyz"], "unknown audio format '.xyz'"),
         (["Hi.", "-o", "latin.txt/a.wav"], "can't be written"),
@@ -550,6 +562,24 @@ def test_bad_usage_is_said_in_a_line_and_ends_with_2(run, arguments, message, ca
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
     assert files() == ["latin.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Hello", "there,", "my friend", "--play"],
+         'put the text in quotes: cli_tts.py "Hello there, my friend"'),
+        (["Hi.", "--sped", "2"], "unknown: --sped 2"),
+        (["Hi.", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    ],
+)  # fmt: skip
+def test_what_the_flags_cannot_mean_is_said_beside_one_line_of_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli_tts.main(arguments)
+    usage, said = capsys.readouterr().err.splitlines()
+    assert "--help" in usage
+    assert said.endswith(f": error: {message}")
+    assert end.value.code == 2
 
 
 def test_a_line_beyond_the_context_fails_and_the_others_are_spoken(run, takes, capsys):
@@ -659,8 +689,9 @@ def test_a_panic_of_rust_code_is_one_line(run, monkeypatch, capsys):
         yield
 
     monkeypatch.setattr("fish_speech.inference.synthesize.generate", generate)
-    assert run("Hello.", "-o", "a.wav") == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "cli_tts.py: duplicate indices"
+    assert run("Hello.", "-o", "a.wav") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "error: PanicException: duplicate indices (--debug shows where)"
 
 
 def test_debug_shows_where_an_error_came_from(run, capsys):
@@ -679,6 +710,21 @@ def test_help_loads_nothing_heavy():
     modules = "import sys, cli_tts; print(*sorted(sys.modules))"
     loaded = subprocess.check_output([sys.executable, "-c", modules], cwd=ROOT, text=True).split()
     assert not {"torch", "soundfile", "av", "tqdm", "omegaconf"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["...", "-o", "a.wav"],
+        ["Hi.", "-o", "a.xyz"],
+        ["Hi.", "--temperature", "-1"],
+        ["Hi.", "--reference-audio", "none.wav"],
+    ],
+)
+def test_what_is_wrong_with_the_arguments_is_said_before_pytorch_is_loaded(arguments):
+    """It takes seconds."""
+    code = f"import sys, cli_tts; print(cli_tts.main({arguments!r}), 'torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT) == b"2 False\n"
 
 
 def test_a_real_run_pipes_wav_and_shows_no_progress_bar_to_a_pipe(voice):

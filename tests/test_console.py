@@ -1,8 +1,9 @@
-"""No console's encoding stops a program, and Ctrl+C always does."""
+"""No console's encoding stops a program, nor that it has none, and Ctrl+C always does."""
 
 from __future__ import annotations
 
 import io
+import signal
 import subprocess
 import sys
 import textwrap
@@ -50,6 +51,79 @@ def test_ctrl_c_in_a_destructor_is_not_lost(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("stopped\n", "", 0)
+
+
+def process(code, *, cwd=ROOT, **streams):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, text=True, **streams
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("program", ["prepare_dataset", "finetune_tts", "cli_tts"])
+def test_ctrl_c_while_a_program_is_imported_shows_no_traceback(program, name, tmp_path):
+    """`argparse` is the first that all three import; this one takes its time."""
+    (tmp_path / "argparse.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(20)"
+    )
+    code = f"import runpy; runpy.run_path({str(ROOT / program)!r} + '.py', run_name='__main__')"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with process(code, cwd=tmp_path, **pipes) as importing:
+        assert importing.stdout.readline() == "importing\n"
+        importing.send_signal(getattr(signal, name))
+        assert importing.communicate(timeout=10)[1] == ""
+    assert importing.returncode == 130
+
+
+def test_ctrl_c_in_an_import_waits_until_it_is_over(tmp_path):
+    """NumPy and others make another error of it, or none."""
+    (tmp_path / "heavy.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    program = """
+        import sys, time
+        from fish_speech.signals import interrupt_on_termination
+
+        interrupt_on_termination()
+        sys.path.insert(0, sys.argv[1])
+        try:
+            import heavy
+            print("imported")
+            time.sleep(20)
+        except KeyboardInterrupt:
+            print("stopped")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("imported\nstopped\n", "", 0)
+
+
+def test_ctrl_c_is_told_from_the_errors_that_a_library_makes_of_it(monkeypatch, tmp_path, capsys):
+    def parser_of_settings(_):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            [].pop()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("finetune_tts.run_stages", parser_of_settings)
+    assert finetune_tts.main(["--project", "p", "--list-checkpoints"]) == 130
+    assert capsys.readouterr().err.startswith("interrupted; ")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_error(stream, tmp_path):
+    """As `2>&-` closes it, or a program without a console."""
+    closed = {"stdout": "1>&-", "stderr": "2>&-"}[stream]
+    command = f'"{sys.executable}" cli_tts.py "Hi." -o "{tmp_path}/a.wav" --model-path tiny'
+    done = subprocess.run(
+        f"{command} --retries 0 --max-new-tokens 2 {closed}",
+        shell=True, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stdout == ("" if stream == "stdout" else f"{tmp_path}/a.wav\n")
+    assert (tmp_path / "a.wav").is_file()
 
 
 @pytest.mark.parametrize(

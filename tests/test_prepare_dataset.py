@@ -259,8 +259,8 @@ def test_bad_input_ends_in_one_line(home, capsys):
         assert error.startswith("error: ")
         assert message in error
         assert "\n" not in error
-    with pytest.raises(FileNotFoundError):
-        run("--input", "nowhere", "--output", "data", "--debug")
+    assert run("--input", "nowhere", "--output", "data", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_speaker_is_a_folder_never_a_path(home, capsys):

@@ -15,6 +15,11 @@ from fish_speech.models.text2semantic.lora import effective_weight_rows, lora_mo
 if TYPE_CHECKING:
     from fish_speech.inference.frame_graphs import FrameGraphs
 
+_DAMAGED = (
+    "the model computes values that are no numbers: its weights are damaged; get it, or merge it,"
+    " again"
+)
+
 
 class PrefixCache:
     """KV cache of the positions seen so far. A new prompt that shares a prefix reuses it.
@@ -125,10 +130,7 @@ def _check_finite(model: DualARTransformer, hidden: Tensor) -> None:
     x = model.fast_project_in(hidden)[None, None]
     logits = model.fast_logits(x, model.new_fast_cache())
     if not (hidden.isfinite().all() & logits.isfinite().all()):
-        raise ValueError(
-            "the model computes values that are no numbers: its weights are damaged; get it, or"
-            " merge it, again"
-        )
+        raise ValueError(_DAMAGED)
 
 
 def _generate_with_graphs(
@@ -157,11 +159,16 @@ def semantic_head(model: DualARTransformer, im_end_id: int) -> nn.Module:
     """Logits of row 0, [D] -> [1 + C]: `<|im_end|>`, then the semantic tokens.
 
     Nothing else may be sampled there, so the other rows of the output layer are never computed.
+    Raises `ValueError` where it would give no numbers: a sample of them is noise, or silence.
     """
     begin = model.semantic_begin_id
     rows = torch.arange(begin - 1, begin + model.config.codebook_size, device=model.device)
     rows[0] = im_end_id
-    return model.head_type(model.norm, effective_weight_rows(model.output_layer, rows))
+    weight = effective_weight_rows(model.output_layer, rows)
+    sums = [values.sum(dtype=torch.float32) for values in (weight, model.norm.weight)]
+    if not sum(sums).isfinite():  # much faster than to look at each
+        raise ValueError(_DAMAGED)
+    return model.head_type(model.norm, weight)
 
 
 @torch.inference_mode()

@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import is_whole, save_format
 from fish_speech.files import (
     AUDIO_SUFFIXES,
+    atomic_path,
     exclusive,
     file_digest,
     read_json,
@@ -42,12 +45,21 @@ class SpeechJob:
     playback_only: bool = False
 
 
-def default_output(text: str, batch: bool) -> Path:
-    """`output/<first words>`: a folder for a batch, else a WAV file. Other words give another."""
+def default_output(text: str, batch: bool, takes: int = 1) -> Path:
+    """`output/<first words>`: a folder for a batch, else a WAV file. Other words give another.
+
+    A name that nobody gave replaces no earlier take: of a file, the first that is free.
+    """
     name = safe_name(text, max_length=40)
     if name != safe_name(text):
         name += f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-    return Path("output", name + ("" if batch else ".wav"))
+    if batch:  # which goes on in the same folder
+        return Path("output", name)
+    for number in count(1):
+        output = Path("output", f"{name}-{number}.wav" if number > 1 else f"{name}.wav")
+        files = (_numbered_path(output, None, take + 1, takes) for take in range(takes))
+        if not any(file.exists() for file in files):
+            return output
 
 
 def plan(
@@ -123,6 +135,7 @@ def run_pending_jobs(
     with exclusive(folder, str(folder)):
         state = BatchState(folder, fingerprint)
         remove_temporaries(folder, [state.file.name, *(job.output.name for job in jobs)])
+        state.rename(jobs)
         pending = [job for job in jobs if not state.is_done(job)]
         done = 0
         for job in pending:
@@ -173,6 +186,35 @@ class BatchState:
     def is_done(self, job: SpeechJob) -> bool:
         same = self._digests.get(job.output.name) == self._digest(job)
         return same and is_whole(job.output)
+
+    def rename(self, jobs: list[SpeechJob]) -> None:
+        """Give the files of lines that have another number now the names of these jobs.
+
+        Their record is removed first: whatever happens in between, no file passes for another.
+        """
+        wanted = {job.output.name: self._digest(job) for job in jobs}
+        settled = {name for name, digest in wanted.items() if self._digests.get(name) == digest}
+        spoken = {
+            (digest, Path(name).suffix): name
+            for name, digest in self._digests.items()
+            if name not in settled and self.file.with_name(name).exists()
+        }
+        moves = {
+            name: old
+            for name, digest in wanted.items()
+            if name not in settled and (old := spoken.pop((digest, Path(name).suffix), None))
+        }
+        if not moves:
+            return
+        changed = moves.keys() | set(moves.values())
+        self._digests = {name: d for name, d in self._digests.items() if name not in changed}
+        write_json(self.file, self._digests)
+        with ExitStack() as stack:  # all aside before the first has its new name
+            for name, old in moves.items():
+                aside = stack.enter_context(atomic_path(self.file.with_name(name)))
+                os.replace(self.file.with_name(old), aside)
+        self._digests |= {name: wanted[name] for name in moves}
+        write_json(self.file, self._digests)
 
     def leftovers(self, jobs: list[SpeechJob]) -> list[Path]:
         """Files of earlier batches that none of these jobs writes."""

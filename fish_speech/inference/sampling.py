@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from fish_speech.inference.speech import Sampling
+
 _NO_IDS = np.empty(0, np.int64)
 _MIN_TEMPERATURE = 1e-5  # logits divided by less overflow
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How codes are sampled. The defaults are those published with the model.
-
-    `temperature` 0 takes the most likely code. `window` is the number of frames that the
-    repetition penalty looks back, in each row by itself.
-    """
-
-    temperature: float = 0.7
-    top_p: float = 0.7
-    repetition_penalty: float = 1.2
-    window: int = 16
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < inf:
-            raise ValueError(f"temperature must be 0 or more (is {self.temperature})")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top-p must be above 0 and at most 1 (is {self.top_p})")
-        if not 0 < self.repetition_penalty < inf:
-            raise ValueError(f"repetition penalty must be above 0 (is {self.repetition_penalty})")
 
 
 def probabilities(logits: Tensor, previous: Tensor | None, sampling: Sampling) -> Tensor:

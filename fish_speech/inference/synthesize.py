@@ -29,7 +29,7 @@ from fish_speech.inference.generate import (
     capture_frame_graphs,
     generate,
 )
-from fish_speech.inference.references import ReferenceEncoder
+from fish_speech.inference.reference_encoder import ReferenceEncoder
 from fish_speech.inference.sampling import Sampling
 from fish_speech.inference.speakers import check_speaker, resolve_speaker
 from fish_speech.inference.speech import Piece, Settings

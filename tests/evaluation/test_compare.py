@@ -125,7 +125,7 @@ def test_bad_input_is_one_line_with_the_remedy(models, place, capsys, models_giv
     given = [root / name if "me" in name else name for name in models_given]
     assert compare(*given, *flags) == 2
     said = last_error(capsys)
-    assert said.startswith("cli_tts.py: ")
+    assert said.startswith("error: ")
     assert message in said
     assert not (place / "output").exists()
 

@@ -3,6 +3,7 @@ import torch
 
 from fish_speech.inference.generate import PrefixCache, generate
 from fish_speech.inference.sampling import Sampling
+from fish_speech.models.text2semantic.decode.packed import pack
 from fish_speech.models.text2semantic.lora import LoRAConfig, add_lora, load_lora, merge_lora
 from tests.conftest import golden_tensors
 
@@ -100,10 +101,18 @@ def test_it_stops_at_the_limit_and_at_the_context(model, golden):
 
 @pytest.mark.parametrize(
     "weight",
-    ["layers.2.feed_forward.w2.weight", "fast_layers.1.attention.wo.weight", "fast_output.weight"],
+    [
+        *("layers.2.feed_forward.w2.weight", "fast_layers.1.attention.wo.weight"),
+        *("fast_output.weight", "output.weight", "norm.weight"),
+    ],
 )
-def test_damaged_weights_say_nothing(model, golden, weight):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("packed", [None, "int8"])
+def test_damaged_weights_say_nothing(model, golden, weight, value, packed):
     with torch.no_grad():
-        model.get_parameter(weight)[0, 0] = torch.nan
+        row = IM_END if weight == "output.weight" else 0
+        model.get_parameter(weight)[row].view(-1)[0] = value
+    if packed:
+        pack(model, packed)
     with pytest.raises(ValueError, match=r"model computes .* no numbers: .*; get it, or merge"):
         run(model, golden["prompt"])

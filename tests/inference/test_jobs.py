@@ -140,6 +140,52 @@ def test_files_of_earlier_batches_that_are_none_of_this_one_are_told(tmp_path):
     assert found == (0, 1, 0, [tmp_path / "0003.wav"])
 
 
+@pytest.mark.parametrize(
+    ("lines", "spoken"),
+    [
+        ("New.\nOne.\nTwo.\nThree.", ["New."]),
+        ("Two.\nOne.\nThree.", []),
+        ("Three.\nOne.\n\nOne.", ["One."]),
+        ("Two.", []),
+    ],
+)
+def test_a_line_that_has_another_number_is_not_spoken_again(tmp_path, lines, spoken):
+    def speak(job):
+        heard.append(job.text)
+        job.output.write_bytes(wav + job.text.encode())
+        return True
+
+    heard = []
+    save_audio(tmp_path / "a.wav", np.full(800, 0.1), 8000)
+    wav = (tmp_path / "a.wav").read_bytes()
+    folder = tmp_path / "takes"
+    run_pending_jobs(plan("One.\nTwo.\nThree.", folder, batch=True), None, speak)
+    heard.clear()
+    jobs = plan(lines, folder, batch=True)
+    run_pending_jobs(jobs, None, speak)
+    assert heard == spoken
+    for job in jobs:
+        assert job.output.read_bytes() == wav + job.text.encode()
+    assert run_pending_jobs(jobs, None, speak)[:2] == (0, len(jobs))
+    assert run_pending_jobs(plan(lines, folder / "_.mp3", batch=True), None, speak)[1] == 0
+
+
+def test_a_batch_killed_while_files_get_other_names_never_mixes_them_up(tmp_path, monkeypatch):
+    run_pending_jobs(before := plan("One.\nTwo.", tmp_path, batch=True), None, make)
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target).name == "0001.wav":  # the other has its new name then
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_pending_jobs(plan("Two.\nOne.", tmp_path, batch=True), None, make)
+    monkeypatch.undo()
+    assert run_pending_jobs(before, None, make)[:2] == (2, 0)
+
+
 def test_speech_that_may_only_be_heard_needs_no_place_to_write_to(tmp_path):
     write_text(tmp_path / "output", "a file in the way")
     jobs = plan("Hi.", tmp_path / "output" / "Hi.wav", takes=2, playback_only=True)
