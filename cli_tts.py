@@ -44,7 +44,8 @@ OUT_OF_MEMORY = {  # what to try, by the kind of device
     "mps": "a shorter reference or --device cpu",
 }
 EPILOG = """\
-exit status: 0 spoken; 1 some texts failed or have a gap; 2 bad usage, bad input or an error; 130 interrupted
+exit status: 0 spoken; 1 some texts failed or have a gap; 2 bad usage, bad input or another error;
+130 interrupted
 
 examples:
   cli_tts.py "Hello there." --play
@@ -159,7 +160,7 @@ def advice_on_memory(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, ValueError | OSError) or not is_out_of_memory(error):
             raise
         advice = OUT_OF_MEMORY[resolve_device(args.device).type]
         raise MemoryError(f"out of memory; try {advice}") from error

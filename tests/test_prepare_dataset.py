@@ -282,7 +282,7 @@ def test_an_output_that_cannot_be_written_is_said(home, capsys, monkeypatch):
     monkeypatch.setattr("fish_speech.preparation.recording.save_audio", full)
     assert run("--input", "samples", "--output", "data") == 2
     error = capsys.readouterr().err
-    assert ": no space left on device; what is finished stays" in error
+    assert ": no space left on device; make room" in error
     assert "goes on from there" in error
 
 
@@ -312,7 +312,7 @@ def test_a_full_disk_is_one_line_that_names_a_file(home, capsys, monkeypatch):
         return file
 
     monkeypatch.setattr(Path, "open", open_full)
-    goes_on = "what is finished stays, the same command goes on from there"
+    goes_on = "make room, and the same command goes on from there"
     assert run(*command) == 2
     reason = f"no space left on device; {goes_on}"
     assert capsys.readouterr().err == f"error: data/.prepared/heard.jsonl: {reason}\n"
