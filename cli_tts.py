@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
-from fish_speech.console import complain, counted, run_program, shorten_list
+from fish_speech.console import complain, counted, is_interrupt, run_program, shorten_list
 from fish_speech.devices import (
     PRECISIONS,
     resolve_device,
@@ -360,6 +360,8 @@ def attempt(
     except BrokenPipeError:
         raise
     except (ValueError, OSError, MemoryError) as error:
+        if is_interrupt(error):
+            raise
         if args.debug:
             traceback.print_exc()
         complain(error)

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fish_speech.console import counted, error_message, run_program
+from fish_speech.console import counted, error_message, is_interrupt, run_program
 from fish_speech.console import say as print_line
 from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.files import file_digest, shown_path
@@ -187,10 +187,8 @@ def evaluate_stage(args: argparse.Namespace, run: Run) -> Leaderboard | None:
 
     try:
         board = evaluate(run, Request.of_flags(vars(args)), say)
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as error:  # whatever it is, hours of training are worth a merge
-        if args.evaluate:
+        if args.evaluate or isinstance(error, SystemExit) or is_interrupt(error):
             raise
         if args.debug:
             traceback.print_exc()

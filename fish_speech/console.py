@@ -43,7 +43,7 @@ def run_program(
     except SystemExit:
         raise
     except BaseException as error:  # out of memory, a driver's failure, a panic of Rust code, ...
-        if _is_interrupt(error):
+        if is_interrupt(error):
             interrupted()
             return 130
         if args is None:
@@ -54,7 +54,7 @@ def run_program(
         return 2
 
 
-def _is_interrupt(error: BaseException | None) -> bool:
+def is_interrupt(error: BaseException | None) -> bool:
     """Whether it came of Ctrl+C, also through a library that failed while it cleaned up."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
@@ -78,11 +78,12 @@ def say(message: str) -> None:
 def complain(error: BaseException) -> None:
     """Print an error as the user can read it."""
     what = error_message(error) or type(error).__name__
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename:
         what += "; make room, and the same command goes on from there"
     if not isinstance(error, ValueError | OSError | MemoryError):  # a mistake of ours
         what = f"{type(error).__name__}: {what} (--debug shows where)"
-    print(f"error: {what}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody can be told then
+        print(f"error: {what}", file=sys.stderr, flush=True)
 
 
 def error_message(error: BaseException) -> str:

@@ -23,9 +23,8 @@ def interrupt_on_termination() -> None:
 
 
 def _handle_stop_signals(handler: object) -> None:
-    for number in stop_signals():
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, handler)
+    for number in filter(_is_heeded, stop_signals()):
+        signal.signal(number, handler)
 
 
 def _interrupt_outside_imports(number: int, frame: FrameType | None) -> None:
@@ -35,8 +34,8 @@ def _interrupt_outside_imports(number: int, frame: FrameType | None) -> None:
     while outer is not None and not outer.f_code.co_filename.startswith("<frozen importlib"):
         outer = outer.f_back
     if outer is None:
-        signal.default_int_handler(number, frame)
-    _interrupt_soon()
+        raise KeyboardInterrupt
+    _send_soon(number)
 
 
 def _reraise_interrupt(ignored: sys.UnraisableHookArgs) -> None:
@@ -50,20 +49,24 @@ def _reraise_interrupt(ignored: sys.UnraisableHookArgs) -> None:
     sys.unraisablehook = sys.__unraisablehook__
     if sys.is_finalizing():
         return
-    _interrupt_soon()
+    _send_soon(next(filter(_is_heeded, stop_signals()), signal.SIGINT))
 
 
-def _interrupt_soon() -> None:
-    again = threading.Timer(0.05, _interrupt)
+def _is_heeded(number: int) -> bool:
+    return signal.getsignal(number) != signal.SIG_IGN  # as nohup has it
+
+
+def _send_soon(number: int) -> None:
+    again = threading.Timer(0.05, _send, [number])
     again.daemon = True
     again.start()
 
 
-def _interrupt() -> None:
+def _send(number: int) -> None:
     if hasattr(signal, "pthread_kill"):  # it also wakes a thread that waits
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, number)
     else:
-        _thread.interrupt_main()
+        _thread.interrupt_main(number)
 
 
 def stop_signals() -> list[int]:

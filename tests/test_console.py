@@ -75,16 +75,20 @@ def test_ctrl_c_while_a_program_is_imported_shows_no_traceback(program, name, tm
     assert importing.returncode == 130
 
 
-def test_ctrl_c_in_an_import_waits_until_it_is_over(tmp_path):
-    """NumPy and others make another error of it, or none."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_in_an_import_waits_until_it_is_over(tmp_path, name):
+    """NumPy and others make another error of it, or none. (`sh` has Ctrl+C ignored by what it
+    starts in the background.)"""
     (tmp_path / "heavy.py").write_text(
         "import os, signal\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+        f"try:\n    os.kill(os.getpid(), signal.{name})\nexcept BaseException:\n    pass\n"
     )
-    program = """
-        import sys, time
+    program = f"""
+        import signal, sys, time
         from fish_speech.signals import interrupt_on_termination
 
+        if "{name}" != "SIGINT":
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         interrupt_on_termination()
         sys.path.insert(0, sys.argv[1])
         try:

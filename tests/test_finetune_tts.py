@@ -685,7 +685,7 @@ def test_adapters_trained_by_the_reference_merge(project, tmp_path, capsys):
     assert (tmp_path / "checkpoints/p-merged/model.pth").is_file()
     assert project("--merge-weights", "--checkpoint-path", "theirs.ckpt",
                    "--lora-config", "r_4_alpha_8") == 2  # fmt: skip
-    assert "not fit for the base model and LoRA config" in capsys.readouterr().err
+    assert "not the adapters of this base model and LoRA config" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")

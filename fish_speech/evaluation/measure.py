@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fish_speech.console import Say
+from fish_speech.console import Say, is_interrupt
 from fish_speech.evaluation.intervals import estimate, proportion
 from fish_speech.evaluation.leaderboard import (
     Estimate,
@@ -116,6 +116,8 @@ def _profile(real_clips: Sequence[RealClip], scorer: Scorer, say: Say) -> Speake
         try:
             scores.append(scorer.score(clip.audio, clip.text))
         except (ValueError, OSError) as error:
+            if is_interrupt(error):
+                raise
             say(f"left out of the comparison: {error}")
     return SpeakerProfile(scores)
 
@@ -177,6 +179,8 @@ def _measure_candidate(
         for sample, each in zip(samples, spoken, strict=True):
             sample.spoken[candidate.name] = each.to_result(evaluator.folder)
     except (ValueError, OSError, RuntimeError) as error:
+        if is_interrupt(error):
+            raise
         if is_out_of_memory(error):
             raise MemoryError("out of memory; try --device cpu") from error
         row.error = (str(error).strip().splitlines() or [type(error).__name__])[0]

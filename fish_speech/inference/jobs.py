@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -135,7 +136,7 @@ def run_pending_jobs(
     with exclusive(folder, str(folder)):
         state = BatchState(folder, fingerprint)
         remove_temporaries(folder, [state.file.name, *(job.output.name for job in jobs)])
-        state.rename(jobs)
+        state.reuse(jobs)
         pending = [job for job in jobs if not state.is_done(job)]
         done = 0
         for job in pending:
@@ -187,33 +188,32 @@ class BatchState:
         same = self._digests.get(job.output.name) == self._digest(job)
         return same and is_whole(job.output)
 
-    def rename(self, jobs: list[SpeechJob]) -> None:
-        """Give the files of lines that have another number now the names of these jobs.
+    def reuse(self, jobs: list[SpeechJob]) -> None:
+        """Copy what was spoken of the same line under another number: into the files of these jobs.
 
-        Their record is removed first: whatever happens in between, no file passes for another.
+        The record of these is removed first: whatever happens in between, no file passes for
+        another, and no copy is begun before all are there.
         """
-        wanted = {job.output.name: self._digest(job) for job in jobs}
-        settled = {name for name, digest in wanted.items() if self._digests.get(name) == digest}
         spoken = {
-            (digest, Path(name).suffix): name
+            (digest, Path(name).suffix): self.file.with_name(name)
             for name, digest in self._digests.items()
-            if name not in settled and self.file.with_name(name).exists()
         }
-        moves = {
-            name: old
+        wanted = {job.output.name: self._digest(job) for job in jobs}
+        found = {
+            name: file
             for name, digest in wanted.items()
-            if name not in settled and (old := spoken.pop((digest, Path(name).suffix), None))
+            if self._digests.get(name) != digest
+            and (file := spoken.get((digest, Path(name).suffix)))
+            and is_whole(file)
         }
-        if not moves:
+        if not found:
             return
-        changed = moves.keys() | set(moves.values())
-        self._digests = {name: d for name, d in self._digests.items() if name not in changed}
-        write_json(self.file, self._digests)
-        with ExitStack() as stack:  # all aside before the first has its new name
-            for name, old in moves.items():
-                aside = stack.enter_context(atomic_path(self.file.with_name(name)))
-                os.replace(self.file.with_name(old), aside)
-        self._digests |= {name: wanted[name] for name in moves}
+        with ExitStack() as stack:
+            for name, file in found.items():
+                shutil.copyfile(file, stack.enter_context(atomic_path(self.file.with_name(name))))
+            self._digests = {name: d for name, d in self._digests.items() if name not in found}
+            write_json(self.file, self._digests)
+        self._digests |= {name: wanted[name] for name in found}
         write_json(self.file, self._digests)
 
     def leftovers(self, jobs: list[SpeechJob]) -> list[Path]:
@@ -230,7 +230,7 @@ class BatchState:
             digests = read_json(self.file)
         except ValueError:
             digests = None
-        if not isinstance(digests, dict):
+        if not (isinstance(digests, dict) and all(isinstance(d, str) for d in digests.values())):
             raise ValueError(
                 f"{self.file}: damaged, or not written by a batch; remove it, and every line is"
                 " spoken again"

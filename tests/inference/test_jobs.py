@@ -1,5 +1,6 @@
 """Which files are written, and which are there already."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def test_files_of_earlier_batches_that_are_none_of_this_one_are_told(tmp_path):
     [
         ("New.\nOne.\nTwo.\nThree.", ["New."]),
         ("Two.\nOne.\nThree.", []),
-        ("Three.\nOne.\n\nOne.", ["One."]),
+        ("Three.\nOne.\n\nOne.", []),
         ("Two.", []),
     ],
 )
@@ -168,6 +169,26 @@ def test_a_line_that_has_another_number_is_not_spoken_again(tmp_path, lines, spo
         assert job.output.read_bytes() == wav + job.text.encode()
     assert run_pending_jobs(jobs, None, speak)[:2] == (0, len(jobs))
     assert run_pending_jobs(plan(lines, folder / "_.mp3", batch=True), None, speak)[1] == 0
+
+
+def test_two_batches_in_one_folder_take_nothing_from_each_other(tmp_path):
+    first = plan("One.\nThank you.", tmp_path / "a.wav", batch=True)
+    second = plan("Two.\nThank you.", tmp_path / "b.wav", batch=True)
+    run_pending_jobs(first, None, make)
+    assert run_pending_jobs(second, None, make)[:2] == (1, 1)
+    assert run_pending_jobs(first, None, make)[:2] == (0, 2)
+
+
+def test_a_disk_that_is_full_while_files_get_other_names_costs_no_speech(tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "no space left", str(target))
+
+    run_pending_jobs(before := plan("One.\nTwo.", tmp_path, batch=True), None, make)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", full)
+        with pytest.raises(OSError, match="no space left"):
+            run_pending_jobs(plan("New.\nOne.\nTwo.", tmp_path, batch=True), None, make)
+    assert run_pending_jobs(before, None, make)[:2] == (0, 2)
 
 
 def test_a_batch_killed_while_files_get_other_names_never_mixes_them_up(tmp_path, monkeypatch):
