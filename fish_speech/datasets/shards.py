@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,8 +50,8 @@ class Sample:
 class Manifest:
     """What was packed: shards with their digests, the clips of each split, and what was left out.
 
-    `skipped` maps a clip to the reason, `spans` to what it is known by under any name. `source` is
-    the digest of everything that went in.
+    `skipped` maps a clip to the reason, `spans` to what it is known by under any name.
+    `validation_share` is what was asked for. `source` is the digest of everything that went in.
     """
 
     source: str
@@ -61,6 +61,7 @@ class Manifest:
     shards: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     spans: dict[str, list[Span]] = field(default_factory=dict)
+    validation_share: float = 0.0
     frames: int = 0
 
     def paths(self, data_dir: str | Path, split: str) -> list[Path]:
@@ -94,7 +95,7 @@ def build_shards(
     if current is not None:
         return current, False
 
-    manifest, usable = Manifest(source, []), []
+    manifest, usable = Manifest(source, [], validation_share=validation_share), []
     folder.mkdir(exist_ok=True)
     # Which split a clip belongs to follows from all of them: until then they are spilled to a file.
     with TemporaryFile(dir=folder) as file:
@@ -116,9 +117,9 @@ def build_shards(
             reason = next(iter(manifest.skipped.values()))
             raise ValueError(f"{data_dir}: no clip can be used; the first: {reason}")
         manifest.speakers = sorted({clip.speaker for clip in usable})
-        held_out = _choose_validation(
-            usable, validation_share, manifest.spans, before=_last_manifest(folder)
-        )
+        before = _last_manifest(folder) or Manifest("", [])
+        _recognise_by_name(manifest, before)
+        held_out = _choose_validation(usable, validation_share, manifest.spans, before)
         for split in ("train", "validation"):
             chosen = [clip for clip in usable if (clip.name in held_out) == (split == "validation")]
             chosen.sort(key=lambda clip: clip.speaker)  # so that names and shards run alike
@@ -185,6 +186,16 @@ def load_split(data_dir: Path, manifest: Manifest, split: str) -> list[Sample]:
     ]
 
 
+def learned_by(run: dict[str, Any], manifest: Manifest, data_dir: Path) -> SpanSet:
+    """What a checkpoint may have learned, from its record `run`."""
+    if "learned" in run:
+        return SpanSet.from_json(run["learned"])
+    if "held_out" in run and Path(run["data_dir"]).name == data_dir.resolve().name:
+        # Earlier versions noted the names of what they did not learn.
+        return manifest.spans_of(manifest.spans.keys() - set(run["held_out"]))
+    return SpanSet()
+
+
 def sentence(text: str, codes: np.ndarray) -> Sentence:
     """An utterance of codes [K, T] as shards hold it."""
     return Sentence(texts=[text], semantics=[Semantics(values=row) for row in codes.tolist()])
@@ -213,47 +224,60 @@ class _SpillFile:
         return Sentence.FromString(self._file.read(size))
 
 
+def _recognise_by_name(manifest: Manifest, before: Manifest) -> None:
+    """Let clips that kept their names be the same ones where nothing else tells: their codes were
+    made again on another device, or their recordings were restored in place.
+
+    They keep what they were known by before, as checkpoints noted it.
+    """
+    if not before.spans:  # of an earlier version
+        before.spans = manifest.spans
+        return
+    there = manifest.spans_of(manifest.spans)
+    for name in before.spans.keys() & manifest.spans.keys():
+        now, then = manifest.spans[name], before.spans[name]
+        if now[0] == then[0] or not there.overlaps(then):
+            now += [span for span in then if span not in now]
+
+
 def _choose_validation(
-    clips: list[Clip], share: float, spans: dict[str, list[Span]], before: Manifest | None
+    clips: list[Clip], share: float, spans: dict[str, list[Span]], before: Manifest
 ) -> set[str]:
     """Names of the held-out clips: about a share, at least one of two and three of twenty; but
     never the only clip, or the last one, of a speaker, or what another clip holds as well.
 
     A hash of its name decides whether a clip is held out, not which others there are, so that a
     second stage with more clips never validates on what the first one learned (unless a larger
-    share is asked for, or a speaker had no other clip). What was held out before stays so, unless a
-    smaller share is asked for; a clip that was learned, under whatever name, is taken only where
-    there are too few others.
+    share is asked for, or a speaker had no other clip). What was held out `before` stays so, unless
+    a smaller share is asked for; a clip that was learned, under whatever name, is taken only where
+    there are too few others, such as where everything was cut anew.
     """
     if share <= 0:
         return set()
-    before = before or Manifest("", [])
-    if not before.spans:  # of an earlier version
-        before = replace(before, spans=spans)
     learned_spans, held_spans = map(before.spans_of, (before.train, before.validation))
     fractions = {clip.name: _hash_fraction(clip.name) for clip in clips}
     twice = shared(spans)  # what is trained on, too, can't be held out
     names = [name for name in sorted(fractions, key=fractions.__getitem__) if name not in twice]
     learned = {name for name in names if learned_spans.overlaps(spans[name])}
-    held = {name for name in names if held_spans.overlaps(spans[name])} - learned
+    as_before = [n for n in names if n not in learned and held_spans.overlaps(spans[n])]
     if not before.validation:  # nothing was to be held out
         learned = set()
     chosen = [name for name in names if fractions[name] < share]
-    wanted = round(share * len(names))
-    new = [name for name in names if name not in learned]
-    speakers = {clip.name: clip.speaker for clip in clips}
-    left = Counter(speakers.values())
-    held_out: set[str] = set()
-    fewest = 3 if len(names) >= 20 else 1
-    as_before = [name for name in names if name in held]
-    for candidates, enough in (
-        (as_before, max(len(chosen), wanted) + fewest),
+    wanted, fewest = round(share * len(names)), 3 if len(names) >= 20 else 1
+    share_before = before.validation_share or share
+    too_few = share > share_before or len(as_before) < wanted / 2
+    candidates = (
+        (as_before, len(names) if share >= share_before else max(len(chosen), wanted) + fewest),
         ([name for name in chosen if name not in learned], len(names)),
-        (chosen, wanted),
-        (new, fewest),
-        (names, 1 if held else fewest),  # such as where all was cut anew
-    ):
-        for name in candidates:
+        (chosen, wanted if too_few else 0),
+        ([name for name in names if name not in learned], fewest),
+        (names, 1 if as_before else fewest),
+    )
+    left = Counter(clip.speaker for clip in clips)
+    speakers = {clip.name: clip.speaker for clip in clips}
+    held_out: set[str] = set()
+    for some, enough in candidates:
+        for name in some:
             if len(held_out) < enough and left[speakers[name]] > 1 and name not in held_out:
                 held_out.add(name)
                 left[speakers[name]] -= 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,20 @@ class SpanSet:
         """Whether any of a clip's spans is in part among these, beyond a pause that it shares."""
         return any(self._overlaps(*span) for span in spans)
 
-    def as_list(self) -> list[Span]:
-        known = self._stretches.items()
-        return [[source, *stretch] for source, stretches in known for stretch in stretches]
+    def __or__(self, other: SpanSet) -> SpanSet:
+        return SpanSet([*self, *other])
+
+    def __iter__(self) -> Iterator[Span]:
+        for source, stretches in self._stretches.items():
+            yield from ([source, *stretch] for stretch in stretches)
+
+    def to_json(self) -> str:
+        """As checkpoints hold it: torch reads text many times as fast as lists."""
+        return json.dumps(list(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> SpanSet:
+        return cls(json.loads(text))
 
     def _overlaps(self, source: str, start: float, end: float) -> bool:
         margin = _margin(start, end)

@@ -13,8 +13,7 @@ from fish_speech.audio_decoding import audio_info
 from fish_speech.console import counted
 from fish_speech.conversation import build_item
 from fish_speech.datasets.clips import Clip, find_clips
-from fish_speech.datasets.shards import load_split, read_manifest
-from fish_speech.datasets.spans import SpanSet
+from fish_speech.datasets.shards import learned_by, load_split, read_manifest
 from fish_speech.evaluation.measure import Say
 from fish_speech.evaluation.synthesis import Line, RealClip, plan_lines
 from fish_speech.models.text2semantic import DualARTransformer
@@ -36,11 +35,12 @@ class HeldOut:
     def __init__(self, data_dir: Path, records: Sequence[dict[str, Any]] = ()) -> None:
         """`records` are those of checkpoints: what one of them may have learned is left out."""
         self.data_dir, self.manifest = data_dir, read_manifest(data_dir)
-        learned = SpanSet(span for record in records for span in record.get("learned", ()))
+        learned = [learned_by(record, self.manifest, data_dir) for record in records]
+        spans = self.manifest.spans
         self.held = [
             name
             for name in self.manifest.validation
-            if not learned.overlaps(self.manifest.spans.get(name, ()))
+            if not any(known.overlaps(spans.get(name, ())) for known in learned)
         ]
         self._clips = {clip.name: clip for clip in find_clips(data_dir)}
 

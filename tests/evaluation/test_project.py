@@ -302,7 +302,8 @@ def some_held_out_spans(count=1):
 def test_held_out_clips_that_do_not_count_are_told(project, capsys):
     for checkpoint in Run.of("p").checkpoints():
         content = torch.load(checkpoint.path, weights_only=True)
-        content["run"]["learned"] += some_held_out_spans()
+        learned = [*json.loads(content["run"]["learned"]), *some_held_out_spans()]
+        content["run"]["learned"] = json.dumps(learned)
         torch.save(content, checkpoint.path)
     assert finetune("--evaluate", "--eval-samples", 1, "--checkpoint-step", 2) == 0
     said = capsys.readouterr().err
@@ -325,7 +326,7 @@ def test_speakers_of_the_data_take_the_place_of_the_bases(project, monkeypatch):
 
 
 def test_what_a_checkpoint_was_trained_on_is_not_held_out_from_it(project):
-    record, more = Run.of("p").checkpoint().read()["run"], some_held_out_spans(2)
+    record, more = Run.of("p").checkpoint().read()["run"], json.dumps(some_held_out_spans(2))
     data = HeldOut(Path("training_data/p"), [record, {**record, "learned": more}])
     (held,) = data.held
     tokenizer = FishTokenizer.from_pretrained(Path("base"))

@@ -540,7 +540,7 @@ def test_what_is_too_long_to_learn_from_is_not_held_out_either(trainer, tmp_path
     options, said = ("train.max_steps=1", "data.max_length=200"), []
     trained = trainer("p", *options, data=data, held_out=0.6, said=said)
     assert any("--override data.max_length=512 takes" in line for line in said)
-    learned = SpanSet(trained.checkpoint.read()["run"]["learned"])
+    learned = SpanSet.from_json(trained.checkpoint.read()["run"]["learned"])
     spans = read_manifest(data).spans
     assert [name for name in spans if not learned.overlaps(spans[name])] == sorted(others)
 
