@@ -302,6 +302,8 @@ def read_input_text(args: argparse.Namespace) -> str:
             raise ValueError("standard input is closed; give the text itself, or --text-file FILE")
         return decode_text(sys.stdin.buffer.read(), "standard input")
     if args.text is not None:
+        if Path(args.text).suffix in (".txt", ".lab", ".md") and os.path.isfile(args.text):
+            raise ValueError(f"{args.text}: a file; --text-file {args.text} speaks what is in it")
         return decode_text(os.fsencode(args.text), "the text")
     return read_text(args.text_file)
 

@@ -110,7 +110,7 @@ def build_stage(
     """Codes -> shards. Of clips that `failed` before all is said."""
     from tqdm import tqdm
 
-    from fish_speech.datasets.shards import build_shards
+    from fish_speech.datasets.shards import build_shards, no_validation_reason
     from fish_speech.models.text2semantic import ModelConfig
 
     model = ModelConfig.from_pretrained(base_dir)
@@ -129,6 +129,8 @@ def build_stage(
         f"shards: {counted(len(manifest.train), 'clip')} to train on, "
         f"{len(manifest.validation)} held out" + ("" if rebuilt else " (unchanged)")
     )
+    if not manifest.validation and config.data.validation_share:
+        say(f"nothing is held out: {no_validation_reason(manifest)}")
     return manifest
 
 

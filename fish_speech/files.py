@@ -140,6 +140,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def decode_text(content: bytes, name: str | Path) -> str:
     """UTF-8, with or without a byte order mark. Raises `ValueError` that names it if it isn't."""
+    if (place := content.find(0)) >= 0:  # as in UTF-16, where all of it may be valid UTF-8
+        raise ValueError(f"{name}: not UTF-8 text (a zero byte at {place}); save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

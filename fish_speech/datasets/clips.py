@@ -10,6 +10,7 @@ from unicodedata import normalize
 from fish_speech.files import list_audio, list_files, read_text
 
 SUMMARY_NAME = "dataset_summary.json"
+CODES_RECORD = "codes.json"  # what codes were made of; of further processes: codes.1.json, ...
 REJECTED = "rejected"  # the folder of clips that preparing sorted out
 
 

@@ -109,8 +109,7 @@ def build_shards(
                 manifest.skipped[clip.name] = str(error)
                 continue
             manifest.frames += codes.shape[1]
-            known = recorded.get(clip.name)
-            manifest.spans[clip.name] = [whole(codes), *([known] if known else [])]
+            manifest.spans[clip.name] = [whole(codes), *recorded.get(clip.name, ())]
             usable.append(clip)
             spilled.put(clip.name, sentence(text, codes))
         if not usable:
@@ -184,6 +183,16 @@ def load_split(data_dir: Path, manifest: Manifest, split: str) -> list[Sample]:
         replace(sample, name=name, text=spoken_text(sample.text))
         for sample, name in zip(samples, names, strict=True)
     ]
+
+
+def no_validation_reason(manifest: Manifest) -> str:
+    """Why no clip is held out, and what to do about it."""
+    if twice := len(shared(manifest.spans)):
+        return (
+            f"{twice} of {len(manifest.spans)} clips are there twice, or are in part in another "
+            "one: delete one of each (prepare_dataset.py --check names them)"
+        )
+    return "hold some clips out (it takes two) with --override data.validation_share=0.05"
 
 
 def learned_by(run: dict[str, Any], manifest: Manifest, data_dir: Path) -> SpanSet:
@@ -289,7 +298,7 @@ def _hash_fraction(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def _source_digest(clips: list[Clip], recorded: dict[str, Span], settings: tuple) -> str:
+def _source_digest(clips: list[Clip], recorded: dict[str, list[Span]], settings: tuple) -> str:
     digest = hashlib.sha256(repr(("spans", *settings)).encode())
     for clip in clips:
         # The speaker is the dataset's name, for clips at its top.

@@ -7,35 +7,48 @@ import json
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fish_speech.datasets.clips import SUMMARY_NAME
+from fish_speech.datasets.clips import CODES_RECORD, SUMMARY_NAME
 from fish_speech.files import read_json
 
+LEARNED_FILE = "learned.json"  # of a merged model
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+_TO_THE_END = 1e6  # seconds
 _SHARED_SECONDS = 0.3  # neighbours may share the pause between them
 
 Span = list[Any]  # [digest, start, end] in seconds; a list, as JSON has it
 
 
-def recorded_spans(data_dir: Path) -> dict[str, Span]:
-    """From which recording, and where in it, each clip of a prepared dataset was cut.
+def recorded_spans(data_dir: Path) -> dict[str, list[Span]]:
+    """What is recorded of the clips of a dataset: which file each is, and where in which recording
+    it was cut from, whose clips may be another dataset's recordings.
 
-    Nothing where there is no summary, or none of this version: the codes are known all the same.
+    Nothing of a record that is missing, or none of this version: the codes are known all the same.
     """
-    try:
+    spans = defaultdict(list)
+    for file in (data_dir / CODES_RECORD, *sorted(data_dir.glob("codes.*.json"))):
+        with suppress(*_UNREADABLE):
+            for name, (_, _, digest) in read_json(file)["clips"].items():
+                if [digest, 0.0, _TO_THE_END] not in spans[name]:
+                    spans[name].append([digest, 0.0, _TO_THE_END])
+    with suppress(*_UNREADABLE):
         summary = read_json(data_dir / SUMMARY_NAME)
         digests = {(r["speaker"], r["source"]): r["digest"] for r in summary["recordings"]}
-        return {
-            clip["file"].removesuffix(".wav"): [
-                digests[clip["speaker"], clip["source"]], float(clip["start"]), float(clip["end"])
-            ]
-            for clip in summary["clips"]
-        }  # fmt: skip
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
+        for clip in summary["clips"]:
+            span = [digests[clip["speaker"], clip["source"]], float(clip["start"]), clip["end"]]
+            spans[clip["file"].removesuffix(".wav")].append(span)
+    return dict(spans)
+
+
+def learned_by_model(model_dir: Path) -> SpanSet:
+    """What a merged model has learned, as far as that is known."""
+    file = model_dir / LEARNED_FILE
+    return SpanSet(read_json(file) if file.is_file() else ())
 
 
 def whole(codes: np.ndarray) -> Span:
@@ -58,6 +71,9 @@ class SpanSet:
 
     def __or__(self, other: SpanSet) -> SpanSet:
         return SpanSet([*self, *other])
+
+    def __bool__(self) -> bool:
+        return bool(self._stretches)
 
     def __iter__(self) -> Iterator[Span]:
         for source, stretches in self._stretches.items():

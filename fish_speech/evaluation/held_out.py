@@ -13,7 +13,7 @@ from fish_speech.audio_decoding import audio_info
 from fish_speech.console import counted
 from fish_speech.conversation import build_item
 from fish_speech.datasets.clips import Clip, find_clips
-from fish_speech.datasets.shards import learned_by, load_split, read_manifest
+from fish_speech.datasets.shards import learned_by, load_split, no_validation_reason, read_manifest
 from fish_speech.evaluation.measure import Say
 from fish_speech.evaluation.synthesis import Line, RealClip, plan_lines
 from fish_speech.models.text2semantic import DualARTransformer
@@ -75,13 +75,10 @@ class HeldOut:
             of_these = " from the training of these checkpoints" if others else ""
             say(none := f"{self.data_dir}: no clip is held out{of_these}")
         if not held and not more:
-            hold = (
-                "train a new project on it" if others
-                else "hold some clips out (it takes two) with --override data.validation_share=0.05"
-                " and train a new project"
-            )  # fmt: skip
+            how = "" if others else f": {no_validation_reason(self.manifest)}"
             raise NothingToMeasureError(
-                f"{none}, so there is nothing to speak; give --texts FILE, or {hold}"
+                f"{none}, so there is nothing to speak; give --texts FILE, or train a new project, "
+                f"from a base that hasn't learned them{how}"
             )
         if count > len(held) + len(more):
             texts = counted(len(held) + len(more), "text")

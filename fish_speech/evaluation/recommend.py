@@ -18,6 +18,7 @@ from fish_speech.evaluation.leaderboard import (
 from fish_speech.preparation.error_rates import normal_words
 
 _SIGNIFICANT = "significant at 95%"
+_NOTICEABLE = 0.01  # of similarity; adapters that do next to nothing move it by less, surely
 _SHOWN = {"similarity": ("similarity", "{:.2f}"), "wer": ("word error rate", "{:.0%}")}
 
 
@@ -180,7 +181,8 @@ class _Comparison:
         `among` rows that are tried."""
         alpha = 0.05 / among
         if self.by_similarity:
-            return self._interval(a, b, lambda result: result.similarity, alpha)[0] > 0
+            low, high = self._interval(a, b, lambda result: result.similarity, alpha)
+            return low > 0 and (low + high) / 2 > _NOTICEABLE
         return self._interval(a, b, _errors, alpha, weighted=self.by_words)[1] < 0
 
     def all_better(self, rows: Sequence[ModelRow], base: ModelRow) -> list[ModelRow]:

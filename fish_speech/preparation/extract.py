@@ -15,12 +15,11 @@ from tqdm import tqdm
 from fish_speech.audio import load_audio
 from fish_speech.audio_decoding import audio_info, truncation
 from fish_speech.console import error_message
-from fish_speech.datasets.clips import Clip, find_clips
+from fish_speech.datasets.clips import CODES_RECORD, Clip, find_clips
 from fish_speech.datasets.shards import read_codes
 from fish_speech.files import atomic_path, file_digest, read_json, write_json
 from fish_speech.models.vqgan import Codec, find_codec
 
-RECORD_FILE = "codes.json"  # of further processes: codes.1.json, ...
 _SAVE_RECORD_EVERY = 20  # batches
 
 
@@ -49,7 +48,7 @@ def extract_codes(
     or the codec changes. Codes without a record (made elsewhere) are kept where they fit the audio.
     Of several processes each takes its share of the clips.
     """
-    record_file = data_dir / (f"codes.{rank}.json" if rank else RECORD_FILE)
+    record_file = data_dir / (f"codes.{rank}.json" if rank else CODES_RECORD)
     digest = file_digest(find_codec(model_dir))
     records = _read_records(data_dir)
     # Of the clips that this process has dealt with; None: their codes are of other audio or codec.

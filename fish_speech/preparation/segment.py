@@ -230,7 +230,7 @@ def _segment(pieces: Sequence[SpeechPiece], first: int, last: int, bounds: list[
         None if None in heard else " ".join(words for words in heard if words),
         (group[0].forced and first > 0 and pieces[first - 1].end == group[0].start)
         or (last + 1 < len(pieces) and pieces[last + 1].start == group[-1].end),
-        any(piece.estimated for piece in group),
+        len(group) < len(pieces) and any(piece.estimated for piece in group),
     )
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fish_speech.conversation import build_prompt
-from fish_speech.files import atomic_folder, exclusive, file_digest
+from fish_speech.datasets.spans import LEARNED_FILE, SpanSet, learned_by_model
+from fish_speech.files import atomic_folder, exclusive, file_digest, write_text
 from fish_speech.hub import CODEC_PATTERN, MODEL_FILES
 from fish_speech.models.text2semantic import DualARTransformer, load_model, save_model
 from fish_speech.models.text2semantic.checkpoint import MODEL_FILE
@@ -33,7 +34,7 @@ from fish_speech.training.runs import Checkpoint, recorded_lora
 _PROMPT = "The quick brown fox jumps over the lazy dog."
 # Rounding the merged weights moves the logits by about this share of their size.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-_WRITTEN = (*MODEL_FILES, CODEC_CONFIG_FILE, CODEC_PATTERN)
+_WRITTEN = (*MODEL_FILES, CODEC_CONFIG_FILE, CODEC_PATTERN, LEARNED_FILE)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ def merge(
         for file in (find_codec(base_dir), base_dir / CODEC_CONFIG_FILE):
             if file.is_file():
                 _link_or_copy(file, new / file.name)
+        learned = learned_by_model(base_dir)
+        if record and "learned" in record:
+            learned |= SpanSet.from_json(record["learned"])
+        if learned:
+            write_text(new / LEARNED_FILE, learned.to_json())
         _keep_others(folder, new)
         del model
         if _same_weights(new, base_dir):

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from fish_speech.console import Say, counted
 from fish_speech.datasets.semantic import SemanticDataModule, SemanticDataset
 from fish_speech.datasets.shards import Manifest, Sample, learned_by, load_split
-from fish_speech.datasets.spans import SpanSet
+from fish_speech.datasets.spans import SpanSet, learned_by_model
 from fish_speech.devices import resolve_device, resolve_precision
 from fish_speech.files import exclusive, file_digest, remove_temporaries, write_text
 from fish_speech.models.text2semantic import ModelConfig, load_model
@@ -254,7 +254,7 @@ def _run_record(
         "base": str(base_dir.resolve()),
         "base_digest": base_digest,
         "shards": manifest.shards,
-        "learned": _learned(Path(config.data.dir), manifest, start, data).to_json(),
+        "learned": _learned(base_dir, Path(config.data.dir), manifest, start, data).to_json(),
         "speakers": _named_speakers(manifest),
         "lora": asdict(config.lora),
         "config": config.to_yaml(),
@@ -267,27 +267,33 @@ def _named_speakers(manifest: Manifest) -> list[str]:
     return manifest.speakers if len(manifest.speakers) > 1 else []
 
 
-def _learned(data_dir: Path, manifest: Manifest, start: Start, data: SemanticDataModule) -> SpanSet:
-    """All that this run's checkpoints may have learned from: every clip it doesn't validate on, and
-    what the checkpoint had learned from which it starts."""
+def _learned(
+    base_dir: Path, data_dir: Path, manifest: Manifest, start: Start, data: SemanticDataModule
+) -> SpanSet:
+    """All that this run's checkpoints may have learned: every clip it doesn't validate on, and what
+    that had learned from which it starts."""
     validated = {sample.name for sample in data.validation.samples}
     own = manifest.spans_of(name for name in manifest.spans if name not in validated)
-    return own | _learned_before(data_dir, manifest, start)
+    return own | _learned_before(base_dir, data_dir, manifest, start)
 
 
-def _learned_before(data_dir: Path, manifest: Manifest, start: Start) -> SpanSet:
+def _learned_before(base_dir: Path, data_dir: Path, manifest: Manifest, start: Start) -> SpanSet:
     run = start.checkpoint.read()["run"] if start.checkpoint is not None else {}
-    return learned_by(run, manifest, data_dir)
+    return learned_by(run, manifest, data_dir) | learned_by_model(base_dir)
 
 
-def _held_out(data_dir: Path, manifest: Manifest, start: Start, say: Say) -> list[Sample]:
-    """The samples to validate on: none that the checkpoint which it starts from learned from."""
+def _held_out(
+    base_dir: Path, data_dir: Path, manifest: Manifest, start: Start, say: Say
+) -> list[Sample]:
+    """The samples to validate on: none that the checkpoint or base has learned from which it
+    starts."""
     samples = load_split(data_dir, manifest, "validation")
-    learned = _learned_before(data_dir, manifest, start)
+    learned = _learned_before(base_dir, data_dir, manifest, start)
     unknown = [s for s in samples if not learned.overlaps(manifest.spans[s.name])]
     if known := len(samples) - len(unknown):
         clips = counted(known, "clip")
-        say(f"left out of validation: {clips} that {start.checkpoint.path} may have learned")
+        learner = start.checkpoint.path if start.checkpoint else base_dir
+        say(f"left out of validation: {clips} that {learner} may have learned")
     return unknown
 
 
@@ -311,7 +317,7 @@ def _data_module(
         reference_share=config.data.reference_share,
         **shared,
     )
-    held_out = _held_out(data_dir, manifest, start, say)
+    held_out = _held_out(base_dir, data_dir, manifest, start, say)
     validation = SemanticDataset(held_out, tokenizer, **shared)
     for name in (*train.too_long, *validation.too_long):
         say(f"left out: {name} is longer than {limit} tokens")

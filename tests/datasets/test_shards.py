@@ -13,8 +13,10 @@ from fish_speech.datasets.shards import (
     _choose_validation,
     build_shards,
     learned_by,
+    no_validation_reason,
     read_samples,
 )
+from fish_speech.files import write_json
 from fish_speech.inference.speakers import check_speaker, resolve_speaker
 from tests.conftest import GOLDEN
 from tests.synthetic_data import make_data_set
@@ -208,6 +210,39 @@ def test_what_two_clips_hold_is_not_held_out(tmp_path):
     assert not after.spans_of(after.train).overlaps(
         [span for name in after.validation for span in after.spans[name]]
     )
+
+
+def test_that_every_clip_is_there_twice_is_said(tmp_path):
+    data = make_data_set(tmp_path / "voice", {"Ann": 4})
+    for file in list(data.glob("Ann/*")):
+        shutil.copy(file, file.with_stem(f"copy of {file.stem}"))
+    manifest, _ = build(data)
+    assert (len(manifest.train), manifest.validation) == (8, [])
+    assert no_validation_reason(manifest).startswith("8 of 8 clips are there twice")
+
+
+def test_clips_that_were_cut_out_of_another_dataset_s_are_known(tmp_path):
+    first = make_data_set(tmp_path / "first", {"Ann": 2})
+    record = {"codec": "", "clips": {f"Ann/clip_000{n}": [1, 1, f"digest {n}"] for n in (0, 1)}}
+    write_json(first / "codes.json", record)
+    second = make_data_set(tmp_path / "second", {"Ann": 3})
+    recordings = [
+        {"source": f"clip_000{n}.wav", "speaker": "Ann", "digest": f"digest {n}"} for n in range(3)
+    ]
+    clips = [
+        {"file": f"Ann/clip_000{n}.wav", "speaker": "Ann", "source": f"clip_000{2 - n}.wav",
+         "start": 0.2, "end": 3.1}
+        for n in range(3)
+    ]  # fmt: skip
+    write_json(second / "dataset_summary.json", {"clips": clips, "recordings": recordings})
+    for file in second.glob("Ann/*.npy"):
+        np.save(file, (np.load(file) + 1) % 1000)  # levelled anew
+    before, after = build(first)[0], build(second)[0]
+    for learned, same in (("Ann/clip_0000", "Ann/clip_0002"), ("Ann/clip_0001", "Ann/clip_0001")):
+        known = [
+            name for name in after.spans if before.spans_of([learned]).overlaps(after.spans[name])
+        ]
+        assert known == [same]
 
 
 def test_who_has_no_usable_clip_is_no_speaker(tmp_path):

@@ -67,6 +67,7 @@ def test_one_text_spoken_often_is_one_text():
         ([BASE, (0.9, 0.8)], ("keep the base", 0)),
         ([BASE, (0.1, 0.5), (0.1, 0.4)], ("keep the base", 0)),
         ([BASE, BASE], ("keep the base", 0)),
+        ([BASE, (0.1, 0.608)], ("keep the base", 0)),  # surely more, but nobody hears it
         ([(None, 0.6), (None, 0.8)], ("use", 1)),  # without a recogniser
         ([(0.5, None), (0.1, None)], ("use", 1)),  # without a voice to compare with
         ([(None, None), (None, None)], ("keep the base", 0)),

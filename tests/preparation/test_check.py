@@ -57,7 +57,7 @@ def test_a_data_set_of_one_sentence_is_no_more_than_that(by_hand, utterances):
     assert verdicts[4] == f"Verdict: fit to train on, {repeats}"
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
 def test_texts_that_training_can_not_read_are_named_with_the_remedy(by_hand, tmp_path, encoding):
     label = by_hand / "Anna" / "audio_0.lab"
     text = f"{label.read_text()} Café."

@@ -60,8 +60,8 @@ def test_a_folder_with_transcripts_becomes_a_data_set(folder, options, utterance
     assert clip["loudness"] == pytest.approx(-23, abs=0.2)
     assert 0 <= clip["start"] < clip["end"] <= utterances[1].duration + 1e-3
     assert recorded_spans(options.output)["Me/take_1_0001"] == [
-        file_digest(source / "take 1.wav"), clip["start"], clip["end"]
-    ]  # fmt: skip
+        [file_digest(source / "take 1.wav"), clip["start"], clip["end"]]
+    ]
     assert summary.failed == 0
 
 
@@ -289,6 +289,14 @@ def test_a_long_recording_gets_its_script_from_a_recogniser(take, options, reade
     asked = listener.asked
     prepare(replace(options, normalize=False), recogniser=listener)  # transcribed before
     assert listener.asked == asked > 0
+
+
+def test_the_text_of_a_recording_that_stays_whole_is_no_estimate(options):
+    recording = REPOSITORY / "samples" / "rms_001.flac"
+    options = replace(options, input=str(recording), segment_duration=2.0)
+    (clip,) = prepare(options).clips
+    assert clip["text"] == recording.with_suffix(".txt").read_text().strip()
+    assert "estimated" not in clip
 
 
 def test_a_long_recording_gets_its_script_without_a_recogniser(take, options, reader):

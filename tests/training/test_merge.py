@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 
+from fish_speech.datasets.spans import learned_by_model
 from fish_speech.files import file_digest
 from fish_speech.models.text2semantic import load_model, save_model
 from fish_speech.models.text2semantic.lora import EMBEDDING_TARGETS, LINEAR_TARGETS, LoRAConfig
@@ -55,6 +56,14 @@ def test_the_merged_directory_stands_by_itself(checkpoint, tmp_path, base_dir):
     assert load_codec(folder).frame_length == 2048
     original, written = (json.loads((d / "config.json").read_text()) for d in (base_dir, folder))
     assert original.items() <= written.items()
+
+
+def test_the_merged_model_knows_what_it_has_learned(checkpoint, tmp_path, base_dir):
+    first = merge(checkpoint(learned='[["one", 0.0, 4.0]]'), tmp_path / "first").folder
+    more = checkpoint(base=first, learned='[["one", 4.0, 8.0]]')
+    second = merge(more, tmp_path / "second").folder
+    assert list(learned_by_model(second)) == [["one", 0.0, 8.0]]
+    assert not learned_by_model(base_dir)
 
 
 @pytest.mark.parametrize("speakers", [["Ann", "Bob"], []])

@@ -392,6 +392,18 @@ def test_what_the_parent_learned_from_is_not_held_out_from_its_children(trainer,
     assert any(" 3 utterances " in line and " 7 held out" in line for line in said)
 
 
+def test_what_the_base_learned_from_is_not_held_out(trainer, base_dir, tmp_path):
+    merged, said = tmp_path / "merged", []
+    shutil.copytree(base_dir, merged)
+    first = trainer("first", "train.max_steps=1", said=said).checkpoint
+    learned = SpanSet.from_json(first.read()["run"]["learned"])
+    (merged / "learned.json").write_text(learned.to_json())
+    again = trainer("again", "train.max_steps=1", base=merged, held_out=0.6, said=said).checkpoint
+    assert f"left out of validation: 5 clips that {merged} may have learned" in said
+    theirs = SpanSet.from_json(again.read()["run"]["learned"])
+    assert all(theirs.overlaps([span]) for span in learned)
+
+
 def test_a_finished_run_is_not_trained_again(trainer):
     said = []
     done = trainer("p", "train.max_steps=2")
