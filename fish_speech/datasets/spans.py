@@ -1,4 +1,4 @@
-"""By what a clip is known, whatever it is named: its codes, and its stretch of a recording."""
+"""By what a clip is known under any name: its codes, its file, its stretch of a recording."""
 
 from __future__ import annotations
 
@@ -33,22 +33,28 @@ def recorded_spans(data_dir: Path) -> dict[str, list[Span]]:
     spans = defaultdict(list)
     for file in (data_dir / CODES_RECORD, *sorted(data_dir.glob("codes.*.json"))):
         with suppress(*_UNREADABLE):
-            for name, (_, _, digest) in read_json(file)["clips"].items():
-                if [digest, 0.0, _TO_THE_END] not in spans[name]:
-                    spans[name].append([digest, 0.0, _TO_THE_END])
+            for name, stamp in read_json(file)["clips"].items():
+                if stamp and len(stamp) == 3:  # none where codes are about to be made
+                    spans[name] = [[str(stamp[2]), 0.0, _TO_THE_END]]
     with suppress(*_UNREADABLE):
         summary = read_json(data_dir / SUMMARY_NAME)
         digests = {(r["speaker"], r["source"]): r["digest"] for r in summary["recordings"]}
         for clip in summary["clips"]:
-            span = [digests[clip["speaker"], clip["source"]], float(clip["start"]), clip["end"]]
+            digest = str(digests[clip["speaker"], clip["source"]])
+            span = [digest, float(clip["start"]), float(clip["end"])]
             spans[clip["file"].removesuffix(".wav")].append(span)
     return dict(spans)
 
 
 def learned_by_model(model_dir: Path) -> SpanSet:
-    """What a merged model has learned, as far as that is known."""
+    """What a merged model says it has learned. Raises `ValueError` where its record is damaged."""
     file = model_dir / LEARNED_FILE
-    return SpanSet(read_json(file) if file.is_file() else ())
+    if not file.is_file():
+        return SpanSet()
+    try:
+        return SpanSet(read_json(file))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: damaged; merge the model again, or delete the file") from error
 
 
 def whole(codes: np.ndarray) -> Span:
