@@ -140,8 +140,6 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def decode_text(content: bytes, name: str | Path) -> str:
     """UTF-8, with or without a byte order mark. Raises `ValueError` that names it if it isn't."""
-    if (place := content.find(0)) >= 0:  # as in UTF-16, where all of it may be valid UTF-8
-        raise ValueError(f"{name}: not UTF-8 text (a zero byte at {place}); save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -152,7 +150,10 @@ def decode_text(content: bytes, name: str | Path) -> str:
 
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file. Raises `ValueError` that names the file where it is none."""
-    return decode_text(Path(path).read_bytes(), path)
+    text = decode_text(Path(path).read_bytes(), path)
+    if (place := text.find("\0")) >= 0:  # as in UTF-16, all of which may be valid UTF-8
+        raise ValueError(f"{path}: not UTF-8 text (a zero byte at {place}); save it as UTF-8")
+    return text
 
 
 def read_json(path: str | Path) -> Any:

@@ -206,8 +206,8 @@ def load_lora(model: nn.Module, adapters: dict[str, Tensor], source: object) -> 
         key = min(wrong)
         have, want = (tuple(d[key].shape) if key in d else "none" for d in (adapters, wanted))
         raise ValueError(
-            f"{source}: not the adapters of this base model and LoRA config: {len(wrong)} of them "
-            f"differ, such as '{key}', {have} in the file, {want} in the model"
+            f"{source}: not the adapters of this base model and LoRA config ({len(wrong)} of them "
+            f"differ: '{key}' is {have} in the file, {want} in the model)"
         )
     missing = model.load_state_dict(adapters, strict=False).missing_keys
     assert not any(_is_adapter(key) for key in missing)
