@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fish_speech.audio import SAVE_FORMATS
-from fish_speech.console import complain, counted, is_interrupt, run_program, shorten_list
+from fish_speech.console import complain, counted, is_interrupt, run_program, say, shorten_list
 from fish_speech.devices import (
     PRECISIONS,
     resolve_device,
@@ -148,10 +148,6 @@ def work(args: argparse.Namespace) -> int:
         if args.compare or args.texts or args.whisper_model or args.speaker_encoder:
             return compare_models(args)
         return list_voices() if args.list_voices else speak(args)
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -238,7 +238,7 @@ def merge_stage(args: argparse.Namespace, run: Run, board: Leaderboard | None) -
         f"merged: {folder}; the adapters move the logits by {merged.change:.2%}, "
         f"the written model is within {merged.error:.3%} of base + adapters"
     )
-    if stranded := over - projects_over(run.folder.parent, folder):
+    if stranded := over and over - projects_over(run.folder.parent, folder):
         say(
             f"warning: {', '.join(sorted(stranded))} can't go on: trained over what {folder} was "
             "before; merging the same step as then (--checkpoint-step) brings that back"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
-from fish_speech.files import list_audio, list_files, read_text
+from fish_speech.files import list_audio, list_files, read_json, read_text
 
 SUMMARY_NAME = "dataset_summary.json"
 CODES_RECORD = "codes.json"  # what codes were made of; of further processes: codes.1.json, ...
@@ -60,6 +60,27 @@ def is_source_of(prepared: Path, folder: Path) -> bool:
     if not (prepared.is_dir() and folder.is_dir()) or prepared.samefile(folder):
         return False
     return bool(list_audio(folder)) and is_raw(folder) and not is_raw(prepared)
+
+
+def read_codes_records(data_dir: Path) -> list[dict]:
+    """What runs recorded that made codes; a file that is no record (any more) counts for nothing.
+
+    `codec` is the codec's digest; of each clip in `clips` there is the audio's size, time and
+    digest, or None while its codes are being made. (A damaged record may hold anything there.)
+    """
+    records = []
+    for file in sorted(data_dir.glob("codes*.json")):
+        try:
+            record = read_json(file)
+        except ValueError:
+            continue
+        if (
+            isinstance(record, dict)
+            and isinstance(record.get("codec"), str)
+            and isinstance(record.get("clips"), dict)
+        ):
+            records.append(record)
+    return records
 
 
 def find_clips(data_dir: str | Path) -> list[Clip]:

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from fish_speech.datasets.clips import CODES_RECORD, SUMMARY_NAME
+from fish_speech.datasets.clips import SUMMARY_NAME, read_codes_records
 from fish_speech.files import read_json
 
 LEARNED_FILE = "learned.json"  # of a merged model
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 _TO_THE_END = 1e6  # seconds
 _SHARED_SECONDS = 0.3  # neighbours may share the pause between them
 
@@ -31,12 +30,11 @@ def recorded_spans(data_dir: Path) -> dict[str, list[Span]]:
     Nothing of a record that is missing, or none of this version: the codes are known all the same.
     """
     spans = defaultdict(list)
-    for file in (data_dir / CODES_RECORD, *sorted(data_dir.glob("codes.*.json"))):
-        with suppress(*_UNREADABLE):
-            for name, stamp in read_json(file)["clips"].items():
-                if stamp and len(stamp) == 3:  # none where codes are about to be made
-                    spans[name] = [[str(stamp[2]), 0.0, _TO_THE_END]]
-    with suppress(*_UNREADABLE):
+    for record in read_codes_records(data_dir):
+        for name, stamp in record["clips"].items():
+            if isinstance(stamp, list) and len(stamp) == 3:  # earlier versions took no digest
+                spans[name] = [[str(stamp[2]), 0.0, _TO_THE_END]]
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         summary = read_json(data_dir / SUMMARY_NAME)
         digests = {(r["speaker"], r["source"]): r["digest"] for r in summary["recordings"]}
         for clip in summary["clips"]:
@@ -87,7 +85,7 @@ class SpanSet:
 
     def to_json(self) -> str:
         """As checkpoints hold it: torch reads text many times as fast as lists."""
-        return json.dumps(list(self))
+        return json.dumps(sorted(self))
 
     @classmethod
     def from_json(cls, text: str) -> SpanSet:

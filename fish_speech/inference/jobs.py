@@ -189,10 +189,10 @@ class BatchState:
         return same and is_whole(job.output)
 
     def reuse(self, jobs: list[SpeechJob]) -> None:
-        """Copy what was spoken of the same line under another number: into the files of these jobs.
+        """Copy what was spoken of the same lines under other numbers into the files of these jobs.
 
-        The record of these is removed first: whatever happens in between, no file passes for
-        another, and no copy is begun before all are there.
+        None of these is replaced before all copies are there, and the record of them is removed
+        first: whatever happens in between, no file passes for another.
         """
         spoken = {
             (digest, Path(name).suffix): self.file.with_name(name)

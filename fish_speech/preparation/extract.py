@@ -15,9 +15,9 @@ from tqdm import tqdm
 from fish_speech.audio import load_audio
 from fish_speech.audio_decoding import audio_info, truncation
 from fish_speech.console import error_message
-from fish_speech.datasets.clips import CODES_RECORD, Clip, find_clips
+from fish_speech.datasets.clips import CODES_RECORD, Clip, find_clips, read_codes_records
 from fish_speech.datasets.shards import read_codes
-from fish_speech.files import atomic_path, file_digest, read_json, write_json
+from fish_speech.files import atomic_path, file_digest, write_json
 from fish_speech.models.vqgan import Codec, find_codec
 
 _SAVE_RECORD_EVERY = 20  # batches
@@ -50,7 +50,7 @@ def extract_codes(
     """
     record_file = data_dir / (f"codes.{rank}.json" if rank else CODES_RECORD)
     digest = file_digest(find_codec(model_dir))
-    records = _read_records(data_dir)
+    records = read_codes_records(data_dir)
     # Of the clips that this process has dealt with; None: their codes are of other audio or codec.
     stamps: dict[str, list | None] = {}
     record = {"codec": digest, "clips": stamps}
@@ -101,24 +101,7 @@ class _Loaded:
 
 def codecs_of_codes(data_dir: Path) -> set[str]:
     """The digests of the codecs that made the codes there are, as far as that is recorded."""
-    return {record["codec"] for record in _read_records(data_dir)}
-
-
-def _read_records(data_dir: Path) -> list[dict]:
-    """What earlier runs recorded; a file that is no record (any more) counts for nothing."""
-    records = []
-    for file in sorted(data_dir.glob("codes*.json")):
-        try:
-            record = read_json(file)
-        except ValueError:
-            continue
-        if (
-            isinstance(record, dict)
-            and isinstance(record.get("codec"), str)
-            and isinstance(record.get("clips"), dict)
-        ):
-            records.append(record)
-    return records
+    return {record["codec"] for record in read_codes_records(data_dir)}
 
 
 def _encode(batch: list[_Loaded], codec: Codec, stamps: dict, result: Extraction) -> None:

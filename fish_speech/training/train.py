@@ -119,13 +119,17 @@ def _module_and_data(
     if start.resumes:
         start.checkpoint.check()
 
-    shards = start.checkpoint.read()["run"].get("shards") if start.resumes else None
-    if shards not in (None, manifest.shards):
+    before = start.checkpoint.read()["run"] if start.checkpoint is not None else {}
+    if start.resumes and before.get("shards") not in (None, manifest.shards):
         say(
             f"the data has changed since {start.checkpoint.path}: going on with what "
             f"{config.data.dir} holds now"
         )
-    data = _data_module(config, base_dir, manifest, start, say)
+    learned = learned_by(before, manifest, Path(config.data.dir)) | learned_by_model(base_dir)
+    learner = start.checkpoint.path if start.checkpoint is not None else base_dir
+    data = _data_module(config, base_dir, manifest, learned, learner, say)
+    validated = {sample.name for sample in data.validation.samples}
+    learned |= manifest.spans_of(name for name in manifest.spans if name not in validated)
     data.start_step = start.checkpoint.step if start.resumes else 0
     model = load_model(base_dir, dtype=dtype)
     model.set_dropout(config.train.dropout)
@@ -136,7 +140,7 @@ def _module_and_data(
         model,
         config.optimizer,
         seed=config.seed,
-        run=_run_record(config, run, base_dir, base_digest, manifest, start, data),
+        run=_run_record(config, run, base_dir, base_digest, manifest, start, learned),
         clip_names=[sample.name for sample in data.train.samples],
     )
     model.train()  # Lightning leaves the mode as it finds it
@@ -240,9 +244,13 @@ def _run_record(
     base_digest: str,
     manifest: Manifest,
     start: Start,
-    data: SemanticDataModule,
+    learned: SpanSet,
 ) -> dict[str, Any]:
-    """What every checkpoint of the run carries: all that merging and resuming must know."""
+    """What every checkpoint of the run carries: all that merging and resuming must know.
+
+    `learned` is all that they may have learned: what that had from which it starts, and every clip
+    that isn't validated on.
+    """
     parent = None
     if start.checkpoint is not None:
         parent = (
@@ -254,7 +262,7 @@ def _run_record(
         "base": str(base_dir.resolve()),
         "base_digest": base_digest,
         "shards": manifest.shards,
-        "learned": _learned(base_dir, Path(config.data.dir), manifest, start, data).to_json(),
+        "learned": learned.to_json(),
         "speakers": _named_speakers(manifest),
         "lora": asdict(config.lora),
         "config": config.to_yaml(),
@@ -267,38 +275,25 @@ def _named_speakers(manifest: Manifest) -> list[str]:
     return manifest.speakers if len(manifest.speakers) > 1 else []
 
 
-def _learned(
-    base_dir: Path, data_dir: Path, manifest: Manifest, start: Start, data: SemanticDataModule
-) -> SpanSet:
-    """All that this run's checkpoints may have learned: every clip it doesn't validate on, and what
-    that had learned from which it starts."""
-    validated = {sample.name for sample in data.validation.samples}
-    own = manifest.spans_of(name for name in manifest.spans if name not in validated)
-    return own | _learned_before(base_dir, data_dir, manifest, start)
-
-
-def _learned_before(base_dir: Path, data_dir: Path, manifest: Manifest, start: Start) -> SpanSet:
-    run = start.checkpoint.read()["run"] if start.checkpoint is not None else {}
-    return learned_by(run, manifest, data_dir) | learned_by_model(base_dir)
-
-
 def _held_out(
-    base_dir: Path, data_dir: Path, manifest: Manifest, start: Start, say: Say
+    data_dir: Path, manifest: Manifest, learned: SpanSet, learner: Path, say: Say
 ) -> list[Sample]:
-    """The samples to validate on: none that the checkpoint or base has learned from which it
-    starts."""
+    """The samples to validate on: none that the `learner` from which it starts has learned."""
     samples = load_split(data_dir, manifest, "validation")
-    learned = _learned_before(base_dir, data_dir, manifest, start)
     unknown = [s for s in samples if not learned.overlaps(manifest.spans[s.name])]
     if known := len(samples) - len(unknown):
         clips = counted(known, "clip")
-        learner = start.checkpoint.path if start.checkpoint else base_dir
         say(f"left out of validation: {clips} that {learner} may have learned")
     return unknown
 
 
 def _data_module(
-    config: RunConfig, base_dir: Path, manifest: Manifest, start: Start, say: Say
+    config: RunConfig,
+    base_dir: Path,
+    manifest: Manifest,
+    learned: SpanSet,
+    learner: Path,
+    say: Say,
 ) -> SemanticDataModule:
     data_dir = Path(config.data.dir)
     tokenizer = FishTokenizer.from_pretrained(base_dir)
@@ -317,7 +312,7 @@ def _data_module(
         reference_share=config.data.reference_share,
         **shared,
     )
-    held_out = _held_out(base_dir, data_dir, manifest, start, say)
+    held_out = _held_out(data_dir, manifest, learned, learner, say)
     validation = SemanticDataset(held_out, tokenizer, **shared)
     for name in (*train.too_long, *validation.too_long):
         say(f"left out: {name} is longer than {limit} tokens")
